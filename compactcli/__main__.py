@@ -1,0 +1,5 @@
+"""`python -m compactcli`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,247 @@
+"""The self-describing file: one safetensors whose metadata rebuilds the changed network.
+
+`open_model` reads it and every other checkpoint; `save` writes it. No pickle, no side files, nothing
+from the clock or the machine: the same network gives the same bytes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from . import architectures, checkpoint, measure, methods, streams, surgery
+from .architectures import Architecture
+from .checkpoint import Checkpoint
+from .errors import CompactError
+from .recipe import Measures, Recipe, Replace, Share, Source
+
+KEY = "compactcli"  # the metadata entry that holds the recipe
+
+
+@dataclass
+class Network:
+    """A network and its history, as a command holds it."""
+
+    module: nn.Module  # on the CPU, in eval mode
+    recipe: Recipe
+    name: str  # bare file name, or "stdin"
+    folder: Path | None = None  # where the file lies
+    sha256: str | None = None  # of the file; None for a network that was not read
+    size_bytes: int | None = None
+    notes: tuple[str, ...] = ()  # for people: what was recognised, guessed or dropped
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.recipe.input_shape
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """The width of the last linear layer, or of the last convolution in a network without one."""
+        layers = [module for module in self.module.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        return len((linear or layers)[-1].weight)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says about a network that its file does not, or says otherwise."""
+
+    arch: str | None = None
+    arch_kwargs: Mapping[str, Any] | None = None
+    input_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    trust_pickle: bool = False
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network in a file, in eval mode on the CPU.
+
+    Raises CompactError if the file cannot be read, or its architecture is not recognised.
+    """
+    return open_model(path).module
+
+
+def open_model(source: str | Path | bytes, wishes: Wishes | None = None) -> Network:
+    """The network in a file, on stdin ("-") or in bytes, with its history.
+
+    Raises CompactError if it cannot be read or recognised, or does not fit its recipe.
+    """
+    wishes = wishes or Wishes()
+    file = checkpoint.read(source, trust_pickle=wishes.trust_pickle)
+    try:
+        network = _from_recipe(file, wishes) if KEY in file.metadata else _from_weights(file, wishes)
+    except CompactError as problem:
+        raise CompactError(f"{file.name}: {problem}") from None
+    network.module.eval()
+    network.recipe = _with_preprocessing(network.recipe, wishes)
+    return network
+
+
+def fresh(wishes: Wishes, seed: int) -> Network:
+    """An untrained network of the wished architecture."""
+    if wishes.arch is None:
+        raise CompactError("--fresh makes an untrained network; say which with --arch NAME")
+    architecture = _named(wishes.arch, wishes)
+    torch.manual_seed(seed)
+    module = architecture.build(initialise=True).eval()
+    return Network(module, _with_preprocessing(_first_recipe(architecture, module, None), wishes), wishes.arch)
+
+
+def dumps(network: Network) -> bytes:
+    """The file's bytes: the state_dict and, under one metadata key, the recipe."""
+    data = safetensors.torch.save(_state(network.module))
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = {KEY: network.recipe.dumps(), "format": "pt"}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def save(network: Network, target: str) -> int:
+    """Write the network to a path or to stdout ("-"), whole or not at all; the number of bytes.
+
+    Raises CompactError where it cannot be written.
+    """
+    data = dumps(network)
+    streams.write(data, target)
+    return len(data)
+
+
+def nonfinite(module: nn.Module) -> tuple[list[str], list[str]]:
+    """(weights, running variances) that hold NaN or Inf."""
+    bad = [name for name, tensor in _state(module).items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    infinite = [n for n in bad if n.endswith("running_var") and not module.state_dict()[n].isnan().any()]
+    return [name for name in bad if name not in infinite], infinite
+
+
+def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
+    recipe = Recipe.loads(file.metadata[KEY])
+    channels, height, width = recipe.input_shape
+    shape = (channels, height, width)
+    if not is_known(recipe.architecture):
+        if wishes.arch is None:
+            raise CompactError(
+                f"was built by your own {recipe.architecture}, which is never run unasked; give it again with --arch"
+            )
+        architecture = architectures.user(wishes.arch, recipe.kwargs, shape)
+    else:
+        architecture = architectures.get(recipe.architecture, recipe.kwargs, shape)
+    module = architecture.build()
+    methods.register_layers([edit.layer for edit in recipe.edits if isinstance(edit, Replace | Share)])
+    surgery.apply_(module, recipe.edits)
+    _load_(module, file.tensors)
+    return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, file.notes)
+
+
+def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
+    tensors = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in file.tensors.items()}
+    notes = list(file.notes)
+    if wishes.arch is not None:
+        architecture = _named(wishes.arch, wishes)
+    elif file.config is not None and isinstance(file.config.get("architecture"), str):
+        kwargs = {"num_classes": file.config["num_classes"]} if isinstance(file.config.get("num_classes"), int) else {}
+        architecture = architectures.get(
+            f"timm:{file.config['architecture']}", {**kwargs, **(wishes.arch_kwargs or {})}, wishes.input_shape
+        )
+    else:
+        detection = architectures.detect(tensors)
+        architecture = detection.architecture
+        if wishes.arch_kwargs or wishes.input_shape:
+            architecture = architectures.get(
+                architecture.name,
+                {**architecture.kwargs, **(wishes.arch_kwargs or {})},
+                wishes.input_shape or architecture.input_shape,
+            )
+        notes += [f"recognised as {architecture.name}", *(() if wishes.arch_kwargs else detection.notes)]
+    module = architecture.build()
+    _load_(module, tensors)
+    recipe = _first_recipe(architecture, module, file)
+    return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, tuple(notes))
+
+
+def is_known(architecture: str) -> bool:
+    """Whether the name is one of a library's, not of a user's own factory."""
+    return ":" not in architecture or architecture.startswith(("cifar:", "timm:"))
+
+
+def _named(arch: str, wishes: Wishes) -> Architecture:
+    if not is_known(arch):
+        return architectures.user(arch, wishes.arch_kwargs, wishes.input_shape)
+    return architectures.get(arch, wishes.arch_kwargs, wishes.input_shape)
+
+
+def _first_recipe(architecture: Architecture, module: nn.Module, file: Checkpoint | None) -> Recipe:
+    measures = Measures(
+        params=measure.params(module),
+        macs=measure.macs(module, architecture.input_shape),
+        size_bytes=None if file is None else file.size_bytes,
+    )
+    return Recipe(
+        architecture=architecture.name,
+        kwargs=dict(architecture.kwargs),
+        input_shape=architecture.input_shape,
+        preprocessing=architecture.preprocessing,
+        source=None if file is None else Source(file.name, file.sha256, measures),
+    )
+
+
+def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
+    changes = {name: value for name in ("mean", "std") if (value := getattr(wishes, name)) is not None}
+    wrong = [name for name, value in changes.items() if len(value) != recipe.input_shape[0]]
+    if wrong:
+        raise CompactError(
+            f"--{wrong[0]} has {len(changes[wrong[0]])} numbers, the network's input {recipe.input_shape[0]} channels"
+        )
+    return replace(recipe, preprocessing=replace(recipe.preprocessing, **changes))
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """The state_dict with tensors that several names share under the first of them."""
+    unique = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name in unique}
+
+
+def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors in the module's places without copying. Counters of batches may be absent."""
+    own = _state(module)
+    every = module.state_dict()
+    counters = {name: torch.zeros_like(t, device="cpu") for name, t in own.items() if name.endswith("num_batches_tracked")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own or name not in every}
+    missing = [name for name in own if name not in tensors and name not in counters]
+    unexpected = [name for name in tensors if name not in own]
+    wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if missing or unexpected or wrong:
+        raise CompactError(_mismatch(missing, unexpected, wrong, own, tensors))
+    values = {**counters, **tensors}
+    for name, tensor in own.items():
+        if values[name].is_floating_point() != tensor.is_floating_point():
+            raise CompactError(f"{name} is {values[name].dtype}, the architecture's {tensor.dtype}")
+    module.load_state_dict(values, strict=False, assign=True)
+
+
+def _mismatch(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    wrong: Sequence[str],
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+) -> str:
+    if wrong:
+        name = wrong[0]
+        what = f"{name} is {_size(given[name])}, the architecture's {_size(own[name])}"
+    else:
+        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the architecture"
+    more = len(missing) + len(unexpected) + len(wrong) - 1
+    return f"the weights do not fit the architecture: {what}" + (f", and {more} more differ" if more else "")
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,312 @@
+"""What a candidate costs, without building it, and the one threshold that meets a budget.
+
+A method offers dials. A dial is one number to choose: how many channels of a family of alike sets
+stay (a width), or the rank of a decomposed layer. It says what each setting would do to the
+network's output; the cost follows from the widths and ranks alone. Minimising
+
+    sum of errors + threshold * cost
+
+over all dials, one after the other until none moves, gives one candidate per threshold, and
+bisection finds the threshold whose candidate meets the budget.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import fx, nn
+
+from .channels import Axis, Channels, Ids
+from .errors import CompactError
+from .graph import BATCH, Graph
+
+Of = Literal["macs", "params"]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer as the cost sees it."""
+
+    name: str  # module path
+    weight: str  # its weight's name
+    positions: int  # how many times its kernel is applied to one image
+    shape: tuple[int, ...]  # of the weight
+    groups: int
+    transposed: bool
+
+    @property
+    def kernel(self) -> int:
+        """Kernel positions: k * k; 1 for a linear layer."""
+        return int(np.prod(self.shape[2:], dtype=int))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return self.positions * int(np.prod(self.shape, dtype=int))
+
+
+def layers(graph: Graph) -> list[Layer]:
+    """The layers that cost multiply-accumulates, in the order in which they run, each once."""
+    found: dict[str, Layer] = {}
+    for node in graph.nodes:
+        weight = _weight(graph, node)
+        if weight is None:
+            continue
+        arguments: Any = node.args
+        convolution = _operation(node) == "convolution"
+        shape = tuple(weight.meta["val"].shape)
+        name = graph.tensors[weight]
+        transposed = convolution and bool(arguments[6])
+        value = arguments[0].meta["val"] if transposed else node.meta["val"]
+        positions = value.shape[2:].numel() if convolution else value.numel() // value.shape[-1] // BATCH
+        if name in found:
+            positions += found[name].positions
+        groups = arguments[8] if convolution else 1
+        found[name] = Layer(name.rpartition(".")[0], name, positions, shape, groups, transposed)
+    return list(found.values())
+
+
+def _weight(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """The parameter that a convolution or matrix product multiplies with, where it is one."""
+    at = {"convolution": 1, "addmm": 2, "mm": 1}.get(_operation(node))
+    weight: Any = None if at is None else node.args[at]
+    if weight is not None and weight not in graph.tensors and _operation(weight) == "t":
+        weight = weight.args[0]
+    return weight if weight in graph.tensors else None
+
+
+def _operation(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Sets that are alike: each has as many positions on the same axes, so each costs the same."""
+
+    sets: Ids
+    axes: tuple[tuple[Axis, int], ...]  # (axis, positions of one set on it)
+
+
+def families(channels: Channels) -> list[Family]:
+    """The removable sets, grouped with those that lie on the same axes."""
+    where: dict[int, Counter[Axis]] = defaultdict(Counter)
+    for axis, sets in channels.axes.items():
+        for number in sets.tolist():
+            if number not in channels.locked:
+                where[number][axis] += 1
+    alike: dict[tuple[tuple[Axis, int], ...], list[int]] = defaultdict(list)
+    for number, axes in where.items():
+        alike[tuple(sorted(axes.items()))].append(number)
+    return [Family(np.array(sets), axes) for axes, sets in alike.items()]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """One number to choose. `errors[n]` is what keeping n does to the output; the last entry is 0.
+
+    A width keeps n sets of `family`; a rank replaces the layer by two of inner width n, except that
+    the last setting leaves the layer as it is.
+    """
+
+    errors: Floats
+    step: int  # settings are multiples of it; the largest is always allowed
+    floor: int  # the smallest setting
+    family: int | None = None  # index into the budget's families
+    layer: int | None = None  # index into the budget's layers
+
+    @property
+    def full(self) -> int:
+        return len(self.errors) - 1
+
+    @property
+    def settings(self) -> Ids:
+        """The allowed values, ascending."""
+        first = min(-(-max(self.floor, 1) // self.step) * self.step, self.full)
+        return np.unique([*range(first, self.full + 1, self.step), self.full])
+
+
+class Budget:
+    """The cost of candidates, and the search for the one that meets `ratio` of the original's.
+
+    A state of the network is `along`, the positions left on every axis, and `ranks`, one per layer,
+    infinite where the layer is whole. Both may have leading axes: many candidates at once.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        channels: Channels,
+        model: nn.Module,
+        *,
+        ratio: float,
+        of: Of = "macs",
+        round_to: int | None = None,
+        nearest: bool = False,
+    ) -> None:
+        self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
+        self.layers = layers(graph)
+        self.families = families(channels)
+        column = {axis: index for index, axis in enumerate(channels.axes)}
+        self._full = np.array([*(len(sets) for sets in channels.axes.values()), 1], dtype=float)
+        self.per_set = np.zeros((len(self.families), len(self._full)))  # what one set takes along each axis
+        for index, family in enumerate(self.families):
+            for axis, positions in family.axes:
+                self.per_set[index, column[axis]] = positions
+        self._out = [column[layer.weight, 0] for layer in self.layers]
+        self._in = [column[layer.weight, 1] for layer in self.layers]
+        self._kernel = np.array([layer.kernel for layer in self.layers], dtype=float)
+        self._positions = np.array([layer.positions for layer in self.layers], dtype=float)
+        shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        most = max(shapes.values(), default=1)
+        self._sides = np.array([[column[n, axis] if axis < rank else -1 for axis in range(most)] for n, rank in shapes.items()])
+        self.original = float(self.cost(self.along(), self.ranks()))
+        self.target = ratio * self.original
+
+    def step(self, width: int) -> int:
+        """What a channel count or rank of a layer of that width is a multiple of (`--round`)."""
+        return self.round_to or (1 if width < 64 else 8)
+
+    def along(self) -> Floats:
+        """The positions on every axis of the whole network."""
+        return self._full.copy()
+
+    def ranks(self) -> Floats:
+        """No layer decomposed."""
+        return np.full(len(self.layers), np.inf)
+
+    def cost(self, along: Floats, ranks: Floats) -> Floats:
+        """MACs of one image, or parameters, at each state."""
+        out, into = along[..., self._out], along[..., self._in] * self._kernel
+        whole = np.isinf(ranks)
+        layer = np.where(whole, out * into, np.where(whole, 0.0, ranks) * (out + into))
+        if self.of == "macs":
+            return np.asarray(layer @ self._positions)
+        plain = along[..., self._sides].prod(-1).sum(-1)
+        return np.asarray(plain + (layer - out * into).sum(-1))
+
+    def solve(self, dials: Sequence[Dial]) -> list[int]:
+        """The setting of each dial: the smallest summed error found at no more than the target.
+
+        Raises CompactError naming the nearest reachable ratio where even the least that the dials
+        allow costs more (unless `nearest`).
+        """
+        state = _State(self, dials)
+        least = state.settle(np.inf)
+        if least > self.target and not self.nearest:
+            reachable = np.ceil(1000 * least / self.original) / 1000
+            raise CompactError(
+                f"--ratio {self.ratio:g} of {self.of} is out of reach: this method can keep no less than {reachable:g} here; "
+                f"try --ratio {reachable:g}, or --nearest"
+            )
+        best = state.values
+        low, high = 0.0, 1e-6 / self.original  # errors are relative: this threshold gives up next to nothing
+        while state.settle(high) > self.target and high < 1e6:
+            low, high = high, 10 * high
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            if state.settle(middle) > self.target:
+                low = middle
+            else:
+                high, best = middle, state.values
+        state.set(best if least <= self.target else state.values)
+        return state.fill()
+
+
+class _State:
+    """The present setting of every dial, and what moving one of them alone would cost."""
+
+    def __init__(self, budget: Budget, dials: Sequence[Dial]) -> None:
+        self.budget, self.dials = budget, dials
+        self.settings = [dial.settings for dial in dials]
+        self.errors = [dial.errors[settings] for dial, settings in zip(dials, self.settings, strict=True)]
+        self.set([dial.full for dial in dials])
+
+    def set(self, values: Sequence[int]) -> None:
+        self.values = [dial.full for dial in self.dials]
+        self.along, self.ranks = self.budget.along(), self.budget.ranks()
+        for index, value in enumerate(values):
+            self.move(index, value)
+
+    def move(self, index: int, value: int) -> None:
+        self.along, self.ranks = (part[0] for part in self.moved(index, np.array([value])))
+        self.values[index] = value
+
+    def moved(self, index: int, values: Ids) -> tuple[Floats, Floats]:
+        """The states in which one dial has each of the values."""
+        dial = self.dials[index]
+        along, ranks = np.tile(self.along, (len(values), 1)), np.tile(self.ranks, (len(values), 1))
+        if dial.family is not None:
+            along += np.outer(values - self.values[index], self.budget.per_set[dial.family])
+        else:
+            ranks[:, dial.layer] = np.where(values == dial.full, np.inf, values)
+        return along, ranks
+
+    def costs(self, index: int) -> Floats:
+        """The cost at each setting of one dial.
+
+        A width enters as a polynomial of degree two, a rank as one of degree one, so three settings
+        tell all; the last setting of a rank is the whole layer and stands outside.
+        """
+        settings = self.settings[index]
+        if len(settings) <= 4:
+            return self.budget.cost(*self.moved(index, settings))
+        points = settings[[0, len(settings) // 2, -2, -1]]
+        at = self.budget.cost(*self.moved(index, points))
+        curve = _parabola(points[:3].astype(float), at[:3], settings.astype(float))
+        curve[-1] = at[3]
+        return curve
+
+    def settle(self, threshold: float) -> float:
+        """Minimise error + threshold * cost, one dial after the other, from the whole network; the cost there."""
+        self.set([dial.full for dial in self.dials])
+        for _ in range(8):  # three suffice as a rule
+            before = list(self.values)
+            for index in range(len(self.dials)):
+                costs = self.costs(index)
+                score = costs if np.isinf(threshold) else self.errors[index] + threshold * costs
+                self.move(index, int(self.settings[index][np.argmin(score)]))
+            if self.values == before:
+                break
+        return float(self.budget.cost(self.along, self.ranks))
+
+    def fill(self) -> list[int]:
+        """Spend what is left of the budget: the next setting that saves most error for its cost, until none fits."""
+        while True:
+            slack = self.budget.target - float(self.budget.cost(self.along, self.ranks))
+            moves = [move for index in range(len(self.dials)) if (move := self.raise_(index, slack)) is not None]
+            if not moves:
+                return self.values
+            _, index, value = max(moves)
+            self.move(index, value)
+
+    def raise_(self, index: int, slack: float) -> tuple[float, int, int] | None:
+        """(error saved per cost, dial, value) of one dial's best larger setting within the slack."""
+        settings, errors = self.settings[index], self.errors[index]
+        now = int(np.searchsorted(settings, self.values[index]))
+        above = settings[
+            [*range(now + 1, min(now + 2, len(settings))), *([len(settings) - 1] if now + 2 < len(settings) else [])]
+        ]
+        if not len(above):
+            return None
+        costs = self.budget.cost(*self.moved(index, np.array([self.values[index], *above])))
+        extra = costs[1:] - costs[0]
+        saved = errors[now] - errors[np.searchsorted(settings, above)]
+        fits = (extra <= slack) & (saved >= 0) & ((saved > 0) | (extra <= 0))
+        if not fits.any():
+            return None
+        rate = np.where(fits, saved / np.maximum(extra, 1e-9), -np.inf)
+        chosen = int(np.argmax(rate))
+        return float(rate[chosen]), index, int(above[chosen])
+
+
+def _parabola(x: Floats, y: Floats, at: Floats) -> Floats:
+    """The polynomial of degree two through three points, at many places (Lagrange)."""
+    a, b, c = x
+    first = y[0] * (at - b) * (at - c) / ((a - b) * (a - c))
+    second = y[1] * (at - a) * (at - c) / ((b - a) * (b - c))
+    third = y[2] * (at - a) * (at - b) / ((c - a) * (c - b))
+    return np.asarray(first + second + third)

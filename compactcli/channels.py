@@ -1,0 +1,498 @@
+"""Which channels must go together: ids carried through every operation of the graph.
+
+Every axis of every parameter gets fresh ids, one per position. Each tensor of the graph carries
+labels: an axis and the ids along it, which say what channel an element belongs to. An operation
+that pairs positions ties their ids together; one that moves positions moves ids; one that nobody
+wrote a rule for locks the ids it touches, with its name as the reason. What is tied together in the
+end is one set: removed as a whole, or kept.
+
+Locked is always correct, only less compact.
+"""
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import fx, nn
+
+from .graph import Graph
+from .recipe import Edit, Keep, Set
+
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+Axis = tuple[str, int]  # (parameter or buffer, axis)
+NONE = 0  # the id of positions that belong to no channel
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A number in a module's code that counts channels: it becomes how many of `sets` are kept."""
+
+    module: str
+    attribute: str
+    sets: Ids
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The coupled sets of a network. A set is a number; `axes` says where its positions are."""
+
+    axes: dict[Axis, Ids]  # the set of every position along the axis
+    locked: dict[int, str]  # set -> why it may not be removed
+    consumed: frozenset[Axis]  # axes that contract with activations: where a removed channel is read
+    slots: tuple[Slot, ...]
+    count: int
+
+    def free(self) -> list[int]:
+        """The sets that may be removed, in the order in which their parameters are registered."""
+        return [number for number in range(self.count) if number not in self.locked]
+
+    def reason(self, axis: Axis) -> str | None:
+        """Why no channel along the axis may go; None if one may, or if there is no such axis."""
+        numbers = set(self.axes[axis].tolist()) if axis in self.axes else set()
+        if not numbers or any(number not in self.locked for number in numbers):
+            return None
+        return self.locked[min(numbers)]
+
+
+def find(graph: Graph, model: nn.Module) -> Channels:
+    """The coupled sets of the traced network."""
+    walk = _Walk(graph, model)
+    for node in graph.nodes:
+        walk.visit(node)
+    return walk.result()
+
+
+def edits(channels: Channels, removed: Sequence[int], model: nn.Module) -> list[Edit]:
+    """The edits that remove the given sets: one Keep per module axis, one Set per number in code."""
+    gone = np.zeros(channels.count, dtype=bool)
+    gone[list(removed)] = True
+    result: list[Edit] = []
+    seen: set[tuple[str, int]] = set()
+    for (tensor, axis), sets in channels.axes.items():
+        target = layer_axis(model, tensor, axis)
+        if target not in seen and gone[sets].any():
+            seen.add(target)
+            result.append(Keep(*target, tuple(np.flatnonzero(~gone[sets]).tolist())))
+    for slot in channels.slots:
+        if gone[slot.sets].any():
+            result.append(Set(slot.module, slot.attribute, int((~gone[slot.sets]).sum())))
+    return result
+
+
+def layer_axis(model: nn.Module, tensor: str, axis: int) -> tuple[str, int]:
+    """(module, 0 = output or 1 = input) of a known layer's tensor axis; else (tensor, axis) itself."""
+    path, _, name = tensor.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and name == "weight":
+        return path, 1 - axis
+    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.PReLU)
+    return (path, axis) if isinstance(module, known) else (tensor, axis)
+
+
+class Label(NamedTuple):
+    """The channel of every position along one axis of a tensor."""
+
+    axis: int
+    ids: Ids
+
+
+@dataclass
+class _Walk:
+    """One pass over the graph. Rules give nodes labels, tie ids together, and lock them."""
+
+    graph: Graph
+    model: nn.Module
+    labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
+    axes: dict[Axis, Ids] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+    ties: list[tuple[Ids, Ids]] = field(default_factory=list)
+    locks: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))  # reason -> ids
+    consumed: set[Axis] = field(default_factory=set)
+    slots: list[Slot] = field(default_factory=list)
+    first_ids: list[int] = field(default_factory=list)  # of every run of fresh ids, ascending
+    made_for: list[Axis | None] = field(default_factory=list)  # what that run labels
+    next_id: int = 1
+
+    def fresh(self, count: int, axis: Axis | None = None) -> Ids:
+        """New ids, of a parameter's axis or of padding."""
+        self.first_ids.append(self.next_id)
+        self.made_for.append(axis)
+        ids = np.arange(self.next_id, self.next_id + count)
+        self.next_id += count
+        return ids
+
+    def tie(self, a: Ids, b: Ids) -> None:
+        """Positions of a and b (broadcastable) go together; those without a channel pair with nothing."""
+        a, b = np.broadcast_arrays(a, b)
+        both = (a != NONE) & (b != NONE) & (a != b)
+        self.ties.append((a[both], b[both]))
+
+    def lock(self, labels: Iterable[Label], reason: str) -> None:
+        self.locks[reason] += [label.ids[label.ids != NONE] for label in labels]
+
+    def along(self, node: Any, axis: int) -> list[Ids]:
+        """The ids that run along an axis of the node's value; none for what is not a node."""
+        return [label.ids for label in self.of(node) if label.axis == axis]
+
+    def of(self, tree: Any) -> list[Label]:
+        """The labels of every node in nested arguments."""
+        return [label for node in _nodes(tree) for label in self.labels.get(node, [])]
+
+    def consume(self, ids: Ids) -> None:
+        """Note the parameter axes that the ids were made for as contracted with activations."""
+        runs = np.unique(np.searchsorted(self.first_ids, ids[ids != NONE], side="right") - 1)
+        self.consumed.update(axis for run in runs if (axis := self.made_for[run]) is not None)
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder" and node in self.graph.tensors:
+            name = self.graph.tensors[node]
+            shape = node.meta["val"].shape
+            self.axes.update({(name, axis): self.fresh(size, (name, axis)) for axis, size in enumerate(shape)})
+            self.labels[node] = [Label(axis, self.axes[name, axis]) for axis in range(len(shape))]
+        elif node.op == "output":
+            self.lock(self.of(node.args), "the network's output")
+        elif node.op == "call_function" and node.target is operator.getitem:
+            self.labels[node] = self.labels.get(_node(node, 0), []) if node.args[1] == 0 else []
+        elif node.op == "call_function":
+            self.reached.update(self.graph.tensors[n] for n in _nodes(node.args) if n in self.graph.tensors)
+            known = RULES.get(_name(node))
+            if known is not None:
+                self.labels[node] = known(self, node)
+            else:
+                self.lock(self.of((node.args, node.kwargs)), f"no rule for the operation {_name(node)}")
+
+    def result(self) -> Channels:
+        for (name, axis), ids in self.axes.items():
+            if name not in self.reached:
+                self.lock([Label(axis, ids)], "not reached in eval mode")
+        reasons = {self.next_id + number: reason for number, reason in enumerate(self.locks)}
+        locks = [(np.full_like(ids, lock), ids) for lock, reason in reasons.items() for ids in self.locks[reason]]
+        roots = _components(self.next_id + len(reasons), self.ties + locks)
+        used = np.unique(np.concatenate([roots[ids] for ids in [*self.axes.values(), *(slot.sets for slot in self.slots)]]))
+        number = np.full(len(roots), -1)
+        number[used] = np.arange(len(used))
+        locked = {int(number[roots[lock]]): reason for lock, reason in reversed(reasons.items())}
+        locked.pop(-1, None)  # a reason without ids
+        return Channels(
+            axes={axis: number[roots[ids]] for axis, ids in self.axes.items()},
+            locked=locked,
+            consumed=frozenset(self.consumed),
+            slots=tuple(Slot(slot.module, slot.attribute, number[roots[slot.sets]]) for slot in self.slots),
+            count=len(used),
+        )
+
+
+def _components(size: int, ties: Sequence[tuple[Ids, Ids]]) -> Ids:
+    """The smallest id reachable from each id: hooking to the smaller root, then pointer jumping."""
+    parent = np.arange(size)
+    a = np.concatenate([parent[:0], *(tie[0].ravel() for tie in ties)])
+    b = np.concatenate([parent[:0], *(tie[1].ravel() for tie in ties)])
+    while len(a):
+        a, b = parent[a], parent[b]
+        apart = a != b
+        a, b = a[apart], b[apart]
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(parent, parent[parent]):
+            parent = parent[parent]
+    return parent
+
+
+# The rules: one small function per kind of operation, from the node to the labels of its value.
+
+Rule = Callable[[_Walk, fx.Node], list[Label]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operations, by their names without overload."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@rule(
+    *("relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"),
+    *("silu", "silu_", "gelu", "elu", "elu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "mish", "mish_"),
+    *("clone", "alias", "detach", "_to_copy", "neg", "abs", "exp", "sqrt", "rsqrt", "pow", "clamp"),
+)
+def _pointwise(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Each element depends on its own predecessor. f(0) need not be 0: consumers are what is masked."""
+    return walk.of(_node(node, 0))
+
+
+@rule("empty", "zeros", "ones", "full", "arange")
+def _constant(_walk: _Walk, _op: fx.Node) -> list[Label]:
+    return []
+
+
+@rule("convolution")
+def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
+    image, weight, bias = node.args[:3]
+    transposed, groups = node.args[6], node.args[8]
+    assert isinstance(groups, int)
+    inward, outward = (0, 1) if transposed else (1, 0)
+    walk.lock((label for label in walk.of(weight) if label.axis > 1), "a position of the kernel")
+    walk.lock((label for label in walk.of(image) if label.axis != 1), "a position read by a convolution")
+    arriving, into, out = walk.along(image, 1), walk.along(weight, inward), walk.along(weight, outward)
+    if groups == 1:
+        _contract(walk, arriving, into)
+    elif transposed or not arriving or not out:
+        walk.lock(walk.of(node.args[:3]), "a grouped convolution that is transposed or reads the network's input")
+    else:
+        _grouped(walk, node, groups, arriving, into, out)
+    for ids in walk.along(bias, 0):
+        walk.tie(out[0], ids)
+    return [Label(1, ids) for ids in out]
+
+
+def _grouped(walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]) -> None:
+    """Whole groups go: a group's inputs and outputs are one set (depthwise: a channel and its filters)."""
+    walk.lock((Label(1, ids) for ids in into), "an input inside a group")
+    members = [ids.reshape(groups, -1) for ids in [*arriving, *out]]
+    for ids in members:
+        walk.tie(members[0][:, :1], ids)
+    module = walk.graph.owners[node]
+    if getattr(walk.model.get_submodule(module), "groups", None) == groups:
+        walk.slots.append(Slot(module, "groups", members[-1][:, 0]))
+    else:
+        walk.lock(walk.of(node.args[:3]), "the number of groups is written in code")
+
+
+@rule("addmm")
+def _addmm(walk: _Walk, node: fx.Node) -> list[Label]:
+    bias, left, right = node.args[:3]
+    labels = _product(walk, left, right)
+    for out in (label.ids for label in labels if label.axis == 1):
+        for ids in walk.along(bias, 0):
+            walk.tie(out, ids)
+    return labels
+
+
+@rule("mm")
+def _mm(walk: _Walk, node: fx.Node) -> list[Label]:
+    return _product(walk, *node.args[:2])
+
+
+def _product(walk: _Walk, left: Any, right: Any) -> list[Label]:
+    """left (n, i) times right (i, o): the contraction axis is tied, rows and columns pass."""
+    _contract(walk, walk.along(left, 1), walk.along(right, 0))
+    return [Label(0, ids) for ids in walk.along(left, 0)] + [Label(1, ids) for ids in walk.along(right, 1)]
+
+
+def _contract(walk: _Walk, arriving: list[Ids], into: list[Ids]) -> None:
+    """A layer's input axis meets the channels that arrive."""
+    if not arriving:
+        walk.lock((Label(0, ids) for ids in into), "reads the network's input")
+    if not into:
+        walk.lock((Label(0, ids) for ids in arriving), "multiplied with a constant")
+    for ids in into:
+        walk.consume(ids)
+        for other in arriving:
+            walk.tie(ids, other)
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def _batch_norm(walk: _Walk, node: fx.Node) -> list[Label]:
+    walk.lock((label for label in walk.of(node.args[0]) if label.axis != 1), "a position read by a batch normalisation")
+    arriving = walk.along(node.args[0], 1)
+    for vector in node.args[1:5]:
+        for ids in walk.along(vector, 0):
+            for channel in arriving:
+                walk.tie(ids, channel)
+            if not arriving:
+                walk.lock([Label(0, ids)], "normalises the network's input")
+    return [Label(1, ids) for ids in arriving]
+
+
+@rule("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "maximum", "minimum")
+def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Position pairs with position. An operand of size one along an axis pairs with nothing there."""
+    shape = node.meta["val"].shape
+    result = []
+    for axis, size in enumerate(shape):
+        met: list[Ids] = []
+        constant = False
+        for operand in _nodes(node.args):
+            own = axis - len(shape) + len(operand.meta["val"].shape)
+            if own >= 0 and operand.meta["val"].shape[own] == size:
+                ids = walk.along(operand, own)
+                met += ids
+                constant |= not ids and size > 1
+        if constant:  # it could not be cut with the channels
+            walk.lock((Label(axis, ids) for ids in met), "met by a tensor without channels")
+        for other in met[1:]:
+            walk.tie(met[0], other)
+        if met:
+            result.append(Label(axis, np.max(met, axis=0)))  # any id of a position, NONE (0) only if all are
+    return result
+
+
+@rule("mean", "sum", "amax", "amin")
+def _reduce(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Over positions the channels pass; over channels they are locked."""
+    source = _node(node, 0)
+    rank = source.meta["val"].ndim
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    reduced = {d % rank for d in dims} if dims else set(range(rank))
+    walk.lock((label for label in walk.of(source) if label.axis in reduced), f"reduced over channels by {_name(node)}")
+    kept = [axis for axis in range(rank) if axis not in reduced or node.meta["val"].ndim == rank]
+    return [Label(kept.index(label.axis), label.ids) for label in walk.of(source) if label.axis not in reduced]
+
+
+@rule("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
+@rule("upsample_nearest2d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d")
+def _pool(walk: _Walk, node: fx.Node) -> list[Label]:
+    source = _node(node, 0)
+    spatial = source.meta["val"].ndim - 2
+    walk.lock((label for label in walk.of(source) if label.axis >= spatial), f"reduced by {_name(node)}")
+    return [label for label in walk.of(source) if label.axis < spatial]
+
+
+@rule("view", "_unsafe_view", "reshape")
+def _view(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Ids of merged axes are spread; those of a split axis stay free along its longest part alone."""
+    source = _node(node, 0)
+    before, after = tuple(source.meta["val"].shape), tuple(node.meta["val"].shape)
+    result = []
+    for label in walk.of(source):
+        old, new = next(block for block in _blocks(before, after) if block[0].start <= label.axis < block[0].stop)
+        spread = _spread(label.ids, label.axis - old.start, old.stop - old.start)
+        full = np.broadcast_to(spread, before[old]).reshape(after[new])
+        varying = [axis for axis in range(full.ndim) if (full != np.take(full, [0], axis)).any()]
+        axis = max(varying or range(full.ndim), key=lambda axis: full.shape[axis])
+        lead = full[tuple(slice(None) if other == axis else 0 for other in range(full.ndim))]
+        walk.tie(_spread(lead, axis, full.ndim), full)
+        result.append(Label(new.start + axis, lead))
+    return result
+
+
+def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    """The smallest runs of axes with equal products: [(axes before, axes after), ...]."""
+    blocks = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        start_i, start_j, left, right = i, j, before[i], after[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * before[i], i + 1
+            else:
+                right, j = right * after[j], j + 1
+        blocks.append([slice(start_i, i), slice(start_j, j)])
+    if blocks:  # what remains has size one
+        blocks[-1] = [slice(blocks[-1][0].start, len(before)), slice(blocks[-1][1].start, len(after))]
+    return [(old, new) for old, new in blocks]
+
+
+@rule("permute", "transpose", "t", "unsqueeze", "squeeze", "expand")
+def _move(walk: _Walk, node: fx.Node) -> list[Label]:
+    """The axes in a new order, with axes of size one put in or taken out."""
+    source = _node(node, 0)
+    sizes = tuple(source.meta["val"].shape)
+    order: list[int | None] = list(range(len(sizes)))  # old axis at each new place
+    arguments: Any = node.args[1:]
+    match _name(node):
+        case "t":
+            order.reverse()
+        case "permute":
+            order = [d % len(sizes) for d in arguments[0]]
+        case "transpose":
+            a, b = (d % len(sizes) for d in arguments)
+            order[a], order[b] = order[b], order[a]
+        case "unsqueeze":
+            order.insert(arguments[0] % (len(sizes) + 1), None)
+        case "squeeze":
+            chosen = order if not arguments else [arguments[0]] if isinstance(arguments[0], int) else list(arguments[0])
+            gone = {axis % len(sizes) for axis in chosen if axis is not None and sizes[axis] == 1}
+            order = [axis for axis in order if axis not in gone]
+        case "expand":
+            order = [*[None] * (node.meta["val"].ndim - len(sizes)), *order]
+    walk.lock((label for label in walk.of(source) if label.axis not in order), f"dropped by {_name(node)}")
+    return [Label(order.index(label.axis), label.ids) for label in walk.of(source) if label.axis in order]
+
+
+@rule("cat")
+def _cat(walk: _Walk, node: fx.Node) -> list[Label]:
+    tensors = _nodes(node.args[0])
+    rank = tensors[0].meta["val"].ndim
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    axis %= rank
+    walk.lock((label for label in walk.of(tensors) if label.axis != axis), "concatenated across another axis")
+    pieces = []
+    for tensor in tensors:
+        ids = walk.along(tensor, axis)
+        if not ids:  # what it is paired with downstream may not be cut either
+            ids = [walk.fresh(tensor.meta["val"].shape[axis])]
+            walk.lock([Label(axis, ids[0])], "concatenated with a tensor without channels")
+        for extra in ids[1:]:
+            walk.tie(ids[0], extra)
+        pieces.append(ids[0])
+    return [Label(axis, np.concatenate(pieces))]
+
+
+@rule("slice")
+def _slice(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Positions outside the channel axis may be picked; picking part of the channels locks them."""
+    source = _node(node, 0)
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    if source.meta["val"].shape == node.meta["val"].shape:
+        return walk.of(source)
+    axis %= source.meta["val"].ndim
+    walk.lock((label for label in walk.of(source) if label.axis == axis), "part of the channels is picked by numbers in code")
+    return [label for label in walk.of(source) if label.axis != axis]
+
+
+@rule("constant_pad_nd")
+def _pad(walk: _Walk, node: fx.Node) -> list[Label]:
+    """A padded channel is always zero: its module counts it in `before` or `after`, else it is locked."""
+    source = _node(node, 0)
+    amounts: Any = node.args[1]
+    rank = source.meta["val"].ndim
+    result = []
+    for label in walk.of(source):
+        at = 2 * (rank - 1 - label.axis)
+        before, after = amounts[at : at + 2] or (0, 0)
+        ids = [_padding(walk, node, "before", before), label.ids, _padding(walk, node, "after", after)]
+        result.append(Label(label.axis, np.concatenate(ids)))
+    return result
+
+
+def _padding(walk: _Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
+    ids = walk.fresh(amount)
+    module = walk.graph.owners[node]
+    if getattr(walk.model.get_submodule(module), attribute, None) == amount:
+        walk.slots.append(Slot(module, attribute, ids))
+    else:
+        walk.lock([Label(0, ids)], "the number of padded channels is written in code")
+    return ids
+
+
+def _name(node: fx.Node) -> str:
+    """The operation's name without namespace and overload: aten.add.Tensor -> add."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else str(node.target)
+
+
+def _node(node: fx.Node, index: int) -> fx.Node:
+    value = node.args[index]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _nodes(tree: Any) -> list[fx.Node]:
+    """Every node in nested arguments, in order."""
+    if isinstance(tree, fx.Node):
+        return [tree]
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
+    return [node for item in items for node in _nodes(item)]
+
+
+def _spread(ids: Ids, axis: int, rank: int) -> Ids:
+    """The vector along one of `rank` axes, size one elsewhere."""
+    return ids.reshape([-1 if i == axis else 1 for i in range(rank)])

@@ -1,0 +1,185 @@
+"""What the commands share: their flags, how errors are shown, how a model is opened."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from .. import streams
+from ..errors import CompactError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..artefact import Network
+    from ..data import Dataset
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Checkpoint file or folder; - or nothing reads stdin.")]
+Output = Annotated[
+    str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write the model. [default: stdout into a pipe]")
+]
+Arch = Annotated[str | None, typer.Option(help="Architecture: a torchvision name, cifar:NAME, timm:NAME, file.py:factory.")]
+ArchKwargs = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Argument of the architecture; may be repeated.")
+]
+InputShape = Annotated[str | None, typer.Option(metavar="CxHxW", help="Input shape, e.g. 3x32x32. [default: the architecture's]")]
+Mean = Annotated[str | None, typer.Option(metavar="A,B,C", help="Channel means of the input, of pixels from 0 to 1.")]
+Std = Annotated[str | None, typer.Option(metavar="A,B,C", help="Channel standard deviations of the input.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle the file, which runs whatever code it holds.")]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="D", help="Images: digits, cifar10, cifar100, mnist, fashionmnist, svhn, a folder, or module:function."),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the named datasets.")]
+Download = Annotated[bool, typer.Option("--download", help="Download the named dataset if it is missing.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most that many images of each split, evenly over the classes.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes on stderr.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Take an untrained --arch network and read nothing.")]
+
+
+def guarded(function: Callable[P, R]) -> Callable[P, R]:
+    """The command with errors shown as one line on stderr; exit 1 for a bad input, 2 for bad usage, 130 interrupted."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except CompactError as problem:
+            if kwargs.get("debug"):
+                raise
+            typer.echo(f"compactcli: {' '.join(str(problem).split())}", err=True)
+            raise typer.Exit(problem.exit_code) from None
+        except MemoryError:
+            typer.echo("compactcli: out of memory; try a smaller --batch-size or --limit", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("compactcli: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def note(line: str, quiet: bool = False) -> None:
+    """A line for people, on stderr."""
+    if not quiet:
+        typer.echo(line, err=True)
+
+
+def show(renderable: "RenderableType", *, err: bool = False) -> None:
+    """Tables, on stdout or stderr; never cut off where the output is no terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if err else sys.stdout
+    Console(file=stream, width=None if stream.isatty() else 160).print(renderable)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while the block runs; nothing where stderr is no terminal. Yields (done, total) -> None."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("training", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def write_json(tree: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(tree, indent=2, allow_nan=False))
+
+
+def open_network(
+    model: str | None,
+    *,
+    arch: str | None,
+    arch_kwargs: list[str] | None,
+    input_shape: str | None,
+    mean: str | None,
+    std: str | None,
+    trust_pickle: bool,
+    quiet: bool,
+    fresh: bool = False,
+    seed: int = 0,
+) -> "Network":
+    """The network that the command's model flags name; its notes go to stderr."""
+    wished_kwargs = dict(_assignment(pair) for pair in arch_kwargs or ())
+    shape = _shape(input_shape)
+    means, stds = _floats("--mean", mean), _floats("--std", std)
+    if fresh and model is not None:
+        raise UsageError("--fresh reads nothing; leave the model out")
+    source = None if fresh else streams.model_source(model)
+
+    from .. import artefact
+
+    wishes = artefact.Wishes(arch, wished_kwargs, shape, means, stds, trust_pickle)
+    network = artefact.fresh(wishes, seed) if source is None else artefact.open_model(source, wishes)
+    for line in network.notes:
+        note(f"{network.name}: {line}", quiet)
+    return network
+
+
+def open_data(
+    network: "Network", spec: str | None, *, data_dir: Path | None, download: bool, limit: int | None, seed: int
+) -> "Dataset | None":
+    """The dataset of --data, decoded for the network's input; None without the flag."""
+    if spec is None:
+        return None
+    from .. import data
+
+    return data.open_dataset(
+        spec,
+        input_shape=network.input_shape,
+        preprocessing=network.recipe.preprocessing,
+        data_dir=data_dir,
+        download=download,
+        limit=limit,
+        seed=seed,
+    )
+
+
+def _assignment(pair: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as a Python number or True/False/None where it is one."""
+    name, equals, text = pair.partition("=")
+    if not equals:
+        raise UsageError(f"--arch-kwargs {pair}: give it as NAME=VALUE")
+    try:
+        return name, json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return name, text
+
+
+def _shape(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().replace(",", "x").split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--input-shape {text}: give it as CxHxW, e.g. 3x32x32")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def _floats(flag: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} {text}: give it as numbers with commas, e.g. 0.5,0.5,0.5") from None

@@ -1,0 +1,62 @@
+"""`compactcli compress`."""
+
+from typing import Annotated
+
+import typer
+
+from .. import streams
+from ..errors import UsageError
+from . import common
+from .common import guarded, note, open_network
+
+
+@guarded
+def command(
+    model: common.Model = None,
+    *,
+    method: Annotated[str, typer.Option(help="How to compress; `compactcli methods` lists them.")],
+    ratio: Annotated[float, typer.Option(help="Share to keep, between 0 and 1.")],
+    of: Annotated[
+        str | None, typer.Option(metavar="macs|params", help="What the ratio is of. [default: the method's own]")
+    ] = None,
+    round: Annotated[
+        int | None, typer.Option(metavar="N", help="Channel counts are multiples of N. [default: 1 below width 64, else 8]")
+    ] = None,
+    nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
+    set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the method; may be repeated.")] = None,
+    output: common.Output = None,
+    arch: common.Arch = None,
+    arch_kwargs: common.ArchKwargs = None,
+    input_shape: common.InputShape = None,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    trust_pickle: common.TrustPickle = False,
+    fresh: common.Fresh = False,
+    seed: common.Seed = 0,
+    quiet: common.Quiet = False,
+    debug: common.Debug = False,
+) -> None:
+    """Make a network smaller and write it as a self-describing safetensors file.
+
+    compactcli compress resnet56.pt --method hinge --ratio 0.5 -o small.safetensors
+    """
+    from .. import methods
+
+    kind = methods.get(method)
+    if of is not None and of not in ("macs", "params"):
+        raise UsageError(f"--of {of}: it is macs or params")
+    from ..compress import Target, compress
+
+    chosen = kind(methods.parse_options(kind, set or ()))
+    target = Target(ratio, of, round, nearest)  # type: ignore[arg-type]
+    source = "-" if fresh else streams.model_source(model)
+    destination = streams.model_target(output, arch.rpartition(":")[2] if fresh and arch else source, f"{method}-{ratio:g}")
+    network = open_network(
+        model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
+        trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
+    )  # fmt: skip
+    compress(network, method, chosen, target, log=lambda line: note(line, quiet))
+    from .. import artefact
+
+    size = artefact.save(network, destination)
+    note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)

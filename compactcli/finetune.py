@@ -1,0 +1,95 @@
+"""The driver of fine-tuning: teacher, training, accuracy on the test images, and one `Step` in the recipe."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from . import __version__, artefact, data, measure, report, train
+from .artefact import Network, Wishes
+from .errors import CompactError
+from .recipe import Measures, Step
+
+
+def find_teacher(network: Network, wanted: str | None, *, log: Callable[[str], None] = lambda line: None) -> Network | None:
+    """The network to learn from: the file given, or the original where it lies beside the input or in the working folder.
+
+    "none" asks for no teacher. A file found by its name counts only if its sha256 is the recorded one.
+    Raises CompactError if the file given cannot be read.
+    """
+    if wanted == "none":
+        return None
+    if wanted is not None:
+        return artefact.open_model(wanted, Wishes())
+    source = network.recipe.source
+    if source is None or not network.recipe.steps:
+        return None
+    for folder in filter(None, (network.folder, Path())):
+        path = folder / source.name
+        if path.is_file():
+            found = artefact.open_model(path)
+            if found.sha256 == source.sha256:
+                log(f"teacher: {source.name}")
+                return found
+    log(f"no teacher: {source.name} is not beside the input; training without one (--teacher FILE gives one)")
+    return None
+
+
+def finetune(
+    network: Network,
+    dataset: data.Dataset,
+    settings: train.Settings,
+    *,
+    teacher: Network | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Network:
+    """Train the network in place on the training images; the same network, one step on, with its test accuracy.
+
+    Raises CompactError if the data does not fit the network, or the teacher does not.
+    """
+    data.check_classes(dataset, network.num_classes)
+    recipe = network.recipe
+    if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
+        raise CompactError(
+            f"the teacher {teacher.name} has {teacher.num_classes} classes and input {teacher.input_shape}, "
+            f"the network {network.num_classes} and {network.input_shape}; give the original with --teacher"
+        )
+    history = train.fit_(
+        network.module,
+        dataset,
+        recipe.preprocessing,
+        settings,
+        teacher=None if teacher is None else teacher.module,
+        log=log,
+        progress=progress,
+    )
+    measures = Measures(params=measure.params(network.module), macs=measure.macs(network.module, network.input_shape))
+    if dataset.test is not None:
+        tested = report.evaluate(network, dataset, device=settings.device)
+        measures = replace(measures, accuracy=tested.accuracy.top1, evaluated=tested.to_json())
+        log(f"test accuracy {tested.accuracy.top1:.2f} %")
+        if teacher is not None and recipe.source is not None and teacher.sha256 == recipe.source.sha256:
+            original = report.evaluate(teacher, dataset, device=settings.device)
+            known = replace(recipe.source.measures, accuracy=original.accuracy.top1, evaluated=original.to_json())
+            recipe = replace(recipe, source=replace(recipe.source, measures=known))
+    else:
+        evaluated = {"dataset": dataset.name, "split": "validation", "images": None}
+        measures = replace(measures, accuracy=history.best_accuracy, evaluated=evaluated)
+    options = {
+        "epochs": settings.epochs,
+        "lr": settings.peak_lr,
+        "weight_decay": settings.weight_decay,
+        "optimizer": settings.optimizer,
+        "schedule": settings.schedule,
+        "batch_size": settings.batch_size,
+        "teacher": None if teacher is None else teacher.name,
+        "distill_weight": None if teacher is None else settings.distill_weight,
+        "temperature": None if teacher is None else settings.temperature,
+        "seed": settings.seed,
+        "best_epoch": history.best_epoch,
+    }
+    step = Step("finetune", None, options, (), measures, None, __version__)
+    network.recipe = replace(
+        recipe.then(step), dataset=dataset.name if dataset.named else recipe.dataset, classes=dataset.classes or recipe.classes
+    )
+    return network

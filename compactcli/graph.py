@@ -1,0 +1,124 @@
+"""A network as a list of ATen operations, traced with fake tensors: no memory, no arithmetic, no side effects."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .errors import CompactError
+
+BATCH = 2  # a batch of one would hide the batch axis among the axes of size one
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operations in the order they ran. `node.meta["val"]` holds each result's shape and dtype."""
+
+    nodes: tuple[fx.Node, ...]
+    tensors: dict[fx.Node, str]  # placeholder -> name of the parameter or buffer
+    owners: dict[fx.Node, str]  # node -> path of the module whose forward issued it
+
+
+def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False) -> Graph:
+    """The graph of `model` for images of shape (channels, height, width), in eval mode unless `train`.
+
+    The model and its memory are untouched: a shadow copy on fake tensors is what runs.
+    Raises CompactError where the code depends on the values of tensors, or does not run.
+    """
+    shadow, mode = _shadow(model)
+    shadow.train(train)
+    names = [*dict(shadow.named_parameters()), *dict(shadow.named_buffers())]
+    values = [*dict(shadow.named_parameters()).values(), *dict(shadow.named_buffers()).values()]
+    with mode:
+        image = torch.empty(BATCH, *input_shape)
+
+    def run(values: list[Tensor], image: Tensor) -> Any:
+        return torch.func.functional_call(shadow, dict(zip(names, values, strict=True)), (image,))
+
+    try:
+        with _owners(shadow) as owners, torch.no_grad():
+            module = make_fx(run, tracing_mode="real")(values, image)
+    except RuntimeError as problem:  # shape errors and data-dependent control flow alike
+        raise CompactError(f"the network does not run on images of shape {tuple(input_shape)}: {_first_line(problem)}") from None
+    nodes = tuple(module.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners)
+
+
+def run_fake(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, batch: int = BATCH) -> None:
+    """Run the network on fake tensors: nothing is computed, changed or allocated.
+
+    Raises CompactError with the reason where it does not run.
+    """
+    shadow, mode = _shadow(model)
+    shadow.train(train)
+    try:
+        with mode, torch.no_grad():
+            shadow(torch.empty(batch, *input_shape))
+    except RuntimeError as problem:
+        where = "train" if train else "eval"
+        raise CompactError(f"the network does not run in {where} mode: {_first_line(problem)}") from None
+
+
+def _shadow(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
+    """A copy of `model` whose parameters and buffers are fake.
+
+    Plain tensor attributes stay real: faked, they would meet code that reads their values.
+    """
+    if isinstance(model, nn.DataParallel):
+        model = model.module
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo[id(tensor)] = mode.from_tensor(_as_cpu(tensor))
+    return copy.deepcopy(model, memo), mode
+
+
+def _as_cpu(tensor: Tensor) -> Tensor:
+    """The tensor, or an empty CPU stand-in for one elsewhere: operation names are backend specific."""
+    if tensor.device.type == "cpu":
+        return tensor
+    empty = torch.empty_like(tensor, device="cpu")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+@contextmanager
+def _owners(model: nn.Module) -> Iterator[dict[fx.Node, str]]:
+    """Note for every node created inside which module's forward was running."""
+    owners: dict[fx.Node, str] = {}
+    stack = [""]
+    handles = []
+    for name, module in model.named_modules():
+        # Both hooks return None explicitly: a returned value would replace inputs or outputs.
+        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
+            stack.append(name)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            stack.pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    original = fx.Tracer.create_node
+
+    def create_node(self: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = original(self, *args, **kwargs)
+        owners[node] = stack[-1]
+        return node
+
+    fx.Tracer.create_node = create_node  # type: ignore[method-assign]
+    try:
+        yield owners
+    finally:
+        fx.Tracer.create_node = original  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0][:200] if lines else type(problem).__name__

@@ -1,0 +1,164 @@
+"""The compression methods. A method is one file in this folder, registered by being there.
+
+A file holds a class that derives from `Method`, a frozen dataclass with its options, and the layers
+it puts into networks. The first line of its docstring is its help on the command line.
+"""
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from ..errors import CompactError, UsageError
+from ..recipe import Edit
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..budget import Budget
+    from ..calibrate import Moments
+    from ..channels import Channels
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training run stands."""
+
+    step: int  # optimizer steps taken
+    epoch: int  # counted from 0
+    share: float  # of the run, 0 to 1
+    learning_rates: tuple[float, ...]  # of the parameter groups
+
+
+class Method:
+    """What a method may do, and when. The hooks that a method does not need do nothing."""
+
+    Options: ClassVar[type]
+    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")  # what --ratio may be of; the first is the default
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+    def start(self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Moments | None") -> list[Edit]:
+        """Edits to make before training; what is returned here is trained."""
+        return []
+
+    def finish(self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Moments | None") -> list[Edit]:
+        """Edits to make after training, or at once where there is none."""
+        return []
+
+    def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
+        """Groups for the optimizer; None for one group of all that trains."""
+        return None
+
+    def regularise(self, model: "nn.Module", progress: Progress) -> None:
+        """Add to the gradients, after backward."""
+
+    def project(self, model: "nn.Module", progress: Progress) -> None:
+        """Change the weights, after the optimizer's step."""
+
+    def done(self, model: "nn.Module", budget: "Budget") -> bool:
+        """Whether the search may end before its last epoch; asked after each."""
+        return False
+
+    def state_dict(self) -> dict[str, "Tensor"]:
+        """What the method must remember while training."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, "Tensor"]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def names() -> list[str]:
+    """The methods there are, by their files; nothing is imported."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+
+
+def summary(name: str) -> str:
+    """The first line of the method's docstring; nothing is imported."""
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def get(name: str) -> type[Method]:
+    """The method's class. Raises UsageError with the near matches for a name that does not exist."""
+    if name not in names():
+        near = get_close_matches(name, names(), 1)
+        raise UsageError(f"no method {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"))
+    module = import_module(f"{__name__}.{name}")
+    for value in vars(module).values():
+        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__:
+            return value
+    raise CompactError(f"the method file {name}.py holds no Method")
+
+
+def register_layers(layers: Sequence[str]) -> None:
+    """Import the methods that the layer kinds ("method.kind") of a recipe come from."""
+    for method in {layer.partition(".")[0] for layer in layers}:
+        if method in names():
+            get(method)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a method's options, as the command line shows it."""
+
+    name: str
+    kind: type | tuple[str, ...]  # a tuple lists the allowed words
+    default: Any
+    help: str
+
+
+def option_list(method: type[Method]) -> list[Option]:
+    """The options of a method, read off its dataclass."""
+    hints = get_type_hints(method.Options, include_extras=True)
+    result = []
+    for item in fields(method.Options):
+        hint, text = hints[item.name], ""
+        if get_origin(hint) is Annotated:
+            hint, text = get_args(hint)[0], hint.__metadata__[0]
+        kind = get_args(hint) if get_origin(hint) is Literal else hint
+        result.append(Option(item.name, kind, None if item.default is MISSING else item.default, text))
+    return result
+
+
+def parse_options(method: type[Method], pairs: Sequence[str]) -> Any:
+    """The options dataclass from `name=value` strings.
+
+    Raises UsageError for a string without "=", a name that is not an option, a value of the wrong kind.
+    """
+    known = {option.name: option for option in option_list(method)}
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair}: give it as name=value")
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise UsageError(
+                f"--set {name}: no such option; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+            )
+        values[name] = _value(known[name], text)
+    try:
+        return method.Options(**values)
+    except ValueError as problem:
+        raise UsageError(f"--set {problem}") from None
+
+
+def _value(option: Option, text: str) -> Any:
+    if isinstance(option.kind, tuple):
+        if text not in option.kind:
+            raise UsageError(f"--set {option.name}={text}: it is one of {', '.join(option.kind)}")
+        return text
+    if option.kind is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"--set {option.name}={text}: it is true or false")
+        return text == "true"
+    try:
+        return option.kind(text)
+    except ValueError:
+        raise UsageError(f"--set {option.name}={text}: it is a number") from None

@@ -1,0 +1,341 @@
+"""What a network is now, what it was, and how it got there: as JSON, and as tables for people."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import nn
+
+from . import architectures, artefact, budget, data, measure
+from .artefact import Network
+from .channels import Channels, find
+from .data import Split
+from .graph import trace
+
+LATENCY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An accuracy and what it was measured on."""
+
+    accuracy: measure.Accuracy
+    dataset: str
+    split: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"dataset": self.dataset, "split": self.split, "images": self.accuracy.images}
+
+
+def evaluate(network: Network, dataset: data.Dataset, *, batch_size: int = 256, device: str = "cpu") -> Evaluated:
+    """Accuracy on the test images; on the training images of a dataset that has no others.
+
+    Raises CompactError if there are no labels, or the network's classes are not the dataset's.
+    """
+    split = dataset.test or dataset.train
+    assert split is not None
+    data.check_classes(dataset, network.num_classes)
+    module = network.module.to(device)
+    batches = data.batches(split, network.recipe.preprocessing, batch_size, device)
+    accuracy = measure.accuracy(module, batches)
+    module.to("cpu")
+    return Evaluated(accuracy, dataset.name, _split_name(dataset, split))
+
+
+def _split_name(dataset: data.Dataset, split: Split) -> str:
+    return "test" if split is dataset.test else split.name
+
+
+def report(network: Network, baseline: Network | None, dataset: data.Dataset | None) -> dict[str, Any]:
+    """The measures of a network beside those of the first of its history: schema compactcli/report/1."""
+    evaluated = {} if dataset is None else {id(n): evaluate(n, dataset) for n in (network, baseline) if n is not None}
+    pair = [network.module] if baseline is None else [network.module, baseline.module]
+    latency = measure.latency_ms(pair, network.input_shape, seconds=LATENCY_SECONDS)
+    model = _model(network, evaluated.get(id(network)), latency[0])
+    first = _source(network) if baseline is None else _model(baseline, evaluated.get(id(baseline)), latency[1])
+    ratios = {
+        name: _ratio(model[key], None if first is None else first[key])
+        for name, key in (("params", "params"), ("macs", "macs"), ("size_bytes", "size_bytes"), ("latency", "latency_ms"))
+    }
+    delta = None
+    if first is not None and None not in (model["accuracy"], first["accuracy"]):
+        delta = model["accuracy"] - first["accuracy"]
+    return {
+        "schema": "compactcli/report/1",
+        "model": model,
+        "baseline": first,
+        "ratios": ratios,
+        "accuracy_delta": delta,
+        "steps": [
+            {
+                "command": step.command,
+                "method": step.method,
+                "options": dict(step.options),
+                "params": step.measures.params,
+                "macs": step.measures.macs,
+                "accuracy": step.measures.accuracy,
+                "error": step.error,
+                "version": step.version,
+            }
+            for step in network.recipe.steps
+        ],
+        "layers": _layers(network),
+    }
+
+
+def _model(network: Network, evaluated: Evaluated | None, latency_ms: float) -> dict[str, Any]:
+    """One network's part of the report. Without data, the accuracy that its last step recorded."""
+    macs = measure.macs(network.module, network.input_shape)
+    last = next((step.measures for step in reversed(network.recipe.steps) if step.measures.accuracy is not None), None)
+    source = network.recipe.source
+    if last is None and not network.recipe.steps and source is not None:
+        last = source.measures
+    return {
+        "arch": network.recipe.architecture,
+        "input_shape": list(network.input_shape),
+        "params": measure.params(network.module),
+        "params_materialised": measure.params(network.module),
+        "macs": macs,
+        "macs_synthesis": 0,
+        "flops": 2 * macs,
+        "thop_macs": measure.thop_macs(network.module, network.input_shape),
+        "size_bytes": network.size_bytes,
+        "latency_ms": latency_ms,
+        "accuracy": evaluated.accuracy.top1 if evaluated else last.accuracy if last else None,
+        "evaluated": evaluated.to_json() if evaluated else dict(last.evaluated) if last and last.evaluated else None,
+        "sha256": network.sha256,
+    }
+
+
+def _source(network: Network) -> dict[str, Any] | None:
+    """What the recipe remembers of the first network."""
+    source = network.recipe.source
+    if source is None:
+        return None
+    known = asdict(source.measures)
+    return {
+        "arch": network.recipe.architecture,
+        "input_shape": list(network.input_shape),
+        "params": known["params"],
+        "params_materialised": known["params"],
+        "macs": known["macs"],
+        "macs_synthesis": 0,
+        "flops": None if known["macs"] is None else 2 * known["macs"],
+        "thop_macs": None,
+        "size_bytes": known["size_bytes"],
+        "latency_ms": None,
+        "accuracy": known["accuracy"],
+        "evaluated": known["evaluated"],
+        "sha256": source.sha256,
+    }
+
+
+def _ratio(now: float | None, before: float | None) -> float | None:
+    return None if now is None or not before else now / before
+
+
+def _layers(network: Network) -> list[dict[str, Any]]:
+    """Each layer of the first network, with what stands in its place now."""
+    recipe = network.recipe
+    before = network.module
+    if recipe.steps and artefact.is_known(recipe.architecture):
+        before = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
+    now = budget.layers(trace(network.module, network.input_shape))
+    result = []
+    for layer in budget.layers(trace(before, network.input_shape)):
+        parts = [part for part in now if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
+        result.append(
+            {
+                "name": layer.name,
+                "type": type(before.get_submodule(layer.name)).__name__,
+                "before": _shape(before, [layer]),
+                "after": _shape(network.module, parts),
+                "params": sum(_params(network.module, part) for part in parts),
+                "macs": sum(part.macs for part in parts),
+            }
+        )
+    return result
+
+
+def _shape(module: nn.Module, parts: Sequence[budget.Layer]) -> dict[str, Any]:
+    return {
+        "weight_shapes": [list(part.shape) for part in parts],
+        "params": sum(_params(module, part) for part in parts),
+        "macs": sum(part.macs for part in parts),
+    }
+
+
+def _params(module: nn.Module, layer: budget.Layer) -> int:
+    return sum(parameter.numel() for parameter in module.get_submodule(layer.name).parameters(recurse=False))
+
+
+def analysis(network: Network, *, linear: bool = False) -> dict[str, Any]:
+    """Where a network is redundant and what may be cut: schema compactcli/analysis/1.
+
+    The redundancy is given for convolutions, and for linear layers too with `linear`.
+    """
+    graph = trace(network.module, network.input_shape)
+    channels = find(graph, network.module)
+    layers = [_analysed(network.module, channels, layer, linear) for layer in budget.layers(graph)]
+    macs = sum(layer["macs"] for layer in layers)
+    size = network.size_bytes
+    return {
+        "schema": "compactcli/analysis/1",
+        "model": {
+            "arch": network.recipe.architecture,
+            "input_shape": list(network.input_shape),
+            "params": measure.params(network.module),
+            "params_materialised": measure.params(network.module),
+            "macs": macs,
+            "macs_synthesis": 0,
+            "flops": 2 * macs,
+            "thop_macs": None,
+            "size_bytes": size,
+            "latency_ms": None,
+            "accuracy": None,
+            "evaluated": None,
+            "sha256": network.sha256,
+        },
+        "layers": layers,
+        "suggestion": _suggestion(network, layers),
+    }
+
+
+def _analysed(module: nn.Module, channels: Channels, layer: budget.Layer, linear: bool) -> dict[str, Any]:
+    owner = module.get_submodule(layer.name)
+    out = (layer.weight, 1 if layer.transposed else 0)
+    wanted = linear or not isinstance(owner, nn.Linear)
+    redundancy = measure.redundancy(module.get_parameter(layer.weight)) if wanted else None
+    return {
+        "name": layer.name,
+        "type": type(owner).__name__,
+        "weight_shape": list(layer.shape),
+        "params": _params(module, layer),
+        "macs": layer.macs,
+        "sets": len({number for number in channels.axes[out].tolist() if number not in channels.locked}),
+        "locked": channels.reason(out),
+        "redundancy": None if redundancy is None else asdict(redundancy),
+    }
+
+
+def _suggestion(network: Network, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A ratio from the rank that holds 99 % of each layer's energy, weighed by MACs, and the command to try it."""
+    known = [(layer["redundancy"]["rank_ratio_99"], layer["macs"]) for layer in layers if layer["redundancy"]]
+    total = sum(macs for _, macs in known)
+    share = sum(ratio * macs for ratio, macs in known) / total if total else 0.5
+    ratio = min(max(round(share - 0.2, 1), 0.3), 0.8)
+    command = f"compactcli compress {network.name if network.name != 'stdin' else 'MODEL'} --method hinge --ratio {ratio:g}"
+    return {"method": "hinge", "ratio": ratio, "command": command}
+
+
+# Tables for people. Absent values are a dash.
+
+
+def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> RenderableType:
+    """The report as Rich tables: the measures, the history, and with `layers` each layer that changed."""
+    model, first = tree["model"], tree["baseline"] or {}
+    summary = Table(title=f"{model['arch']}, input {'x'.join(map(str, model['input_shape']))}", title_justify="left")
+    for name in ("", "original", "now", "kept"):
+        summary.add_column(name, justify="left" if not name else "right")
+    for label, key, unit in (
+        ("Parameters", "params", ""),
+        ("MACs", "macs", ""),
+        ("FLOPs", "flops", ""),
+        ("File", "size_bytes", " B"),
+        ("Latency", "latency_ms", " ms"),
+    ):
+        kept = _ratio(model[key], first.get(key))
+        summary.add_row(
+            label, _number(first.get(key), unit), _number(model[key], unit), "-" if kept is None else f"{100 * kept:.1f} %"
+        )
+    delta = tree["accuracy_delta"]
+    summary.add_row(
+        "Accuracy", _percent(first.get("accuracy")), _percent(model["accuracy"]), "-" if delta is None else f"{delta:+.2f} points"
+    )
+    if model["evaluated"]:
+        what = model["evaluated"]
+        summary.caption = f"accuracy on {what['images']:,} {what['split']} images of {what['dataset']}"
+        summary.caption_justify = "left"
+    parts: list[RenderableType] = [summary]
+    if tree["steps"]:
+        parts.append(_history(tree["steps"]))
+    if layers:
+        parts.append(_changed(tree["layers"]))
+    return Group(*parts)
+
+
+def _history(steps: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="history", title_justify="left")
+    for name in ("step", "options", "parameters", "MACs", "accuracy", "output error"):
+        table.add_column(name, justify="left" if name in ("step", "options") else "right")
+    for step in steps:
+        options = " ".join(f"{key}={value}" for key, value in step["options"].items() if value is not None)
+        error = "-" if step["error"] is None else f"{step['error']:.3f}"
+        name = " ".join(filter(None, (step["command"], step["method"])))
+        table.add_row(name, options, _number(step["params"]), _number(step["macs"]), _percent(step["accuracy"]), error)
+    return table
+
+
+def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="layers that changed", title_justify="left")
+    for name in ("layer", "before", "after", "MACs kept"):
+        table.add_column(name, justify="right" if name == "MACs kept" else "left")
+    for layer in layers:
+        before, after = layer["before"], layer["after"]
+        if before != after:
+            kept = _ratio(after["macs"], before["macs"])
+            shapes = (" + ".join("x".join(map(str, shape)) for shape in part["weight_shapes"]) for part in (before, after))
+            table.add_row(layer["name"], *shapes, "-" if kept is None else f"{100 * kept:.1f} %")
+    return table
+
+
+def analysis_tables(tree: Mapping[str, Any]) -> RenderableType:
+    """The analysis as Rich tables."""
+    model = tree["model"]
+    shape = "x".join(map(str, model["input_shape"]))
+    title = f"{model['arch']}: {model['params']:,} parameters, {model['macs']:,} MACs, input {shape}"
+    table = Table(title=title, title_justify="left")
+    for name in ("layer", "weight", "params", "MACs", "free sets", "max corr", "mean corr", "eff. rank", "rank 99 %", "locked"):
+        table.add_column(name, justify="left" if name in ("layer", "weight", "locked") else "right")
+    for layer in tree["layers"]:
+        redundancy = layer["redundancy"]
+        figures = ["-"] * 4
+        if redundancy:
+            figures = [f"{redundancy['max_abs_corr']:.2f}", f"{redundancy['mean_abs_corr']:.2f}"]
+            figures += [f"{redundancy['effective_rank']:.1f}", f"{100 * redundancy['rank_ratio_99']:.0f} %"]
+        shape = "x".join(map(str, layer["weight_shape"]))
+        row = (layer["name"], shape, _number(layer["params"]), _number(layer["macs"]), str(layer["sets"]), *figures)
+        table.add_row(*row, layer["locked"] or "")
+    return Group(table, f"try: {tree['suggestion']['command']}")
+
+
+def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:
+    """Accuracy and loss: schema compactcli/evaluation/1."""
+    accuracy = evaluated.accuracy
+    macs = measure.macs(network.module, network.input_shape)
+    return {
+        "schema": "compactcli/evaluation/1",
+        "accuracy": accuracy.top1,
+        "accuracy_top5": accuracy.top5,
+        "loss": accuracy.loss,
+        **evaluated.to_json(),
+        "model": {
+            "arch": network.recipe.architecture,
+            "input_shape": list(network.input_shape),
+            "params": measure.params(network.module),
+            "macs": macs,
+            "flops": 2 * macs,
+            "size_bytes": network.size_bytes,
+            "sha256": network.sha256,
+        },
+    }
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:,}{unit}" if isinstance(value, int) else f"{value:,.2f}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"

@@ -1,0 +1,296 @@
+"""Apply edits to a network in place, and hold every one to the law.
+
+The law, in float64: a network with channels removed equals the same network with those channels
+zeroed in every consumer; a network with a layer replaced equals it with the layer's dense form put
+back. Refitting weights comes later and is measured separately.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .channels import Axis
+from .errors import CompactError
+from .graph import BATCH, run_fake
+from .recipe import SETTABLE, Edit, Keep, Replace, Set
+
+TOLERANCE = 1e-9  # relative, in float64
+NOISE_FACTOR = 50  # where the network amplifies rounding: this many times what 1e-15 of input does
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a compressed layer is built in the place of an old one, and its plain equal."""
+
+    build: Callable[[nn.Module, Mapping[str, int]], nn.Module]  # raises CompactError where it does not fit
+    dense: Callable[[nn.Module], nn.Module]
+
+
+LAYERS: dict[str, LayerKind] = {}  # "method.kind" -> how; each method's file adds its own
+
+
+def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
+    """Change `model` in place. Works on the meta device as well, where only shapes change.
+
+    Raises CompactError for an edit that does not fit the network: from an honest file it cannot.
+    """
+    for edit in edits:
+        match edit:
+            case Keep():
+                _keep_(model, edit)
+            case Set():
+                _set_(model, edit)
+            case Replace():
+                _replace_(model, edit)
+            case _:
+                raise CompactError(f"this compactcli cannot apply a {edit.kind} edit")
+
+
+def apply_checked_(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[Axis], input_shape: Sequence[int]) -> float:
+    """Change `model` in place under the law; the largest relative difference seen.
+
+    `consumed` are the axes where removed channels are read (`Channels.consumed`).
+    Raises CompactError where the law is broken or the smaller network does not run in eval and in
+    train mode. The model is then in an undefined state: write nothing.
+    """
+    image = torch.randn(BATCH, *input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    worst = 0.0
+    for replacing, group in groupby(edits, key=lambda edit: isinstance(edit, Replace)):
+        stage = list(group)
+        if replacing:
+            apply_(model, stage)
+            with _dense(model, [edit for edit in stage if isinstance(edit, Replace)]):
+                expected = run_double(model, image)
+        else:
+            masks = _masks(model, stage, consumed)
+            expected = run_double(model, image, masks)
+            apply_(model, stage)
+        for train in (False, True):
+            run_fake(model, input_shape, train=train)
+        worst = max(worst, _compare(model, image, expected))
+    return worst
+
+
+def _compare(model: nn.Module, image: Tensor, expected: list[Tensor]) -> float:
+    actual = run_double(model, image)
+    error = difference(actual, expected)
+    if error > TOLERANCE:
+        noise = difference(run_double(model, image * (1 + 1e-15)), actual)
+        if not error <= NOISE_FACTOR * noise:
+            raise CompactError(
+                f"the smaller network differs from the masked one by {error:.1e}; nothing was written, please report this"
+            )
+    return error
+
+
+def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, relative to the largest expected value of the same output."""
+    worst = 0.0
+    for a, b in zip(actual, expected, strict=True):
+        if a.shape != b.shape:
+            raise CompactError(f"the smaller network's output has shape {tuple(a.shape)}, the original's {tuple(b.shape)}")
+        scale = b.abs().max().item() if b.numel() else 0.0
+        worst = max(worst, (a - b).abs().max().item() / (scale or 1.0) if b.numel() else 0.0)
+    return worst
+
+
+def run_double(model: nn.Module, image: Tensor, masks: Mapping[Axis, Tensor] | None = None) -> list[Tensor]:
+    """The outputs in eval mode and float64, with the masked positions of weights taken as zero.
+
+    One module at a time is cast as it is entered and put back as it is left: no copy of the model.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), _double(model, masks or {}):
+            return outputs(model(image))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _double(model: nn.Module, masks: Mapping[Axis, Tensor]) -> Iterator[None]:
+    saved: list[list[tuple[Tensor, Tensor]]] = []
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(module: nn.Module, _args: Any, path: str = path) -> None:
+            own: list[tuple[Tensor, Tensor]] = []
+            saved.append(own)
+            for name, tensor in _own_tensors(module):
+                own.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(torch.float64, copy=True)
+                for axis in range(tensor.ndim):
+                    gone = masks.get((f"{path}.{name}" if path else name, axis))
+                    if gone is not None:
+                        tensor.data.index_fill_(axis, gone, 0)
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            for tensor, data in reversed(saved.pop()):
+                tensor.data = data
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for own in reversed(saved):  # left behind by an exception in a forward
+            for tensor, data in reversed(own):
+                tensor.data = data
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    owned = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [(name, tensor) for name, tensor in owned if tensor.is_floating_point()]
+
+
+class _Dense(nn.Module):
+    """Stands in for a compressed layer: makes its dense form afresh for each call."""
+
+    def __init__(self, layer: nn.Module, kind: LayerKind) -> None:
+        super().__init__()
+        self._layer = (layer, kind)  # in a tuple: not registered, so not cast by `_double`
+
+    def forward(self, image: Tensor) -> Tensor:
+        layer, kind = self._layer
+        result: Tensor = kind.dense(deepcopy(layer).double())(image)
+        return result
+
+
+@contextmanager
+def _dense(model: nn.Module, replaced: Sequence[Replace]) -> Iterator[None]:
+    layers = {edit.module: model.get_submodule(edit.module) for edit in replaced}
+    for edit in replaced:
+        model.set_submodule(edit.module, _Dense(layers[edit.module], LAYERS[edit.layer]))
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+
+
+def _masks(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[Axis]) -> dict[Axis, Tensor]:
+    """What each consuming weight must not read: the complement of what is kept of its input axis."""
+    masks = {}
+    for edit in edits:
+        if isinstance(edit, Keep):
+            for owner, name, axis in _targets(model, edit):
+                key = (f"{edit.module}.{name}" if owner is not _parent(model, edit.module) else edit.module, axis)
+                if key in consumed:
+                    gone = torch.ones(_tensor(owner, name).shape[axis], dtype=torch.bool)
+                    gone[list(edit.index)] = False
+                    masks[key] = gone.nonzero().flatten()
+    return masks
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _targets(model: nn.Module, edit: Keep) -> list[tuple[nn.Module, str, int]]:
+    """(owner, tensor name, tensor axis) of everything that one side of a layer carries."""
+    try:
+        module = model.get_submodule(edit.module)
+    except AttributeError:
+        owner, name = _owner(model, edit.module)
+        return [(owner, name, edit.axis)]
+    if isinstance(module, _ConvNd | nn.Linear):
+        transposed = isinstance(module, _ConvTransposeNd)
+        weight: list[tuple[nn.Module, str, int]] = [(module, "weight", 1 - edit.axis if transposed else edit.axis)]
+        return weight + ([(module, "bias", 0)] if edit.axis == 0 and module.bias is not None else [])
+    if isinstance(module, _NormBase | nn.PReLU) and edit.axis == 0:
+        names = ("weight", "bias", "running_mean", "running_var")
+        return [(module, name, 0) for name in names if getattr(module, name, None) is not None]
+    raise CompactError(f"the recipe cuts axis {edit.axis} of {edit.module!r}, a {type(module).__name__}, which has no such axis")
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        owner = None
+    if owner is None or name not in {**owner._parameters, **owner._buffers}:
+        raise CompactError(f"the recipe edits {path!r}, which the architecture does not have")
+    return owner, name
+
+
+def _tensor(owner: nn.Module, name: str) -> Tensor:
+    tensor = getattr(owner, name)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _keep_(model: nn.Module, edit: Keep) -> None:
+    for owner, name, axis in _targets(model, edit):
+        tensor = _tensor(owner, name)
+        if axis >= tensor.ndim or not edit.index or max(edit.index) >= tensor.shape[axis]:
+            raise CompactError(
+                f"the recipe keeps channels of {edit.module!r} that its {name} {tuple(tensor.shape)} does not have"
+            )
+        kept = tensor.detach().index_select(axis, torch.tensor(edit.index, device=tensor.device))
+        if isinstance(tensor, nn.Parameter):
+            owner._parameters[name] = nn.Parameter(kept, tensor.requires_grad)
+        else:
+            owner._buffers[name] = kept
+        _refresh_(owner)
+
+
+def _set_(model: nn.Module, edit: Set) -> None:
+    module = _submodule(model, edit.module)
+    old = getattr(module, edit.attribute, None)
+    if edit.attribute not in SETTABLE or not isinstance(old, int) or not 0 <= edit.value <= old:
+        raise CompactError(f"the recipe sets {edit.attribute} of {edit.module!r} to {edit.value}; it is {old!r}")
+    setattr(module, edit.attribute, edit.value)
+    _refresh_(module)
+
+
+def _replace_(model: nn.Module, edit: Replace) -> None:
+    kind = LAYERS.get(edit.layer)
+    if kind is None:
+        raise CompactError(f"the recipe has a layer of unknown kind {edit.layer!r}; it needs a newer compactcli")
+    layer = kind.build(_submodule(model, edit.module), edit.options)
+    if edit.tensors:
+        layer.load_state_dict(dict(edit.tensors), assign=True)
+    model.set_submodule(edit.module, layer)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise CompactError(f"the recipe edits {path!r}, which the architecture does not have") from None
+
+
+def _refresh_(module: nn.Module) -> None:
+    """Let the numbers that a layer keeps about itself follow its tensors."""
+    if isinstance(module, _ConvNd):
+        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
+        transposed = isinstance(module, _ConvTransposeNd)
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, _NormBase):
+        for tensor in (module.running_mean, module.weight):
+            if tensor is not None:
+                module.num_features = len(tensor)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+
+
+def outputs(output: Any) -> list[Tensor]:
+    """Every tensor of a network's output, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return [tensor for item in items for tensor in outputs(item)]
