@@ -1,0 +1,791 @@
+"""Reads a checkpoint of any common format into named tensors. Nothing from the file is imported or run.
+
+A pickle is read as data. `torch.load(weights_only=True)` runs no foreign code either, but it calls its
+allow-listed constructors with whatever numbers the file holds: `bytearray(2**40)`, a legacy storage of
+2**40 elements, a view larger than its storage. Limits would need a second reader before it, and two
+readers can be made to disagree. So there is one, which calls nothing: a call becomes a `_Call`, a storage
+a `_Storage`, and only the tensors that are wanted are built from them, each checked against the bytes
+that are there. A file may thus hold any class beside its tensors, and optimizer state costs nothing.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pickletools
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CompactError
+
+# Limits, all far above what a real network needs.
+HEADER_BYTES = 100_000_000  # of a safetensors header; the format's own limit
+CONFIG_BYTES = 16 << 20
+ZIP_ENTRIES = 100_000
+PICKLE_OPERATIONS = 2_000_000  # about 40 per tensor; each costs at most some hundred bytes
+SHARED_RATIO = 256  # bytes named by all tensors together / bytes of the file (23 in a ResNet-56 with CSG)
+NAME_LENGTH = 1000  # of a class
+DIMENSIONS = 8
+ELEMENTS = 1 << 48
+
+# Where training scripts put the weights, the best ones first.
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema"),
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
+)
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "base_model.")
+# What else lies beside weights: numbers of the training run, and what thop and AveragedModel leave behind.
+NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step", "n_averaged"})
+COUNTERS = frozenset({"total_ops", "total_params"})
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+    "_UntypedStorage": torch.uint8,
+    # Known so that their bytes can be skipped; their tensors are refused.
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+}
+
+
+_File = io.BufferedReader | io.BytesIO
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file held: tensors on the CPU in the file's order, wrappers and prefixes peeled off."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]  # of safetensors, else empty; a recipe is metadata["compactcli"]
+    config: dict[str, Any] | None  # config.json of a folder
+    name: str  # bare name of the file or folder, or "stdin"
+    folder: Path | None  # where `name` lies; None for stdin
+    sha256: str  # of the weights file
+    size_bytes: int  # of the weights file
+    notes: tuple[str, ...]  # what was peeled or dropped, a line each
+
+
+def read(source: str | Path | bytes, *, trust_pickle: bool = False) -> Checkpoint:
+    """The checkpoint at a path, in a folder (config.json beside its weights), on stdin ("-"), or in bytes.
+
+    Only with `trust_pickle`, and only if the tensors cannot be had otherwise, is a pickled object
+    unpickled, which runs code from the file. Raises CompactError, with the name of the file in it, for
+    whatever is missing, damaged, hostile or no checkpoint.
+    """
+    if not isinstance(source, bytes) and str(source) == "-":
+        source = sys.stdin.buffer.read()
+        if not source:
+            raise CompactError("no model on stdin (did the command before it fail?)")
+    name = "stdin" if isinstance(source, bytes) else str(source)
+    try:
+        if isinstance(source, bytes):
+            return _read_file(io.BytesIO(source), name, None, None, trust_pickle)
+        return _read_path(Path(source), trust_pickle)
+    except CompactError as problem:
+        raise CompactError(f"{name}: {problem}") from None
+    except OSError as problem:
+        raise CompactError(f"{name}: cannot be read ({problem.strerror or problem})") from None
+    except RecursionError:
+        raise CompactError(f"{name}: nested too deeply for a checkpoint; the file is damaged or hostile") from None
+
+
+def _read_path(path: Path, trust_pickle: bool) -> Checkpoint:
+    if not path.exists():
+        raise CompactError("no such file")
+    absolute = Path(os.path.abspath(path))  # "." has no name; symbolic links stay as the user named them
+    weights, config = _folder(path) if path.is_dir() else (path, None)
+    with weights.open("rb") as file:
+        # A process substitution, <(curl ...), cannot seek.
+        seekable = file if file.seekable() else io.BytesIO(file.read())
+        return _read_file(seekable, absolute.name, absolute.parent, config, trust_pickle)
+
+
+def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The weights file and the config.json of a timm or Hugging Face folder."""
+    if not (path / "config.json").is_file():
+        raise CompactError("a folder without config.json; give the weights file in it instead")
+    with (path / "config.json").open("rb") as file:
+        text = file.read(CONFIG_BYTES + 1)
+    if len(text) > CONFIG_BYTES:
+        raise CompactError(f"config.json is larger than {CONFIG_BYTES} bytes")
+    config = _json(text, "config.json")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name, config
+    raise CompactError("the folder has config.json but neither model.safetensors nor pytorch_model.bin (one file, not shards)")
+
+
+def _read_file(file: _File, name: str, folder: Path | None, config: dict[str, Any] | None, trust_pickle: bool) -> Checkpoint:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(512)
+    file.seek(0)
+    metadata: dict[str, str] = {}
+    # The content tells the format; .pt, .pth, .th, .t7, .bin, .ckpt and .tar are all in use for all of them.
+    if head[8:9] == b"{":
+        entries, metadata = _safetensors(file, size)
+        # A recipe knows its tensors by the names they have.
+        tensors, notes = (entries, []) if "compactcli" in metadata else peel(entries)
+    elif head.startswith(b"PK\x03\x04"):
+        tensors, notes = _from_pickle(_zip(file, size), file, size, trust_pickle)
+    elif head.startswith(b"\x80"):
+        tensors, notes = _from_pickle(_legacy(file, size), file, size, trust_pickle)
+    else:
+        raise CompactError(_stranger(head))
+    return Checkpoint(tensors, metadata, config, name, folder, digest, size, tuple(notes))
+
+
+def _stranger(head: bytes) -> str:
+    """What a file is that is no checkpoint, from its first bytes."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "the file is empty"
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "this is an HTML page, not a checkpoint; the download probably failed"
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a git-lfs pointer, not the checkpoint itself; run git lfs pull"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or head[257:262] == b"ustar":
+        return "this is a compressed file or a tar archive; unpack it first"
+    if head.startswith(b"\x89HDF"):
+        return "this is an HDF5 file (Keras?); only PyTorch and safetensors checkpoints are read"
+    return f"not a checkpoint (it begins with {head[:8]!r}); wanted a file of torch.save or safetensors"
+
+
+@contextmanager
+def _damage(part: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns what a parser raises over broken input into one line."""
+    caught: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, EOFError, *errors)
+    try:
+        yield
+    except caught as problem:
+        detail = " ".join(str(problem).split())[:100]
+        raise CompactError(f"the {part} is damaged or cut short ({detail or type(problem).__name__})") from None
+
+
+def _short(name: str) -> str:
+    """A name from the file, fit for a line of text."""
+    return name if name.isprintable() and len(name) <= 80 else f"{name[:60]!r}..."
+
+
+def _bytes(stream: io.BufferedIOBase, count: int) -> Tensor:
+    """The next `count` bytes of a stream as uint8; the caller knows that the file is as large."""
+    data = torch.empty(count, dtype=torch.uint8)
+    buffer: Any = data.numpy()
+    if stream.readinto(buffer) != count:
+        raise CompactError("the file is cut short; download or copy it again")
+    return data
+
+
+def _safetensors(file: _File, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, HEADER_BYTES):
+        raise CompactError(
+            f"the safetensors header should be {length} bytes, the file has {size} and {HEADER_BYTES} are allowed; "
+            "the file is damaged or cut short"
+        )
+    header = _json(file.read(length), "safetensors header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CompactError("the metadata of the safetensors header is not a table of strings")
+    entries = {name: _entry(name, value) for name, value in header.items()}
+    position = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise CompactError(f"{_short(name)} begins at byte {begin} of the data, not at {position} where the one before ends")
+        position = end
+    if position != size - 8 - length:
+        raise CompactError(
+            f"the tensors should take {position} bytes, the file has {size - 8 - length}; it is cut short or damaged"
+        )
+    tensors = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        file.seek(8 + length + begin)
+        tensors[name] = _bytes(file, end - begin).view(dtype).reshape(shape)
+    return tensors, metadata
+
+
+def _entry(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and last byte plus one of a tensor, from its place in the header."""
+    match value:
+        case {"dtype": str() as code, "shape": list() as shape, "data_offsets": [int() as begin, int() as end]}:
+            pass
+        case _:
+            raise CompactError(f"{_short(name)} is not described as safetensors does (dtype, shape, data_offsets)")
+    if code not in _DTYPES:
+        raise _unsupported(name, f"of type {_short(code)}")
+    dtype = _DTYPES[code]
+    _check_shape(name, shape)
+    if not 0 <= begin <= end <= 1 << 62 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise CompactError(f"{_short(name)} is {code} {shape}, which is not what the header's offsets leave for it")
+    return dtype, tuple(shape), begin, end
+
+
+def _check_shape(name: str, shape: Sequence[Any]) -> None:
+    """Raises CompactError unless torch can hold a tensor of this shape without overflow."""
+    whole = len(shape) <= DIMENSIONS and all(type(n) is int and 0 <= n <= ELEMENTS for n in shape)
+    if not whole or math.prod(max(n, 1) for n in shape) > ELEMENTS:
+        raise CompactError(f"{_short(name)} has an impossible shape; the file is damaged or hostile")
+
+
+def _json(text: bytes, part: str) -> dict[str, Any]:
+    with _damage(part):
+        value = json.loads(text.decode())
+    if not isinstance(value, dict):
+        raise CompactError(f"the {part} is not a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name of a class or function, as "module.name". Never looked up."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call that the pickle asks for and nobody makes."""
+
+    function: str
+    arguments: tuple[Any, ...]
+    state: Any = None  # what __setstate__ would get
+
+    @property
+    def is_tensor(self) -> bool:
+        module, _, name = self.function.rpartition(".")
+        return module.split(".")[0] == "torch" and (
+            name.startswith("_rebuild_") or name.endswith("Tensor") or name == "Parameter"
+        )
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """A run of elements: `length` of them from `start`, in the bytes that the file keeps under `key`."""
+
+    dtype: torch.dtype
+    key: str
+    start: int
+    length: int
+
+
+@dataclass
+class _Content:
+    """What a torch file says, and how to get at the bytes of a storage by its key."""
+
+    tree: Any
+    load: Callable[[str], Tensor]
+    objects: list[str]  # classes and functions the pickle names and that stay unread
+
+
+# Calls that say no more than their argument, or that people keep beside weights and nobody misses.
+_MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict"})
+_HARMLESS = frozenset(
+    {
+        *("torch.Size", "torch.device", "argparse.Namespace", "collections.Counter", "_codecs.encode", "pathlib.PosixPath"),
+        *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "builtins.set", "__builtin__.set"),
+    }
+)
+_RECONSTRUCTORS = frozenset({"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"})
+
+
+class _Pickle:
+    """One pickle from a stream, interpreted without calling anything. Afterwards the stream is behind it.
+
+    No operation may cost more than its own length, or a small file could take for ever: nothing from
+    the file is hashed, compared, copied or printed but strings and numbers, and names are kept short.
+    """
+
+    def __init__(self, file: _File) -> None:
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []  # the stacks below the marks
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, _Storage] = {}
+        self.objects: dict[str, None] = {}  # an ordered set
+        with _damage("pickle"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # pickletools' own, over a backslash in a name
+            for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+                if count >= PICKLE_OPERATIONS:
+                    raise CompactError(f"the pickle has more than {PICKLE_OPERATIONS} operations; no state_dict is that long")
+                self._do(operation.name, argument)
+            self.tree = self.stack.pop()
+
+    def _do(self, operation: str, argument: Any) -> None:
+        """One operation of the pickle machine; `pickletools` describes each."""
+        stack = self.stack
+        match operation:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.outer.append(stack)
+                self.stack = []
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(operation == "NEWTRUE")
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "EMPTY_LIST" | "EMPTY_SET":  # a set would hash what the file gives it
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self._pop(int(operation[-1]))))
+            case "TUPLE" | "LIST" | "FROZENSET":
+                items = self._marked()
+                self.stack.append(tuple(items) if operation == "TUPLE" else items)
+            case "DICT":
+                items = self._marked()
+                self.stack.append({})
+                self._put_items(items)
+            case "APPEND":
+                self._extend(self._pop(1))
+            case "APPENDS" | "ADDITEMS":
+                self._extend(self._marked())
+            case "SETITEM":
+                self._put_items(self._pop(2))
+            case "SETITEMS":
+                self._put_items(self._marked())
+            case "POP":
+                self._pop(1)
+            case "POP_MARK":
+                self._marked()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "GLOBAL":
+                stack.append(_name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack.append(_name(*self._pop(2)))
+            case "REDUCE" | "NEWOBJ":
+                self._call(*self._pop(2))
+            case "NEWOBJ_EX":
+                self._call(*self._pop(3)[:2])
+            case "INST":
+                self._call(_name(*argument.split(" ", 1)), tuple(self._marked()))
+            case "OBJ":
+                function, *arguments = self._marked()
+                self._call(function, tuple(arguments))
+            case "BUILD":
+                (state,) = self._pop(1)
+                if isinstance(stack[-1], _Call):  # a dictionary's attributes, such as _metadata, are left out
+                    stack[-1].state = state
+            case "BINPERSID":
+                stack.append(self._persistent(*self._pop(1)))
+            case "PERSID" | "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER" | "READONLY_BUFFER":
+                raise ValueError(f"operation {operation} has no place in a checkpoint")
+            case _:  # a number or a string
+                stack.append(argument)
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise IndexError("stack underflow")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        return items
+
+    def _marked(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        items, self.stack = self.stack, self.outer.pop()
+        return items
+
+    def _extend(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+    def _put_items(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], dict):
+            self.stack[-1].update(_named(zip(items[::2], items[1::2], strict=True)))
+
+    def _call(self, function: Any, arguments: Any) -> None:
+        if not isinstance(arguments, tuple):
+            raise ValueError("a call without a tuple of arguments")
+        match function:
+            case _Global(name=name) | _Call(function=name):
+                pass
+            case _:
+                raise ValueError("a call of something that has no name")
+        if name in _MAPPINGS:
+            self.stack.append(_mapping(arguments))
+            return
+        if name in _RECONSTRUCTORS and arguments and isinstance(arguments[0], _Global):
+            name = arguments[0].name
+        call = _Call(name, arguments)
+        if name not in _HARMLESS and not call.is_tensor:
+            self.objects[name] = None
+        self.stack.append(call)
+
+    def _persistent(self, identity: Any) -> Any:
+        """What torch put outside the pickle: a storage, or the class of a module (old files add its source)."""
+        match identity if isinstance(identity, tuple) and len(identity) <= 6 else None:
+            case ("module", _Global() as module, *_):
+                return module
+            case ("storage", _Global(name=kind), str() as key, _, int() as length, *view):
+                dtype = _STORAGE_DTYPES.get(kind.rpartition(".")[2])
+            case _:
+                raise ValueError("a persistent id that is no storage")
+        if dtype is None or length < 0:
+            raise ValueError(f"a storage of kind {_short(kind)} with {length} elements")
+        whole = _Storage(dtype, key, 0, length)
+        self.storages.setdefault(key, whole)
+        match view:
+            case [(_, int() as start, int() as part)]:  # a part of the storage, in files of torch before 0.4
+                return _Storage(dtype, key, start, part)
+        return whole
+
+
+def _name(module: Any, name: Any) -> _Global:
+    if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > NAME_LENGTH:
+        raise ValueError("a class without a proper name")
+    return _Global(f"{module}.{name}")
+
+
+def _mapping(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What OrderedDict(*arguments) and its like would hold: nothing yet, a table, or (Python 2) a list of pairs."""
+    match arguments:
+        case (dict() as table,):
+            return table  # not a copy: a thousand calls could share it
+        case (list() as pairs,):
+            table = dict(_named(pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2))
+            pairs.clear()  # for the same reason
+            return table
+    return {}
+
+
+def _named(pairs: Iterable[Any]) -> list[tuple[str, Any]]:
+    """The pairs whose key is a string, the only ones that can name a tensor."""
+    return [(key, value) for key, value in pairs if isinstance(key, str)]
+
+
+def _zip(file: _File, size: int) -> _Content:
+    """A file of torch.save since 1.6: a zip archive with data.pkl and data/<key>, nothing compressed."""
+    if _count(file, b"PK\x01\x02") > ZIP_ENTRIES:
+        raise CompactError(f"the zip archive has more than {ZIP_ENTRIES} entries; no checkpoint has as many")
+    broken = (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, OverflowError, OSError)
+    with _damage("zip archive", *broken):
+        archive = zipfile.ZipFile(file)
+    entries = {info.filename: info for info in archive.infolist()}
+    if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
+        raise CompactError("the zip archive is compressed, which torch.save never does; unpack it first")
+    if sum(info.file_size for info in archive.infolist()) > size:
+        raise CompactError("the zip archive declares more bytes than the file has; it is damaged or hostile")
+    for info in entries.values():
+        if info.CRC == 0:  # torch.serialization.set_crc32_options(False) leaves the checksums out
+            del info.CRC
+    root = next((name.removesuffix("data.pkl") for name in entries if name.rpartition("/")[2] == "data.pkl"), None)
+    if root is None:
+        raise CompactError("a zip archive without data.pkl, so not one of torch.save; unpack it, or save model.state_dict()")
+    if f"{root}constants.pkl" in entries:
+        raise CompactError("this is a TorchScript archive, which holds code; save model.state_dict() with torch.save instead")
+
+    def content(name: str) -> Tensor:
+        if name not in entries:
+            raise CompactError(f"the zip archive has no {_short(name)}, which the pickle refers to; it is damaged")
+        with _damage("zip archive", *broken), archive.open(entries[name]) as stream:
+            return _bytes(cast(zipfile.ZipExtFile, stream), entries[name].file_size)
+
+    if f"{root}byteorder" in entries and bytes(content(f"{root}byteorder").numpy()) != b"little":
+        raise CompactError("the file was saved on a big-endian machine; load and save it on a little-endian one")
+    pickled = _Pickle(io.BytesIO(content(f"{root}data.pkl").numpy().tobytes()))
+    return _Content(pickled.tree, functools.cache(lambda key: content(f"{root}data/{key}")), list(pickled.objects))
+
+
+def _count(file: _File, mark: bytes) -> int:
+    """How often the bytes `mark` occur in a file. Leaves it at its start."""
+    count, tail = 0, b""
+    file.seek(0)
+    while block := file.read(1 << 20):
+        count += (tail + block).count(mark)
+        tail = block[1 - len(mark) :]
+    file.seek(0)
+    return count
+
+
+def _legacy(file: _File, size: int) -> _Content:
+    """A file of torch.save before 1.6: five pickles, then each storage as its length and its elements."""
+    if _Pickle(file).tree != 0x1950A86A20F9469CFC6C:
+        raise CompactError("a pickle that torch.save did not write; load it and save the state_dict with torch.save")
+    if _Pickle(file).tree != 1001:
+        raise CompactError("a format of torch.save that this compactcli does not know; wanted version 1001")
+    system = _Pickle(file).tree
+    if isinstance(system, dict) and system.get("little_endian") is False:
+        raise CompactError("the file was saved on a big-endian machine; load and save it on a little-endian one")
+    pickled = _Pickle(file)
+    keys = _Pickle(file).tree
+    places: dict[str, tuple[int, int]] = {}
+    position = file.tell()
+    for key in keys if isinstance(keys, list) else []:
+        if not isinstance(key, str) or key not in pickled.storages:
+            raise CompactError("a storage in the file belongs to no tensor; the file is damaged")
+        file.seek(position)
+        count = int.from_bytes(file.read(8), "little") * pickled.storages[key].dtype.itemsize
+        places[key] = (position + 8, count)
+        position += 8 + count
+        if position > size:
+            raise CompactError(f"the storages should end at byte {position} or later, the file has {size}; it is cut short")
+
+    def content(key: str) -> Tensor:
+        if key not in places:
+            raise CompactError(f"the bytes of storage {_short(key)} are missing; the file is damaged")
+        file.seek(places[key][0])
+        return _bytes(file, places[key][1])
+
+    return _Content(pickled.tree, functools.cache(content), list(pickled.objects))
+
+
+class _NeedsTrustError(CompactError):
+    """The tensors are inside an object that only unpickling can open."""
+
+
+def _from_pickle(content: _Content, file: _File, size: int, trust_pickle: bool) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        entries, notes = peel(content.tree)
+    except _NeedsTrustError:
+        if not trust_pickle:
+            raise
+        entries, notes = peel(_unpickled(file))
+        notes.insert(0, "unpickled the file (--trust-pickle), which ran code from it")
+    else:
+        if content.objects:
+            names = ", ".join(_short(name) for name in content.objects[:3])
+            notes.append(f"left {len(content.objects)} pickled classes unread and unrun: {names}")
+    tensors = {
+        name: _plain(name, value) if isinstance(value, Tensor) else _build(name, value, content)
+        for name, value in entries.items()
+    }
+    named = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    if named > SHARED_RATIO * size:
+        raise CompactError(
+            f"its tensors name {named} bytes, more than {SHARED_RATIO} times the {size} of the file; it is hostile"
+        )
+    return tensors, notes
+
+
+def _unpickled(file: _File) -> Any:
+    """What torch.load makes of the file, running its code. Modules become their state_dicts."""
+    file.seek(0)
+    try:
+        tree = torch.load(file, map_location="cpu", weights_only=False)
+    except Exception as problem:  # foreign code raises what it likes
+        detail = " ".join(str(problem).split())[:160]
+        raise CompactError(f"unpickling failed: {detail}; run where its classes can be imported (PYTHONPATH)") from problem
+    if isinstance(tree, nn.Module):
+        return tree.state_dict()
+    if isinstance(tree, dict):
+        return {key: value.state_dict() if isinstance(value, nn.Module) else value for key, value in tree.items()}
+    return tree
+
+
+def _unsupported(name: str, kind: str) -> CompactError:
+    return CompactError(
+        f"{_short(name)} is {kind}; only dense tensors of real numbers are read; "
+        "convert it (.dequantize(), .to_dense(), .real) and save again"
+    )
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """A tensor that unpickling made, without its gradient."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        raise _unsupported(name, f"a {type(tensor).__name__} with layout {tensor.layout} on {tensor.device}")
+    if tensor.dtype not in _DTYPES.values():
+        raise _unsupported(name, f"of type {tensor.dtype}")
+    return tensor.detach()
+
+
+def _build(name: str, call: _Call, content: _Content) -> Tensor:
+    """The tensor that a call would make, as a view of its storage."""
+    storage, dtype, offset, size, stride = _view(name, call)
+    if dtype not in _DTYPES.values():
+        raise _unsupported(name, f"of type {dtype}")
+    _check_shape(name, size)
+    if len(stride) != len(size) or not all(type(n) is int and 0 <= n <= ELEMENTS for n in (*stride, offset)):
+        raise CompactError(f"{_short(name)} has impossible strides; the file is damaged or hostile")
+    count = math.prod(size)
+    if count == 0:
+        return torch.empty(size, dtype=dtype)
+    data = content.load(storage.key)
+    begin = storage.start * storage.dtype.itemsize
+    end = begin + storage.length * storage.dtype.itemsize
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if not 0 <= begin <= end <= len(data) or max(count, last + 1) * dtype.itemsize > end - begin:
+        raise CompactError(
+            f"{_short(name)} {size} does not fit in its storage of {len(data)} bytes; the file is damaged or hostile"
+        )
+    typed = data[begin : begin + (end - begin) // dtype.itemsize * dtype.itemsize].view(dtype)
+    return typed.as_strided(size, stride, typed.storage_offset() + offset)
+
+
+def _view(name: str, call: _Call, depth: int = 0) -> tuple[_Storage, torch.dtype, Any, tuple[Any, ...], tuple[Any, ...]]:
+    """Storage, dtype, offset, shape and strides of the tensor that a call would make."""
+    if depth > 4 or len(call.arguments) > 16:
+        raise _unsupported(name, "wrapped in other tensors too often")
+    match call.function.rpartition(".")[2], call.arguments, call.state:
+        case "_rebuild_tensor" | "_rebuild_tensor_v2", (_Storage() as storage, offset, size, stride, *rest), _:
+            if len(rest) == 3 and rest[2]:
+                raise _unsupported(name, "a conjugated or negated view")
+            return storage, storage.dtype, offset, _sizes(size), _sizes(stride)
+        case "_rebuild_tensor_v3", (_Storage() as storage, offset, size, stride, _, _, _Global(name=kind), *_), _:
+            dtype = next((dtype for dtype in _DTYPES.values() if str(dtype) == kind), None)
+            if dtype is None:
+                raise _unsupported(name, f"of type {_short(kind)}")
+            return storage, dtype, offset, _sizes(size), _sizes(stride)
+        case "_rebuild_from_type" | "_rebuild_from_type_v2", (_Global(name=function), _, tuple() as arguments, *_), _:
+            return _view(name, _Call(function, arguments), depth + 1)
+        case (
+            "_rebuild_parameter" | "_rebuild_parameter_with_state" | "_rebuild_device_tensor_from_cpu_tensor" | "Parameter",
+            (_Call() as inner, *_),
+            _,
+        ):
+            return _view(name, inner, depth + 1)
+        # torch before 0.4: a tensor's state is its view, a parameter's begins with its tensor.
+        case _, _, (_Storage() as storage, offset, size, stride):
+            return storage, storage.dtype, offset, _sizes(size), _sizes(stride)
+        case _, _, (_Call() as inner, _, _, _, _):
+            return _view(name, inner, depth + 1)
+        case function, _, _:
+            raise _unsupported(name, f"a tensor made by {_short(function)}")
+
+
+def _sizes(value: Any) -> tuple[Any, ...]:
+    """A shape, which old files wrap in a torch.Size."""
+    if isinstance(value, _Call) and value.function == "torch.Size" and value.arguments:
+        value = value.arguments[0]
+    return tuple(value) if isinstance(value, (tuple, list)) else (None,)
+
+
+def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
+    """Name -> tensor without the wrappers, leftovers and prefixes that training scripts add; a note for each.
+
+    Raises CompactError if there are no tensors, saying what there is instead.
+    """
+    table, path = _unwrap(tree, set()) or ({}, [])
+    entries = {name: value for name, value in table.items() if name.rpartition(".")[2] not in COUNTERS}
+    if not entries:
+        raise _nothing(tree)
+    notes = []
+    if path:
+        beside = [key for key in tree if isinstance(key, str) and key != path[0]]
+        others = f" (beside {_some(beside)})" if beside else ""
+        notes.append(f"took {' / '.join(_short(name) for name in path)}{others}")
+    if len(entries) < len(table):
+        notes.append(f"dropped {len(table) - len(entries)} counters that thop left behind (total_ops, total_params)")
+    if prefix := _shared_prefix(list(entries)):
+        notes.append(f"stripped the prefix {prefix} from all {len(entries)} names")
+    return {name.removeprefix(prefix): value for name, value in entries.items()}, notes
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """The longest run of PREFIXES that all names begin with and something follows."""
+    shared = ""
+    for _ in range(8):  # wrappers nest a few times; a hostile name could hold a million prefixes
+        for prefix in PREFIXES:
+            longer = shared + prefix
+            if all(name.startswith(longer) and name != longer for name in names):
+                shared = longer
+                break
+    return shared
+
+
+def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | None:
+    """The tensors in a tree and the keys that lead to them; None if there are none. `seen`: tables known to have none."""
+    if not isinstance(tree, dict) or id(tree) in seen:
+        return None
+    seen.add(id(tree))
+    for name in WRAPPERS:
+        if found := _unwrap(tree.get(name), seen):
+            return found[0], [name, *found[1]]
+    if weights := _weights(tree):
+        return weights, []
+    # Under no name we know: then the only table of tensors. By identity, since a hostile tree may name one a million times.
+    tables = {id(value): key for key, value in tree.items() if isinstance(value, dict) and id(value) not in seen}
+    unnamed = {key: weights for key in tables.values() if (weights := _weights(tree[key]))}
+    if len(unnamed) > 1:
+        raise CompactError(f"holds several networks ({_some(list(unnamed))}); save the state_dict of one of them")
+    return next(((weights, [name]) for name, weights in unnamed.items()), None)
+
+
+def _weights(tree: dict[Any, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if isinstance(key, str) and key not in NUMBERS and _is_tensor(value)}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, _Call) and value.is_tensor)
+
+
+def _nothing(tree: Any) -> CompactError:
+    """Why there are no tensors in a tree."""
+    blocked = next((call.function for call in _calls(tree) if call is tree or call.function not in _HARMLESS), None)
+    if blocked is not None:
+        return _NeedsTrustError(
+            f"holds a pickled object of class {_short(blocked)}; only --trust-pickle unpickles it, "
+            "which runs code from the file; better: save model.state_dict()"
+        )
+    if _is_tensor(tree):
+        return CompactError("holds a single tensor without a name; wanted a state_dict")
+    if isinstance(tree, dict):
+        keys = _some([key for key in tree if isinstance(key, str)]) or "an empty table"
+        return CompactError(f"no tensors in the file, only {keys}; wanted a state_dict")
+    return CompactError(f"holds a {type(tree).__name__.strip('_').lower()}; wanted a state_dict")
+
+
+def _calls(tree: Any) -> Iterator[_Call]:
+    """The objects in a tree that are no tensors, those under a wrapper's name first."""
+    waiting, seen = [tree], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, _Call) and not item.is_tensor:
+            yield item
+        elif isinstance(item, dict) and id(item) not in seen:
+            seen.add(id(item))
+            waiting += [item[key] for key in sorted(item, key=lambda key: key in WRAPPERS)]
+
+
+def _some(names: list[str]) -> str:
+    """The first six names, for a line of text."""
+    return ", ".join(_short(name) for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
