@@ -1,0 +1,346 @@
+"""The training loop: determinism, best weights, distillation, hooks, and what it never touches."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compactcli import cifar, data, measure, train
+from compactcli.errors import CompactError, UsageError
+from compactcli.methods import Method, Progress
+from compactcli.recipe import Preprocessing
+
+PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
+QUICK = train.Settings(epochs=3, batch_size=16, lr=0.1, precision="float32", weight_decay=0.0)
+
+
+def network(seed: int = 0, classes: int = 3, dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(dropout), nn.Linear(8, classes))
+
+
+def untouchable(index: Tensor) -> Tensor:
+    raise AssertionError("the test images were read")
+
+
+def dataset(count: int = 120, classes: int = 3) -> data.Dataset:
+    """Noise, brighter in the channel of its class: separable after a few steps. Its test images must not be read."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % classes
+    images = torch.randint(0, 128, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    images[torch.arange(count), labels] += 100
+    test = data.Split("test", torch.zeros(4, dtype=torch.int64), (3, 8, 8), torch.arange(4), untouchable)
+    return data.Dataset("colours", False, ("red", "green", "blue"), data.from_tensors(images, labels, "train"), test)
+
+
+def fit(model: nn.Module, settings: train.Settings = QUICK, **options: Any) -> train.History:
+    return train.fit_(model, options.pop("dataset", dataset()), PREPROCESSING, settings, **options)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def settings(**values: Any) -> train.Settings:
+    return train.Settings(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "precision": "float32", "weight_decay": 0.0, **values})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_seed_gives_the_same_weights(precision: str) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model = network()
+        torch.rand(seed + len(results))  # torch's global random state is not the same
+        fit(model, settings(precision=precision, seed=seed), keep="last")
+        results.append(weights(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_it_learns(optimizer: str) -> None:
+    model = network(dropout=0)
+    history = fit(model, settings(epochs=10, optimizer=optimizer, lr=0.05))
+    assert history.epochs[0].accuracy < 80
+    assert history.best_accuracy > 95
+    losses = [record.loss for record in history.epochs[1:] if record.loss is not None]
+    assert losses[-1] < losses[0] / 2
+    assert [record.epoch for record in history.epochs] == list(range(11))
+
+
+def test_the_model_comes_back_ready_to_be_saved() -> None:
+    model, teacher = network(), network(1)
+    fit(model, teacher=teacher)
+    for part in (model, teacher):
+        assert not part.training
+        assert all(tensor.is_contiguous() for tensor in part.state_dict().values())
+
+
+class Spoil(Method):
+    """Turns the last layer's sign at every step from epoch `start` on."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def project(self, model: nn.Module, progress: Progress) -> None:
+        if progress.epoch >= self.start:
+            with torch.no_grad():
+                model.get_parameter("6.weight").mul_(-1)
+
+
+def test_the_best_weights_are_restored() -> None:
+    at_the_end: list[dict[str, Tensor]] = []
+
+    class Remember(Method):
+        def done(self, model: nn.Module) -> bool:
+            at_the_end.append(weights(model))
+            return False
+
+    model = network(dropout=0)
+    history = fit(model, settings(epochs=8), hooks=[Spoil(6), Remember()])
+    assert 0 < history.best_epoch <= 6
+    assert history.best_accuracy == max(record.accuracy for record in history.epochs)
+    assert same(weights(model), at_the_end[history.best_epoch - 1])
+    assert not same(weights(model), at_the_end[-1])
+
+
+def test_a_model_never_gets_worse() -> None:
+    model = network(dropout=0)
+    fit(model, settings(epochs=10))
+    before = weights(model)
+    history = fit(model, settings(epochs=2, lr=0.0), hooks=[Spoil(0)])
+    assert history.best_epoch == 0
+    assert same(weights(model), before)
+
+
+def test_a_search_keeps_its_last_weights() -> None:
+    model = network()
+    before = weights(model)
+    fit(model, settings(epochs=1, lr=0.0), hooks=[Spoil(0)], keep="last")  # 7 steps, each turns the sign
+    assert torch.equal(model.get_parameter("6.weight"), -before["6.weight"])
+
+
+def test_a_learning_rate_of_zero_changes_only_batch_norm_statistics() -> None:
+    model = network()
+    before = weights(model)
+    fit(model, settings(epochs=1, lr=0.0, weight_decay=0.1), keep="last")
+    after = weights(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+def test_no_epochs_measure_and_change_nothing() -> None:
+    model = network()
+    before = weights(model)
+    history = fit(model, settings(epochs=0))
+    assert len(history.epochs) == 1
+    assert same(weights(model), before)
+
+
+def test_a_teacher_alone_is_imitated() -> None:
+    """A teacher that is sure of other classes than the labels: imitating it is not learning the labels."""
+    teacher = network(3, dropout=0)
+    fit(teacher, settings(epochs=10))
+    with torch.no_grad():
+        for name in ("6.weight", "6.bias"):
+            teacher.get_parameter(name).copy_(teacher.get_parameter(name).roll(1, 0))
+    teacher.zero_grad()
+    state = weights(teacher)
+    train_split = dataset().train
+    assert train_split is not None
+    inputs = data.normalise(train_split.images(), PREPROCESSING)
+
+    def distance(student: nn.Module) -> float:
+        with torch.no_grad():
+            return float((student.eval()(inputs).softmax(1) - teacher(inputs).softmax(1)).abs().mean())
+
+    student = network(0, dropout=0)
+    before = distance(student)
+    fit(student, settings(epochs=10, distill_weight=1.0), teacher=teacher, keep="last")
+    assert distance(student) < before / 4
+    assert same(weights(teacher), state)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_distillation_loss_is_hintons() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(2, 5, 3, generator=generator)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    p = (targets / 4).softmax(1)
+    divergence = (p * (p.log() - (outputs / 4).softmax(1).log())).sum(1).mean()
+    plain = -outputs.softmax(1).log()[torch.arange(5), labels].mean()
+    loss = train._loss(outputs, labels, targets, settings(distill_weight=0.3))
+    assert torch.allclose(loss, 0.7 * plain + 0.3 * 16 * divergence)
+    assert torch.allclose(train._loss(outputs, labels, None, settings()), plain)
+
+
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    with pytest.raises(CompactError, match="the teacher has 4 classes, the network 3; try another --teacher"):
+        fit(network(), teacher=network(classes=4))
+
+
+def test_hooks_are_called_in_order() -> None:
+    calls: list[str] = []
+
+    class Watch(Method):
+        def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+            calls.append("groups")
+            return [{"params": [model.get_parameter("6.weight")], "lr": 0.2}]
+
+        def regularise(self, model: nn.Module, progress: Progress) -> None:
+            self.before = model.get_parameter("6.weight").detach().clone()
+            gradient = model.get_parameter("6.weight").grad
+            assert gradient is not None
+            gradient.fill_(1.0)
+            calls.append(f"regularise {progress.step}")
+            self.rate = progress.learning_rates[1]
+
+        def project(self, model: nn.Module, progress: Progress) -> None:
+            step = (self.before - model.get_parameter("6.weight"))[0, 0].item()
+            # The optimizer took the gradient that `regularise` left: Nesterov's first step is (1 + 0.9) lr.
+            assert progress.step or step == pytest.approx(1.9 * self.rate, rel=1e-4)
+            calls.append(f"project {progress.step} in epoch {progress.epoch} at {progress.share:.2f}")
+
+        def done(self, model: nn.Module) -> bool:
+            calls.append("done")
+            return True
+
+    ended = fit(network(), settings(epochs=2, schedule="constant", batch_size=54, warmup_epochs=0), hooks=[Watch()])
+    assert len(ended.epochs) == 2  # before training, and the one epoch until a hook said done
+    steps = ["regularise 0", "project 0 in epoch 0 at 0.00", "regularise 1", "project 1 in epoch 0 at 0.25"]
+    assert calls == ["groups", *steps, "done"]
+
+
+def test_learning_rates_warm_up_and_fall() -> None:
+    seen: list[tuple[float, ...]] = []
+
+    class Watch(Method):
+        def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+            return [{"params": list(model.parameters()), "lr": 0.2}]  # leaves the plain group empty
+
+        def project(self, model: nn.Module, progress: Progress) -> None:
+            seen.append(progress.learning_rates)
+
+    fit(network(), settings(epochs=10, batch_size=54), hooks=[Watch()])
+    plain, own = zip(*seen, strict=True)
+    assert plain[:3] == pytest.approx((0.1 / 3, 0.2 / 3, 0.1))  # a tenth of 20 steps of warm-up
+    assert list(plain[2:]) == sorted(plain[2:], reverse=True)
+    assert plain[-1] < 0.001
+    assert own == pytest.approx([2 * rate for rate in plain])
+
+
+def test_frozen_parameters_stay() -> None:
+    model = network()
+    model.get_parameter("0.weight").requires_grad_(False)
+    before = weights(model)
+    fit(model, settings(weight_decay=0.1), keep="last")
+    assert torch.equal(model.get_parameter("0.weight"), before["0.weight"])
+    assert not torch.equal(model.get_parameter("6.weight"), before["6.weight"])
+
+
+def test_a_last_batch_of_one_image_is_left_out() -> None:
+    steps: list[tuple[int, int]] = []
+    fit(network(), settings(epochs=1, batch_size=107), progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 1)]  # 108 images
+
+
+class Break(Method):
+    """Makes the weights infinite at step `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def project(self, model: nn.Module, progress: Progress) -> None:
+        if progress.step == self.step:
+            with torch.no_grad():
+                model.get_parameter("6.weight").fill_(torch.inf)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_best_weights() -> None:
+    lines: list[str] = []
+    model = network()
+    history = fit(model, hooks=[Break(9)], log=lines.append)
+    assert lines[-1] == "stopped: the loss is not finite at step 10 of 21; try a lower --lr"
+    assert len(history.epochs) == 2
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_a_loss_that_is_not_finite_is_an_error_where_there_is_no_way_back() -> None:
+    with pytest.raises(CompactError, match="the loss is not finite at step 10 of 21; try a lower --lr"):
+        fit(network(), hooks=[Break(9)], keep="last")
+    broken = network()
+    with torch.no_grad():
+        broken.get_parameter("6.weight").fill_(torch.nan)
+    with pytest.raises(CompactError, match="the network's outputs are not finite before training"):
+        fit(broken)
+
+
+def test_each_epoch_has_a_line() -> None:
+    lines: list[str] = []
+    fit(network(), log=lines.append)
+    assert lines[0].startswith("before training: validation ")
+    assert [line.partition(":")[0] for line in lines[1:]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert all("images/s" in line and "left" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: data.Dataset("mine", False, None, None, own.test), "the data mine has no training images"),
+        (
+            lambda own: data.Dataset("mine", False, None, data.from_tensors(own.train.images(), None, "all"), None),
+            "have no labels",
+        ),
+        (
+            lambda own: data.Dataset("mine", False, None, own.train.subset(torch.arange(3)), None),
+            "too few to train and to validate",
+        ),
+    ],
+)
+def test_data_that_cannot_train(change: Callable[[data.Dataset], data.Dataset], message: str) -> None:
+    with pytest.raises(CompactError, match=message):
+        fit(network(), dataset=change(dataset()))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": -1}, "epochs is -1; it must be 0 or more"),
+        ({"lr": -0.1}, "lr is -0.1"),
+        ({"batch_size": 1}, "batch-size is 1; it must be 2 or more, for batch-norm"),
+        ({"distill_weight": 1.5}, "distill-weight is 1.5; it must be from 0 to 1"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"optimizer": "adam"}, "optimizer is adam; it must be sgd or adamw"),
+        ({"schedule": "step"}, "schedule is step"),
+        ({"validation_share": 0.0}, "validation-share is 0.0"),
+        ({"precision": "half"}, "precision is half"),
+    ],
+)
+def test_settings_are_checked(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train.Settings(**values)
+
+
+def test_the_learning_rate_fits_the_optimizer() -> None:
+    assert train.Settings().peak_lr == 0.05
+    assert train.Settings(optimizer="adamw").peak_lr == 0.001
+    assert train.Settings(optimizer="adamw", lr=0.3).peak_lr == 0.3
+
+
+def test_the_demos_checkpoint_is_as_good_as_its_script_says() -> None:
+    model = cifar.NETWORKS["resnet20"](in_channels=1, num_classes=10)
+    file = Path(__file__).parents[1] / "examples" / "digits-resnet20.pt"
+    model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    preprocessing = Preprocessing(mean=(0.5,), std=(0.5,))
+    digits = data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=preprocessing)
+    assert digits.test is not None
+    tested = measure.accuracy(model, data.batches(digits.test, preprocessing, 256, "cpu"))
+    assert tested.top1 == pytest.approx(98.80, abs=0.25)
