@@ -38,6 +38,16 @@ class Layer:
     transposed: bool
 
     @property
+    def out_axis(self) -> int:
+        """The axis of the weight that makes outputs."""
+        return int(self.transposed)
+
+    @property
+    def in_axis(self) -> int:
+        """The axis of the weight that reads inputs (within a group)."""
+        return 1 - int(self.transposed)
+
+    @property
     def kernel(self) -> int:
         """Kernel positions: k * k; 1 for a linear layer."""
         return int(np.prod(self.shape[2:], dtype=int))
@@ -52,7 +62,7 @@ def layers(graph: Graph) -> list[Layer]:
     """The layers that cost multiply-accumulates, in the order in which they run, each once."""
     found: dict[str, Layer] = {}
     for node in graph.nodes:
-        weight = _weight(graph, node)
+        weight = weight_of(graph, node)
         if weight is None:
             continue
         arguments: Any = node.args
@@ -69,7 +79,7 @@ def layers(graph: Graph) -> list[Layer]:
     return list(found.values())
 
 
-def _weight(graph: Graph, node: fx.Node) -> fx.Node | None:
+def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
     """The parameter that a convolution or matrix product multiplies with, where it is one."""
     at = {"convolution": 1, "addmm": 2, "mm": 1}.get(_operation(node))
     weight: Any = None if at is None else node.args[at]
@@ -168,7 +178,7 @@ class Budget:
 
     def step(self, width: int) -> int:
         """What a channel count or rank of a layer of that width is a multiple of (`--round`)."""
-        return self.round_to or (1 if width < 64 else 8)
+        return self.round_to or (1 if width <= 64 else 8)
 
     def along(self) -> Floats:
         """The positions on every axis of the whole network."""

@@ -1,19 +1,20 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import __version__, artefact, measure, surgery
+from . import __version__, artefact, calibrate, measure, surgery
 from .artefact import Network
 from .budget import Budget, Of
-from .channels import find
+from .channels import Channels, find
 from .errors import CompactError, UsageError
 from .graph import trace
 from .methods import Method
-from .recipe import Measures, Step, without_tensors
+from .recipe import Edit, Measures, Step, without_tensors
 
 PROBES = 8  # random images on which the error of a step is measured where there are no real ones
 
@@ -24,7 +25,7 @@ class Target:
 
     ratio: float  # share kept of the network that was read
     of: Of | None = None  # None: what the method is for
-    round_to: int | None = None  # channel counts and ranks are multiples of it; None: 1 below width 64, else 8
+    round_to: int | None = None  # channel counts and ranks are multiples of it; None: 1 up to width 64, else 8
     nearest: bool = False  # take the nearest reachable ratio instead of failing
 
     def __post_init__(self) -> None:
@@ -34,42 +35,69 @@ class Target:
             raise UsageError(f"--round {self.round_to}: it is 1 or more")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Images that a compression is calibrated on: uint8 (n, c, h, w), labels not needed."""
+
+    images: Tensor
+    dataset: str
+
+
 def compress(
-    network: Network, name: str, method: Method, target: Target, *, log: Callable[[str], None] = lambda line: None
+    network: Network,
+    name: str,
+    method: Method,
+    target: Target,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Network:
-    """Change the network in place with a method, from its weights alone; the same network, one step on.
+    """Change the network in place with a method: from its weights alone, or calibrated on images; the same network, one step on.
 
     Raises CompactError if a weight is not finite, the target is out of reach or the law is broken.
     """
     weights, _ = artefact.nonfinite(network.module)
     if weights:
-        raise CompactError(
-            f"{network.name}: {weights[0]} holds NaN or Inf, so nothing can be derived from it; retrain or repair the network"
-        )
+        raise CompactError(f"{network.name}: {weights[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
     of: Of = target.of or method.of[0]
     if of not in method.of:
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     module, shape = network.module, network.input_shape
-    probe = torch.randn(PROBES, *shape, generator=torch.Generator().manual_seed(0))
-    before = _output(module, probe)
-
     graph = trace(module, shape)
     channels = find(graph, module)
     budget = Budget(graph, channels, module, ratio=target.ratio, of=of, round_to=target.round_to, nearest=target.nearest)
-    edits = method.finish(module, channels, budget, None)
-    surgery.apply_checked_(module, edits, channels.consumed, shape)
-
-    error = float((_output(module, probe) - before).norm() / before.norm())
+    if calibration is None:
+        edits = method.finish(module, channels, budget, None)
+        error = _edited_(module, edits, channels, shape)
+        log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
+    else:
+        batches = calibrate.batched(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
+        plain = [layer.name for layer in budget.layers if isinstance(module.get_submodule(layer.name), nn.Conv2d | nn.Linear)]
+        edits = method.finish(module, channels, budget, calibrate.moments(module, plain, batches, seed=seed))
+        original = copy.deepcopy(module)
+        surgery.apply_checked_(module, edits, channels.consumed, shape)
+        error = calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
+        log(f"{name}: output error {error:.3f} on {len(calibration.images):,} images of {calibration.dataset}")
     params, macs = measure.params(module), measure.macs(module, shape)
-    kept = (macs if of == "macs" else params) / budget.original
-    log(f"{name}: {100 * kept:.1f} % of {of} kept, output error {error:.3f} on random images")
-    options = {"ratio": target.ratio, "of": of, "round": target.round_to, **asdict(method.options)}
+    log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
+    images = None if calibration is None else len(calibration.images)
+    options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **asdict(method.options)}
     step = Step("compress", name, options, without_tensors(edits), Measures(params, macs), error, __version__)
     network.recipe = network.recipe.then(step)
     return network
 
 
-def _output(module: torch.nn.Module, images: Tensor) -> Tensor:
+def _edited_(module: nn.Module, edits: Sequence[Edit], channels: Channels, shape: Sequence[int]) -> float:
+    """Apply the edits; the relative change of the outputs on random images."""
+    probe = torch.randn(PROBES, *shape, generator=torch.Generator().manual_seed(0))
+    before = _output(module, probe)
+    surgery.apply_checked_(module, edits, channels.consumed, shape)
+    return float((_output(module, probe) - before).norm() / before.norm())
+
+
+def _output(module: nn.Module, images: Tensor) -> Tensor:
     """The first output in eval mode, (n, ...)."""
     with torch.inference_mode():
         return surgery.outputs(module.eval()(images))[0]

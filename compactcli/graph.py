@@ -23,10 +23,14 @@ class Graph:
     nodes: tuple[fx.Node, ...]
     tensors: dict[fx.Node, str]  # placeholder -> name of the parameter or buffer
     owners: dict[fx.Node, str]  # node -> path of the module whose forward issued it
+    constants: dict[fx.Node, Tensor]  # tensors that the code holds beside parameters and buffers
+    image: fx.Node  # the placeholder of the input
 
 
-def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False) -> Graph:
+def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, batch: int = BATCH) -> Graph:
     """The graph of `model` for images of shape (channels, height, width), in eval mode unless `train`.
+
+    Sizes are baked in, the number of images among them.
 
     The model and its memory are untouched: a shadow copy on fake tensors is what runs.
     Raises CompactError where the code depends on the values of tensors, or does not run.
@@ -36,7 +40,7 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False) 
     names = [*dict(shadow.named_parameters()), *dict(shadow.named_buffers())]
     values = [*dict(shadow.named_parameters()).values(), *dict(shadow.named_buffers()).values()]
     with mode:
-        image = torch.empty(BATCH, *input_shape)
+        image = torch.empty(batch, *input_shape)
 
     def run(values: list[Tensor], image: Tensor) -> Any:
         return torch.func.functional_call(shadow, dict(zip(names, values, strict=True)), (image,))
@@ -48,7 +52,8 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False) 
         raise CompactError(f"the network does not run on images of shape {tuple(input_shape)}: {_first_line(problem)}") from None
     nodes = tuple(module.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
-    return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners)
+    constants = {node: getattr(module, str(node.target)) for node in nodes if node.op == "get_attr"}
+    return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners, constants, placeholders[-1])
 
 
 def run_fake(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, batch: int = BATCH) -> None:

@@ -27,11 +27,21 @@ NOISE_FACTOR = 50  # where the network amplifies rounding: this many times what 
 
 
 @dataclass(frozen=True)
+class Regression:
+    """What images say that a layer's weight should be, and what an error in it costs."""
+
+    weight: Tensor  # (o, i*k*k) float64: the least-squares solution
+    inputs: Tensor  # (i*k*k, i*k*k) float64: second moments of what the kernel is applied to
+    scale: Tensor  # (o,) float64: how strongly each output counts
+
+
+@dataclass(frozen=True)
 class LayerKind:
-    """How a compressed layer is built in the place of an old one, and its plain equal."""
+    """How a compressed layer is built in the place of an old one, its plain equal, and how images refit it."""
 
     build: Callable[[nn.Module, Mapping[str, int]], nn.Module]  # raises CompactError where it does not fit
     dense: Callable[[nn.Module], nn.Module]
+    refit: Callable[[nn.Module, Regression], None] | None = None  # in place; None: the layer stays as it is
 
 
 LAYERS: dict[str, LayerKind] = {}  # "method.kind" -> how; each method's file adds its own

@@ -1,5 +1,6 @@
 """`compactcli compress`."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -7,7 +8,7 @@ import typer
 from .. import streams
 from ..errors import UsageError
 from . import common
-from .common import guarded, note, open_network
+from .common import guarded, note, open_data, open_network
 
 
 @guarded
@@ -20,10 +21,15 @@ def command(
         str | None, typer.Option(metavar="macs|params", help="What the ratio is of. [default: the method's own]")
     ] = None,
     round: Annotated[
-        int | None, typer.Option(metavar="N", help="Channel counts are multiples of N. [default: 1 below width 64, else 8]")
+        int | None, typer.Option(metavar="N", help="Channel counts are multiples of N. [default: 1 up to width 64, else 8]")
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the method; may be repeated.")] = None,
+    data: common.Data = None,
+    data_dir: common.DataDir = None,
+    download: common.Download = False,
+    limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
+    no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Use the weights alone, whatever --data says.")] = False,
     output: common.Output = None,
     arch: common.Arch = None,
     arch_kwargs: common.ArchKwargs = None,
@@ -38,14 +44,14 @@ def command(
 ) -> None:
     """Make a network smaller and write it as a self-describing safetensors file.
 
-    compactcli compress resnet56.pt --method hinge --ratio 0.5 -o small.safetensors
+    compactcli compress resnet56.pt --method hinge --ratio 0.5 --data cifar10 -o small.safetensors
     """
     from .. import methods
 
     kind = methods.get(method)
     if of is not None and of not in ("macs", "params"):
         raise UsageError(f"--of {of}: it is macs or params")
-    from ..compress import Target, compress
+    from ..compress import Calibration, Target, compress
 
     chosen = kind(methods.parse_options(kind, set or ()))
     target = Target(ratio, of, round, nearest)  # type: ignore[arg-type]
@@ -55,8 +61,18 @@ def command(
         model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
         trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
     )  # fmt: skip
-    compress(network, method, chosen, target, log=lambda line: note(line, quiet))
     from .. import artefact
+    from ..data import sample
 
+    dataset = None if no_calibrate else open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
+    images = None
+    if dataset is not None:
+        split = dataset.train or dataset.test
+        assert split is not None
+        images = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
+    with common.progress_bar(quiet) as advance:
+        compress(
+            network, method, chosen, target, calibration=images, seed=seed, log=lambda line: note(line, quiet), progress=advance
+        )
     size = artefact.save(network, destination)
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)

@@ -34,20 +34,29 @@ class Progress:
     learning_rates: tuple[float, ...]  # of the parameter groups
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a method that has none."""
+
+
 class Method:
     """What a method may do, and when. The hooks that a method does not need do nothing."""
 
-    Options: ClassVar[type]
+    Options: ClassVar[type] = NoOptions
     of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")  # what --ratio may be of; the first is the default
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
-    def start(self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Moments | None") -> list[Edit]:
+    def start(
+        self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
+    ) -> list[Edit]:
         """Edits to make before training; what is returned here is trained."""
         return []
 
-    def finish(self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Moments | None") -> list[Edit]:
+    def finish(
+        self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
+    ) -> list[Edit]:
         """Edits to make after training, or at once where there is none."""
         return []
 
@@ -61,7 +70,7 @@ class Method:
     def project(self, model: "nn.Module", progress: Progress) -> None:
         """Change the weights, after the optimizer's step."""
 
-    def done(self, model: "nn.Module", budget: "Budget") -> bool:
+    def done(self, model: "nn.Module") -> bool:
         """Whether the search may end before its last epoch; asked after each."""
         return False
 
