@@ -71,8 +71,7 @@ def command(
         assert split is not None
         images = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
     with common.progress_bar(quiet) as advance:
-        compress(
-            network, method, chosen, target, calibration=images, seed=seed, log=lambda line: note(line, quiet), progress=advance
-        )
+        said = partial(note, quiet=quiet)
+        compress(network, method, chosen, target, calibration=images, seed=seed, log=said, progress=advance)
     size = artefact.save(network, destination)
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
