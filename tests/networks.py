@@ -1,0 +1,394 @@
+"""Small networks for the tests: the awkward ones by name, and random ones from a list of numbers."""
+
+import copy
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
+
+from compactcli import architectures
+from compactcli.channels import Channels
+from compactcli.cifar import ZeroPad
+from compactcli.recipe import Edit, Keep
+
+SHAPE = (3, 8, 8)
+CLASSES = 5
+
+
+class Code(nn.Module):
+    """A forward pass given as a function of the module and its input; layers and parameters by name."""
+
+    def __init__(self, run: Callable[["Code", Tensor], object], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> object:
+        return self.run(self, x)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def head(width: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+def concatenation() -> nn.Module:
+    branches = Code(lambda s, x: torch.cat([s.a(x), s.b(x), x], 1), a=conv(6, 4), b=conv(6, 5, 1))
+    return nn.Sequential(conv(3, 6), nn.ReLU(), branches, nn.BatchNorm2d(15), nn.ReLU(), conv(15, 7), *head(7))
+
+
+def gate() -> nn.Module:
+    """Squeeze and excitation: a product with (n, c, 1, 1)."""
+    path = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(8, 4, 1), nn.ReLU(), conv(4, 8, 1), nn.Sigmoid())
+    return nn.Sequential(conv(3, 8), nn.ReLU(), Code(lambda s, x: x * s.path(x), path=path), conv(8, 6), *head(6))
+
+
+def gate_linear() -> nn.Module:
+    path = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8), nn.Sigmoid())
+    run = Code(lambda s, x: x * s.path(x.mean((2, 3)))[:, :, None, None], path=path)
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.SiLU(), run, conv(8, 6), *head(6))
+
+
+def depthwise() -> nn.Module:
+    body = [conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.Hardswish(), conv(8, 10, 1)]
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU6(), *body, *head(10))
+
+
+def depthwise_multiplier() -> nn.Module:
+    return nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 12, groups=6), nn.Sigmoid(), conv(12, 5), *head(5))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 12, groups=4), nn.ReLU(), conv(12, 5), *head(5))
+
+
+def flattened() -> nn.Module:
+    """A linear layer that reads every channel at 2 x 2 positions."""
+    return nn.Sequential(conv(3, 7), nn.Sigmoid(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(28, 9), nn.ReLU(), nn.Linear(9, 5))
+
+
+def shuffled() -> nn.Module:
+    shuffle = Code(lambda s, x: x.view(len(x), 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), shuffle, conv(8, 6), *head(6))
+
+
+def prelu() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.PReLU(8), conv(8, 6), nn.PReLU(), conv(6, 6), *head(6))
+
+
+def transposed() -> nn.Module:
+    up = nn.ConvTranspose2d(8, 6, 2, 2)
+    return nn.Sequential(conv(3, 8, stride=2), nn.ReLU(), up, nn.BatchNorm2d(6), nn.Sigmoid(), conv(6, 7), *head(7))
+
+
+def one_channel() -> nn.Module:
+    """The middle convolution goes from one channel to one: that is no depthwise convolution."""
+    return nn.Sequential(conv(3, 1), conv(1, 1), nn.ReLU(), conv(1, 8), *head(8))
+
+
+def twice() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 8), Code(lambda s, x: s.layer(torch.sigmoid(s.layer(x))), layer=conv(8, 8)), conv(8, 6), *head(6)
+    )
+
+
+def functional() -> nn.Module:
+    run = Code(lambda s, x: F.conv2d(x, s.kernel, s.shift, padding=1), kernel=parameter(6, 8, 3, 3), shift=parameter(6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), run, nn.Sigmoid(), conv(6, 5), *head(5))
+
+
+def borrowed() -> nn.Module:
+    """The inner layer's tensors are read by its parent, as torchvision's attention does; its forward never runs."""
+    run = Code(lambda s, x: F.conv2d(x, s.layer.weight, s.layer.bias, padding=1), layer=conv(8, 6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), run, nn.ReLU(), conv(6, 5), *head(5))
+
+
+def product() -> nn.Module:
+    run = Code(lambda s, x: x @ s.matrix, matrix=parameter(8, 6))
+    return nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), run, nn.ReLU(), nn.Linear(6, 5))
+
+
+def tokens() -> nn.Module:
+    run = Code(lambda s, x: s.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), mix=nn.Linear(8, 6))
+    return nn.Sequential(conv(3, 8), nn.GELU(), run, conv(6, 5), *head(5))
+
+
+def convolution_as_classifier() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, CLASSES, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def layer_scale() -> nn.Module:
+    run = Code(lambda s, x: x + s.scale * s.body(x), scale=parameter(8, 1, 1), body=conv(8, 8))
+    return nn.Sequential(conv(3, 8), run, conv(8, 5), *head(5))
+
+
+def pad_module() -> nn.Module:
+    """Option A: the padded channels of the shortcut are counted by a module."""
+    block = Code(lambda s, x: torch.relu(s.long(x) + s.short(x)), long=conv(4, 8, stride=2), short=ZeroPad(2, 2))
+    return nn.Sequential(conv(3, 4), nn.ReLU(), block, conv(8, 5), *head(5))
+
+
+def pad_code() -> nn.Module:
+    pad = Code(lambda s, x: F.pad(x, (0, 0, 0, 0, 1, 3)))
+    return nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 4), pad, conv(8, 5), nn.ReLU(), conv(5, 5), *head(5))
+
+
+def cumulated() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), Code(lambda s, x: x.cumsum(1)), conv(6, 5), *head(5))
+
+
+def rolled() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), Code(lambda s, x: x.roll(2, 1)), conv(6, 5), *head(5))
+
+
+def group_norm() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.GroupNorm(2, 6), nn.ReLU(), conv(6, 5), *head(5))
+
+
+def instance_norm() -> nn.Module:
+    body = [conv(8, 6), nn.InstanceNorm2d(6, affine=True), nn.ReLU()]
+    return nn.Sequential(conv(3, 8), nn.ReLU(), *body, conv(6, 5), *head(5))
+
+
+def part_of_channels() -> nn.Module:
+    pick = Code(lambda s, x: torch.cat([x[:, 2:], x[:, :2]], 1))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), pick, conv(6, 5), *head(5))
+
+
+def expanded() -> nn.Module:
+    """One channel spread over as many as the other factor has."""
+    run = Code(lambda s, x: x * s.mask(x).expand(-1, x.shape[1], -1, -1), mask=conv(8, 1))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), run, conv(8, 5), *head(5))
+
+
+def power_of_two() -> nn.Module:
+    """The number comes before the tensor."""
+    return nn.Sequential(conv(3, 8), nn.Tanh(), Code(lambda s, x: 2**x), conv(8, 5), *head(5))
+
+
+def clamp_per_channel() -> nn.Module:
+    run = Code(lambda s, x: torch.clamp(x, min=s.floor), floor=parameter(1, 8, 1, 1))
+    return nn.Sequential(conv(3, 8), run, conv(8, 5), *head(5))
+
+
+def power_per_channel() -> nn.Module:
+    run = Code(lambda s, x: x.sigmoid() ** s.power, power=parameter(1, 8, 1, 1))
+    return nn.Sequential(conv(3, 8), run, conv(8, 5), *head(5))
+
+
+def weight_norm() -> nn.Module:
+    layer = nn.utils.parametrizations.weight_norm(conv(8, 6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), layer, nn.ReLU(), conv(6, 5), *head(5))
+
+
+def transposed_grouped() -> nn.Module:
+    up = nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
+    return nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 8), up, nn.ReLU(), conv(8, 5), *head(5))
+
+
+def hard_coded_view() -> nn.Module:
+    """The last width is a number in the code; the one before it is not."""
+    flat = Code(lambda s, x: x.mean((2, 3)).view(-1, 6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.ReLU(), flat, nn.Linear(6, CLASSES))
+
+
+def hard_coded_shuffle() -> nn.Module:
+    """Six channels in three groups of two, and the three is in the code; the width before them is in no code."""
+    shuffle = Code(lambda s, x: x.unflatten(1, (3, -1)).transpose(1, 2).flatten(1, 2))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), shuffle, nn.ReLU(), conv(6, 6), *head(6))
+
+
+def tied_parameter() -> nn.Module:
+    """Two layers with one weight."""
+    network = nn.Sequential(conv(3, 8), conv(8, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 5), *head(5))
+    network[3].weight = network[1].weight
+    return network
+
+
+def several_outputs() -> nn.Module:
+    run = Code(lambda s, x: {"main": s.main(x), "aux": [s.aux(x).relu()]}, main=conv(8, 5), aux=conv(8, 4, 1))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run)
+
+
+def reads_its_input() -> nn.Module:
+    run = Code(lambda s, x: torch.cat([s.norm(x), s.layer(x)], 1), norm=nn.BatchNorm2d(3), layer=conv(3, 5))
+    return nn.Sequential(run, nn.ReLU(), conv(8, 6), *head(6))
+
+
+AWKWARD: dict[str, Callable[[], nn.Module]] = {
+    function.__name__: function
+    for function in (
+        *(concatenation, gate, gate_linear, depthwise, depthwise_multiplier, grouped, flattened, shuffled, prelu, transposed),
+        *(one_channel, twice, functional, borrowed, product, tokens, convolution_as_classifier, layer_scale, pad_module),
+        *(pad_code, cumulated, rolled, group_norm, instance_norm, part_of_channels, expanded, power_of_two),
+        *(clamp_per_channel, power_per_channel, weight_norm, transposed_grouped, tied_parameter),
+        *(several_outputs, reads_its_input),
+    )
+}
+
+
+def _plain(width: int, number: int) -> tuple[nn.Module, int]:
+    outputs = 2 + number % 7
+    activation = (nn.ReLU, nn.Sigmoid, nn.Identity, nn.Hardswish)[number % 4]()
+    return nn.Sequential(conv(width, outputs, (1, 3)[number % 2], bias=number % 3 > 0), activation), outputs
+
+
+def _normed(width: int, number: int) -> tuple[nn.Module, int]:
+    outputs = 2 + number % 6
+    return nn.Sequential(conv(width, outputs, bias=False), nn.BatchNorm2d(outputs, affine=number % 5 > 0), nn.SiLU()), outputs
+
+
+def _residual(width: int, number: int) -> tuple[nn.Module, int]:
+    inner = 2 + number % 5
+    body = nn.Sequential(conv(width, inner), nn.BatchNorm2d(inner), nn.Tanh(), conv(inner, width))
+    return Code(lambda s, x: x + s.body(x), body=body), width
+
+
+def _branches(width: int, number: int) -> tuple[nn.Module, int]:
+    outputs = 1 + number % 4
+    return Code(lambda s, x: torch.cat([s.a(x), x], 1), a=conv(width, outputs)), width + outputs
+
+
+def _gated(width: int, number: int) -> tuple[nn.Module, int]:
+    path = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(width, 3, 1), nn.ReLU(), conv(3, width, 1), nn.Sigmoid())
+    return Code(lambda s, x: x * s.path(x), path=path), width
+
+
+def _separable(width: int, number: int) -> tuple[nn.Module, int]:
+    outputs = 2 + number % 6
+    return nn.Sequential(conv(width, width, groups=width), nn.ReLU(), conv(width, outputs, 1)), outputs
+
+
+def _in_groups(width: int, number: int) -> tuple[nn.Module, int]:
+    groups = max(n for n in (1, 2, 3) if width % n == 0)
+    outputs = groups * (1 + number % 3)
+    return nn.Sequential(conv(width, outputs, groups=groups), nn.Sigmoid()), outputs
+
+
+def _mixed(width: int, number: int) -> tuple[nn.Module, int]:
+    if width % 2 or width < 6:  # else the number in the code is as large as what is left of the channels
+        return nn.Sequential(), width
+    return Code(lambda s, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), width
+
+
+def _upsampled(width: int, number: int) -> tuple[nn.Module, int]:
+    outputs = 2 + number % 4
+    return nn.Sequential(nn.ConvTranspose2d(width, outputs, 2, 2), nn.AvgPool2d(2), nn.Sigmoid()), outputs
+
+
+def _padded(width: int, number: int) -> tuple[nn.Module, int]:
+    before, after = number % 3, number % 2
+    short = ZeroPad(before, after)
+    long = conv(width, width + before + after, stride=2)
+    return Code(lambda s, x: s.long(x) + s.short(x), long=long, short=short), width + before + after
+
+
+def _twice(width: int, number: int) -> tuple[nn.Module, int]:
+    return Code(lambda s, x: s.layer(torch.relu(s.layer(x))), layer=conv(width, width)), width
+
+
+BLOCKS = (_plain, _normed, _residual, _branches, _gated, _separable, _in_groups, _mixed, _upsampled, _padded, _twice)
+
+
+def random_network(numbers: Sequence[tuple[int, int]], flat: bool) -> nn.Module:
+    """A network with one block for each (kind, number), for images of SHAPE."""
+    width = 4
+    layers: list[nn.Module] = [conv(3, width), nn.ReLU()]
+    for kind, number in numbers:
+        layer, width = BLOCKS[kind % len(BLOCKS)](width, number)
+        layers.append(layer)
+    if flat:
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, CLASSES))
+    return nn.Sequential(*layers, *head(width))
+
+
+def named(name: str, **kwargs: object) -> nn.Module:
+    """A network that compactcli knows, with random weights; VGG's classifier is made narrow, to save memory."""
+    network = randomise_(architectures.get(name, kwargs).build())
+    if name.startswith("vgg"):
+        network.classifier = randomise_(nn.Sequential(nn.Linear(512 * 49, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 10)))
+    return network
+
+
+def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter and every running statistic drawn anew: none zero, none one, so that no error hides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for tensor in model.parameters():
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(fan_in))
+        for module in model.modules():
+            if isinstance(module, _NormBase) and module.running_mean is not None:
+                uniform(module.running_mean, -0.5, 0.5)
+                uniform(module.running_var, 0.5, 1.5)
+            if isinstance(module, _NormBase) and module.weight is not None:
+                uniform(module.weight, 0.4, 1.4)
+    return model
+
+
+def removable(channels: Channels, share: float, seed: int = 0) -> list[int]:
+    """About that share of the free sets, at random, such that something is left along every axis."""
+    lies_on: dict[int, Counter[tuple[str, int]]] = defaultdict(Counter)
+    left: Counter[tuple[str, int]] = Counter()
+    for axis, sets in channels.axes.items():
+        left[axis] = len(sets)
+        for number in sets.tolist():
+            lies_on[number][axis] += 1
+    free = np.random.default_rng(seed).permutation(channels.free()).tolist()
+    removed = []
+    for number in free[: max(1, round(share * len(free)))]:
+        if all(left[axis] > count for axis, count in lies_on[number].items()):
+            left.subtract(lies_on[number])
+            removed.append(number)
+    return removed
+
+
+# Which axis of a bare parameter of the networks above is contracted with activations.
+READ_AXIS = {"kernel": 1, "matrix": 0}
+
+
+def masked(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
+    """A copy in float64 in which every weight that reads a removed channel has zeros there."""
+    copied = copy.deepcopy(model).double()
+    tensors = dict(copied.named_parameters(remove_duplicate=False))
+    for edit in edits:
+        if not isinstance(edit, Keep):
+            continue
+        name = edit.module.rpartition(".")[2]
+        if name in READ_AXIS:
+            weight, axis = tensors[edit.module], READ_AXIS[name]
+            reads = edit.axis == axis
+        else:
+            owner = copied.get_submodule(edit.module) if edit.module not in tensors else None
+            reads = isinstance(owner, nn.Module) and edit.axis == 1
+            weight, axis = tensors.get(f"{edit.module}.weight"), 0 if isinstance(owner, _ConvTransposeNd) else 1
+        if reads:
+            gone = sorted(set(range(weight.shape[axis])) - set(edit.index))
+            weight.data.index_fill_(axis, torch.tensor(gone, dtype=torch.long), 0)
+    return copied
+
+
+def outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """Every tensor of the output in eval mode, in order."""
+    model.eval()
+    with torch.no_grad():
+        return tree_leaves(model(image))

@@ -1,0 +1,268 @@
+"""The cost of a candidate is that of the network it becomes, and the search lands on the target without building any."""
+
+import copy
+import re
+
+import networks
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import AWKWARD, SHAPE, named, random_network
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compactcli import budget, channels, surgery
+from compactcli.budget import Budget, Dial
+from compactcli.errors import CompactError
+from compactcli.graph import trace
+from compactcli.methods import get
+from compactcli.recipe import Replace
+
+get("hinge")  # registers the decomposed layer
+CIFAR_SHAPE = (3, 32, 32)
+
+
+def counted(model: nn.Module, shape: tuple[int, ...], of: str) -> int:
+    """What the network costs by torch's own counters."""
+    if of == "params":
+        return sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    return counter.get_total_flops() // 2
+
+
+def plan(model: nn.Module, shape: tuple[int, ...], **options: object) -> tuple[Budget, channels.Channels]:
+    graph = trace(model, shape)
+    sets = channels.find(graph, model)
+    return Budget(graph, sets, model, **{"ratio": 0.5, **options}), sets
+
+
+def built(model: nn.Module, sets: channels.Channels, task: Budget, widths: dict[int, int], ranks: dict[int, int]) -> nn.Module:
+    """The network with that many sets of each family, and layers of that rank."""
+    removed = [int(number) for index, count in widths.items() for number in task.families[index].sets[count:]]
+    edits = channels.edits(sets, removed, model)
+    edits += [Replace(task.layers[index].name, "hinge.decomposed", {"rank": rank}) for index, rank in ranks.items()]
+    small = copy.deepcopy(model)
+    surgery.apply_(small, edits)
+    return small
+
+
+def candidate(model: nn.Module, sets: channels.Channels, task: Budget, seed: int) -> tuple[float, nn.Module]:
+    """A random candidate: its cost as the budget has it, and the network it is."""
+    chance = np.random.default_rng(seed)
+    along, ranks_at = task.along(), task.ranks()
+    widths = {}
+    for index, family in enumerate(task.families):
+        step = along - task.per_set[index] * len(family.sets)  # what other families have left along each axis
+        most = len(family.sets) if (step[task.per_set[index] > 0] > 0).all() else len(family.sets) - 1
+        widths[index] = len(family.sets) - int(chance.integers(0, most + 1)) if most else len(family.sets)
+        along -= task.per_set[index] * (len(family.sets) - widths[index])
+    ranks = {}
+    for index, layer in enumerate(task.layers):
+        module = model.get_submodule(layer.name)
+        if layer.groups == 1 and isinstance(module, nn.Conv2d | nn.Linear) and chance.random() < 0.4:
+            limit = min(along[task._out[index]], along[task._in[index]] * layer.kernel)
+            ranks[index] = ranks_at[index] = int(chance.integers(1, limit + 1))
+    return float(task.cost(along, ranks_at)), built(model, sets, task, widths, ranks)
+
+
+NETWORKS = [
+    ("cifar:resnet20", {"shortcut": "pad"}, CIFAR_SHAPE),
+    ("cifar:resnet8", {"shortcut": "conv"}, CIFAR_SHAPE),
+    ("cifar:resnext20", {}, CIFAR_SHAPE),
+    ("cifar:densenet_bc40_36", {}, CIFAR_SHAPE),
+    ("mobilenet_v2", {}, (3, 64, 64)),
+    ("squeezenet1_1", {}, (3, 64, 64)),
+    ("vgg11_bn", {}, (3, 64, 64)),
+]
+
+
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize(("name", "kwargs", "shape"), NETWORKS, ids=[name for name, _, _ in NETWORKS])
+def test_the_cost_of_a_candidate_is_the_built_networks(name, kwargs, shape, of):
+    model = named(name, **kwargs)
+    task, sets = plan(model, shape, of=of)
+    assert task.original == counted(model, shape, of)
+    for seed in range(2):
+        cost, small = candidate(model, sets, task, seed)
+        assert cost == counted(small, shape, of)
+        assert cost < task.original
+
+
+PLAIN = ["concatenation", "gate", "depthwise", "grouped", "flattened", "transposed", "twice", "product", "tokens", "layer_scale"]
+
+
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_cost_of_a_candidate_of_an_awkward_network(name, of):
+    model = AWKWARD[name]()
+    task, sets = plan(model, SHAPE, of=of)
+    assert task.original == counted(model, SHAPE, of)
+    for seed in range(4):
+        cost, small = candidate(model, sets, task, seed)
+        assert cost == counted(small, SHAPE, of)
+
+
+blocks = st.lists(st.tuples(st.integers(0, len(networks.BLOCKS) - 1), st.integers(0, 41)), min_size=1, max_size=4)
+
+
+@settings(max_examples=25)
+@given(blocks=blocks, flat=st.booleans(), of=st.sampled_from(["macs", "params"]), seed=st.integers(0, 99))
+def test_the_cost_of_a_candidate_of_a_random_network(blocks, flat, of, seed):
+    model = random_network(blocks, flat)
+    task, sets = plan(model, SHAPE, of=of)
+    cost, small = candidate(model, sets, task, seed)
+    assert cost == counted(small, SHAPE, of)
+
+
+def test_layers_are_named_once_in_the_order_in_which_they_run():
+    model = nn.Sequential(networks.conv(3, 8), networks.twice()[1], networks.conv(8, 6, stride=2), *networks.head(6))
+    found = budget.layers(trace(model, SHAPE))
+    assert [(layer.name, layer.positions) for layer in found] == [("0", 64), ("1.layer", 128), ("2", 16), ("5", 1)]
+    assert [layer.macs for layer in found] == [64 * 8 * 27, 128 * 8 * 72, 16 * 6 * 72, 6 * 5]
+    assert [layer.kernel for layer in found] == [9, 9, 9, 1]
+    assert sum(layer.macs for layer in found) == counted(model, SHAPE, "macs")
+
+
+def test_families_hold_every_free_set_once():
+    model = named("cifar:densenet_bc40_36")
+    task, sets = plan(model, CIFAR_SHAPE)
+    members = [int(number) for family in task.families for number in family.sets]
+    assert sorted(members) == sorted({int(n) for ids in sets.axes.values() for n in ids} - set(sets.locked))
+    for family in task.families:
+        for axis, positions in family.axes:
+            assert [int((sets.axes[axis] == number).sum()) for number in family.sets] == [positions] * len(family.sets)
+
+
+# The search
+
+
+def dials_of(task: Budget, seed: int, floor: int = 1) -> list[Dial]:
+    """A dial for every family and every plain layer, with random falling errors."""
+    chance = np.random.default_rng(seed)
+
+    def falling(full: int) -> np.ndarray:
+        return np.append(np.sort(chance.exponential(size=full).cumsum())[::-1] / full, 0.0)
+
+    widths = [Dial(falling(len(f.sets)), task.step(len(f.sets)), floor, family=i) for i, f in enumerate(task.families)]
+    ranks = [
+        Dial(falling(min(layer.shape[0], layer.shape[1] * layer.kernel)), task.step(layer.shape[0]), floor, layer=i)
+        for i, layer in enumerate(task.layers)
+        if layer.groups == 1 and not layer.transposed
+    ]
+    return widths + ranks
+
+
+def cost_of(task: Budget, dials: list[Dial], values: list[int]) -> float:
+    along, ranks = task.along(), task.ranks()
+    for dial, value in zip(dials, values, strict=True):
+        if dial.family is not None:
+            along -= task.per_set[dial.family] * (dial.full - value)
+        elif value < dial.full:
+            ranks[dial.layer] = value
+    return float(task.cost(along, ranks))
+
+
+@pytest.mark.parametrize("round_to", [None, 4])
+@pytest.mark.parametrize("of", ["macs", "params"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.83, 0.99])
+def test_the_search_lands_within_one_step_below_the_target(ratio, of, round_to):
+    for name, kwargs, shape in (NETWORKS[0], NETWORKS[1]):
+        task, _ = plan(named(name, **kwargs), shape, ratio=ratio, of=of, round_to=round_to)
+        for seed in range(2):
+            dials = dials_of(task, seed)
+            values = task.solve(dials)
+            cost = cost_of(task, dials, values)
+            assert cost <= ratio * task.original
+            for index, (dial, value) in enumerate(zip(dials, values, strict=True)):
+                assert value in dial.settings
+                assert value == dial.full or value % dial.step == 0
+                above = dial.settings[dial.settings > value]
+                for larger in above[:1]:  # no dial could be one step larger
+                    assert cost_of(task, dials, [*values[:index], int(larger), *values[index + 1 :]]) > ratio * task.original
+
+
+def test_the_search_builds_nothing(monkeypatch):
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
+    dials = dials_of(task, 0)
+
+    def no_module(*_args: object, **_options: object) -> None:
+        raise AssertionError("a module was made")
+
+    monkeypatch.setattr(nn.Module, "__init__", no_module)
+    monkeypatch.setattr(surgery, "apply_", no_module)
+    monkeypatch.setattr(copy, "deepcopy", no_module)
+    task.solve(dials)
+
+
+def test_the_search_is_near_the_best_of_all_combinations():
+    """Least important first, so that errors grow ever faster: two widths, every combination tried out."""
+    model = nn.Sequential(networks.conv(3, 8), nn.ReLU(), networks.conv(8, 6), *networks.head(6))
+    task, _ = plan(model, SHAPE, ratio=0.6)
+    hits = 0
+    for seed in range(20):
+        chance = np.random.default_rng(seed)
+        shares = [np.sort(chance.dirichlet(np.ones(len(family.sets)))) for family in task.families]
+        dials = [Dial(np.append(np.cumsum(s)[::-1], 0.0), 1, 1, family=i) for i, s in enumerate(shares)]
+        values = task.solve(dials)
+        combinations = [[a, b] for a in range(1, 9) for b in range(1, 7)]
+        errors = [[dial.errors[v] for dial, v in zip(dials, pair, strict=True)] for pair in combinations]
+        fitting = [sum(e) for e, c in zip(errors, combinations, strict=True) if cost_of(task, dials, c) <= task.target]
+        error = sum(dial.errors[v] for dial, v in zip(dials, values, strict=True))
+        assert error <= 1.4 * min(fitting)
+        hits += error <= 1.0001 * min(fitting)
+    assert hits >= 15
+
+
+def test_more_budget_is_never_more_error():
+    errors = []
+    for ratio in (0.2, 0.4, 0.6, 0.8, 0.95):
+        task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, ratio=ratio)
+        dials = dials_of(task, 3)
+        errors.append(sum(dial.errors[value] for dial, value in zip(dials, task.solve(dials), strict=True)))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_out_of_reach_names_a_ratio_that_works():
+    model = named("cifar:resnet20")
+    task, _ = plan(model, CIFAR_SHAPE, ratio=0.02)
+    dials = [dial for dial in dials_of(task, 0, floor=4) if dial.family is not None]
+    with pytest.raises(CompactError, match=r"--ratio 0\.02 of macs is out of reach: this method can keep no less than") as caught:
+        task.solve(dials)
+    nearest = float(re.search(r"try --ratio ([\d.]+), or --nearest", str(caught.value))[1])
+    reached, _ = plan(model, CIFAR_SHAPE, ratio=nearest)
+    assert cost_of(reached, dials, reached.solve(dials)) <= reached.target
+    least, _ = plan(model, CIFAR_SHAPE, ratio=0.02, nearest=True)
+    values = least.solve(dials)
+    assert nearest - 0.001 < cost_of(least, dials, values) / least.original <= nearest
+    assert all(value == dial.settings[0] for dial, value in zip(dials, values, strict=True))
+
+
+def test_without_dials_the_whole_network_is_the_nearest():
+    task, _ = plan(named("cifar:resnet8", width=4), CIFAR_SHAPE)
+    with pytest.raises(CompactError, match="can keep no less than 1 here"):
+        task.solve([])
+
+
+@pytest.mark.parametrize(
+    ("full", "step", "floor", "settings_"),
+    [
+        (8, 1, 0, range(1, 9)),
+        (8, 1, 3, range(3, 9)),
+        (20, 8, 0, [8, 16, 20]),
+        (20, 8, 9, [16, 20]),
+        (20, 8, 17, [20]),
+        (6, 8, 1, [6]),
+        (16, 8, 16, [16]),
+    ],
+)
+def test_settings_are_multiples_of_the_step_and_the_whole(full, step, floor, settings_):
+    assert Dial(np.zeros(full + 1), step, floor, family=0).settings.tolist() == list(settings_)
+
+
+@pytest.mark.parametrize(("round_to", "width", "step"), [(None, 64, 1), (None, 65, 8), (1, 512, 1), (4, 16, 4), (16, 100, 16)])
+def test_small_layers_are_not_rounded(round_to, width, step):
+    task, _ = plan(networks.concatenation(), SHAPE, round_to=round_to)
+    assert task.step(width) == step

@@ -1,0 +1,573 @@
+"""The command line in a real shell: pipes, terminals, exit codes, one line for every error, nothing but the product on stdout."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import typer
+from networks import named
+from test_report import ANALYSIS, EVALUATION, LAYER, MODEL, REPORT, check_report
+from typer.testing import CliRunner, Result
+
+import compactcli
+from compactcli import artefact, report
+from compactcli.artefact import Wishes, fresh, open_model
+from compactcli.cli import app
+
+COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
+HINGE = ("--method", "hinge", "--ratio")
+
+
+def run(*arguments: str | Path, stdin: bytes = b"") -> Result:
+    """A command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def shell(script: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """A script in bash, where `compactcli` is the command."""
+    text = f'compactcli() {{ {COMMAND} "$@"; }}; {script}'
+    return subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, timeout=120, **options)
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """A checkpoint with nothing but weights, for digits."""
+    path = tmp_path / "net.pt"
+    torch.save(named("cifar:resnet8", width=8, in_channels=1).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def small(tmp_path: Path, net: Path) -> Path:
+    path = tmp_path / "small.safetensors"
+    assert run("compress", net, *HINGE, "0.6", "-o", path).exit_code == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_latency(monkeypatch):
+    monkeypatch.setattr(report, "LATENCY_SECONDS", 0.01)
+
+
+def one_line(result: Result, code: int = 1) -> str:
+    """The one line on stderr of a command that failed, with nothing on stdout."""
+    assert result.exit_code == code, result.output
+    assert result.stdout_bytes == b""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("compactcli: ")
+    assert len(lines[0]) < 500
+    return lines[0]
+
+
+# Help, flags, and what is imported
+
+
+def commands() -> dict[str, Any]:
+    return dict(typer.main.get_command(app).commands)
+
+
+def test_help_imports_no_torch():
+    """Neither does a misspelt flag, nor the list of methods."""
+    lines = [["--help"], ["--version"], ["-h"], ["methods"], ["compress", "--nonsense"]]
+    lines += [[name, "--help"] for name in commands()]
+    code = """
+import sys
+from typer.testing import CliRunner
+from compactcli.cli import app
+for line in %r:
+    result = CliRunner().invoke(app, line)
+    print(result.exit_code, "torch" in sys.modules, "numpy" in sys.modules, len(result.stdout) > 0, *line)
+""" % (lines,)  # noqa: UP031
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        f"{2 if '--nonsense' in line else 0} False False {'--nonsense' not in line} {' '.join(line)}" for line in lines
+    ]
+
+
+def test_importing_the_library_imports_no_torch():
+    code = "import sys, compactcli; print('torch' in sys.modules, sys.getrefcount and len(compactcli.__all__) > 5)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False True\n"
+
+
+MODEL_FLAGS = {
+    "MODEL",
+    "--arch",
+    "--arch-kwargs",
+    "--input-shape",
+    "--mean",
+    "--std",
+    "--trust-pickle",
+    "--quiet",
+    "-q",
+    "--debug",
+}
+DATA_FLAGS = {"--data", "--data-dir", "--download", "--limit"}
+FRESH_FLAGS = {"--fresh", "--seed"}
+FLAGS = {
+    "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--no-linear", "--json"},
+    "compress": MODEL_FLAGS
+    | FRESH_FLAGS
+    | DATA_FLAGS
+    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--output", "-o"},
+    "finetune": MODEL_FLAGS
+    | DATA_FLAGS
+    | {"--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"}
+    | {"--output", "-o", "--batch-size", "--device", "--seed"},
+    "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--json", "--verbose", "-v"},
+    "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
+    "methods": {"NAME", "--debug"},
+}
+
+
+def test_every_flag_of_every_command():
+    """A flag that is added, renamed or dropped is meant to be."""
+    found = {}
+    for name, command in commands().items():
+        options = {flag for p in command.params for flag in [*p.opts, *p.secondary_opts] if flag.startswith("-")}
+        arguments = {p.name.upper() for p in command.params if p.param_type_name == "argument"}
+        found[name] = options | arguments
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_command_and_every_flag_has_help(name):
+    command = commands()[name]
+    assert re.search(rf"compactcli {name} ", command.help)  # one line that can be run
+    assert [p.name for p in command.params if not p.help] == []
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert all(flag in result.stdout for flag in FLAGS[name] if flag.startswith("--"))
+    assert "│" not in result.stdout  # plain, no panels
+
+
+def test_version():
+    assert run("--version").stdout == f"compactcli {compactcli.__version__}\n"
+
+
+# What cannot be served: exit 1, one line, no file
+
+
+class Shell:
+    """Unpickling one runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def torch_file(content: object, zipped: bool = True) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+def state(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {**named("cifar:resnet8", width=4).state_dict(), **changes}
+
+
+GOOD = torch_file(state())
+BAD_FILES = {
+    "empty": (b"", "the file is empty"),
+    "truncated": (GOOD[: len(GOOD) // 2], "damaged|cut short"),
+    "truncated-safetensors": (safetensors.torch.save(state())[:-10], "cut short or damaged"),
+    "random": (bytes(range(255, -1, -1)) * 20, "not a checkpoint"),
+    "html": (b"<!DOCTYPE html><html><body>404</body></html>", "this is an HTML page, not a checkpoint"),
+    "huge-header": ((1 << 62).to_bytes(8, "little") + b'{"a":1}', "the safetensors header should be 4611686018427387904 bytes"),
+    "number": (torch_file(3), "holds an? int; wanted a state_dict"),
+    "unknown": (torch_file({"my.weight": torch.zeros(3, 3)}), "cannot name the architecture; .* try --arch NAME"),
+    "other-width": (
+        torch_file(state(**{"layer2.0.bn1.bias": torch.zeros(9)})),
+        r"nearest is cifar:resnet8.*layer2\.0\.bn1\.bias is 9, not 8",
+    ),
+    "nan": (torch_file(state(**{"linear.bias": torch.full((10,), float("nan"))})), r"linear\.bias holds NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("from_stdin", [False, True])
+def test_a_bad_file_is_one_line(tmp_path, name, from_stdin):
+    content, message = BAD_FILES[name]
+    path = tmp_path / "net.pth"
+    path.write_bytes(content)
+    source, stdin = ("-", content) if from_stdin else (path, b"")
+    if from_stdin and not content:
+        message = r"no model on stdin \(did the command before it fail\?\)"
+    quiet = ["-q"] if name == "nan" else []  # the one that could be recognised, which is a note of its own
+    line = one_line(run("compress", *quiet, source, *HINGE, "0.5", "-o", tmp_path / "out.safetensors", stdin=stdin))
+    assert re.search(message, line), line
+    assert ("stdin" if from_stdin else "net.pth") in line
+    assert os.listdir(tmp_path) == ["net.pth"]
+
+
+@pytest.mark.parametrize(
+    "command", [("analyze",), ("report",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")]
+)
+def test_every_command_refuses_alike(tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.pt").write_bytes(b"random")
+    for name, message in (("net.pt", "not a checkpoint"), ("nowhere.pt", "no such file")):
+        line = one_line(run(command[0], "-q", name, *command[1:]))
+        assert line.startswith(f"compactcli: {name}: ")
+        assert message in line
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_pickle_that_runs_a_command_does_not(tmp_path, form):
+    canary = tmp_path / "canary"
+    content = {"state_dict": state(), "hook": Shell(f"touch {shlex.quote(str(canary))}")}
+    data = pickle.dumps(content, 2) if form == "pickle" else torch_file(content, form == "zip")
+    (tmp_path / "net.pt").write_bytes(data)
+    result = run("analyze", "-q", tmp_path / "net.pt")
+    assert result.exit_code in (0, 1)  # what is beside the weights need not be understood
+    if result.exit_code == 1:
+        one_line(result)
+    hook_only = torch_file(Shell(f"touch {shlex.quote(str(canary))}"), form == "zip")
+    (tmp_path / "hook.pt").write_bytes(hook_only)
+    one_line(run("compress", tmp_path / "hook.pt", *HINGE, "0.5", "-o", tmp_path / "out"))
+    assert not canary.exists()
+    assert sorted(os.listdir(tmp_path)) == ["hook.pt", "net.pt"]
+    pickle.loads(pickle.dumps(Shell(f"touch {shlex.quote(str(canary))}")))
+    assert canary.exists()  # the trap works
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_work(net, tmp_path, monkeypatch):
+    def no_work(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr(artefact, "open_model", no_work)
+    for command in (("compress", net, *HINGE, "0.5"), ("finetune", net, "--data", "digits")):
+        line = one_line(run(*command, "-o", tmp_path / "nowhere" / "out.safetensors"))
+        assert "the folder 'nowhere' does not exist; make it, or give another -o FILE" in line
+    assert os.listdir(tmp_path) == ["net.pt"]
+
+
+def test_out_of_reach_names_a_ratio_and_the_flag_that_takes_it(net, tmp_path):
+    line = one_line(run("compress", "-q", net, *HINGE, "0.01", "-o", tmp_path / "out"))
+    ratio = re.search(r"try --ratio ([\d.]+), or --nearest", line)[1]
+    assert os.listdir(tmp_path) == ["net.pt"]
+    assert run("compress", net, *HINGE, ratio, "-o", tmp_path / "first").exit_code == 0
+    assert run("compress", net, *HINGE, "0.01", "--nearest", "-o", tmp_path / "second").exit_code == 0
+    whole = open_model(net).recipe.source.measures.macs
+    first, second = (open_model(tmp_path / name).recipe.steps[0].measures.macs for name in ("first", "second"))
+    assert float(ratio) - 0.001 < second / whole <= first / whole <= float(ratio)
+
+
+def test_an_input_that_does_not_fit_is_one_line(net):
+    for command in (("analyze",), ("compress", *HINGE, "0.5"), ("report",)):
+        assert "does not run" in one_line(run(command[0], "-q", net, *command[1:], "--input-shape", "4x32x32"))
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = run("analyze", "--debug", tmp_path / "nowhere.pt")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, compactcli.CompactError)
+
+
+# Wrong usage: exit 2
+
+USAGE = [
+    (("--method", "hinge", "--ratio", "0"), "compactcli: --ratio 0: it is the share to keep, between 0 and 1"),
+    (("--method", "hinge", "--ratio", "1"), "--ratio 1: "),
+    (("--method", "hinge", "--ratio", "1.5"), "--ratio 1.5: "),
+    (("--method", "hinge", "--ratio", "nan"), "--ratio nan: "),
+    (("--method", "hinge", "--ratio", "half"), "Invalid value for '--ratio'"),
+    (("--method", "hing", "--ratio", "0.5"), "compactcli: no method 'hing'; did you mean hinge"),
+    (("--method", "hinge", "--ratio", "0.5", "--set", "mod=auto"), "compactcli: --set mod: no such option; did you mean mode"),
+    (("--method", "hinge", "--ratio", "0.5", "--set", "mode"), "compactcli: --set mode: give it as name=value"),
+    (("--method", "hinge", "--ratio", "0.5", "--set", "mode=x"), "compactcli: --set mode=x: it is one of auto, prune, decompose"),
+    (("--method", "hinge", "--ratio", "0.5", "--of", "time"), "compactcli: --of time: it is macs or params"),
+    (("--method", "hinge", "--ratio", "0.5", "--round", "0"), "--round"),
+    (("--method", "hinge", "--ratio", "0.5", "--input-shape", "32x32"), "compactcli: --input-shape 32x32: give it as CxHxW"),
+    (("--method", "hinge", "--ratio", "0.5", "--mean", "a,b"), "compactcli: --mean a,b: give it as numbers with commas"),
+    (("--method", "hinge", "--ratio", "0.5", "--arch-kwargs", "x"), "compactcli: --arch-kwargs x: give it as NAME=VALUE"),
+    (("--method", "hinge"), "--ratio"),
+    (("--ratio", "0.5"), "--method"),
+    (("--method", "hinge", "--ratio", "0.5", "--fresh"), "compactcli: --fresh reads nothing; leave the model out"),
+    (("--method", "hinge", "--ratio", "0.5", "--nonsense"), "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), USAGE, ids=[" ".join(a[2:] or a) for a, _ in USAGE])
+def test_wrong_usage(net, tmp_path, arguments, message):
+    result = run("compress", net, *arguments, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stdout_bytes == b""
+    assert message in result.stderr
+    assert "│" not in result.stderr
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == ["net.pt"]
+    if message.startswith("compactcli: "):
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_data_is_asked_for_where_the_file_names_none(net, tmp_path):
+    for command in ("finetune", "evaluate"):
+        line = one_line(run(command, "-q", net, *(("-o", tmp_path / "out") if command == "finetune" else ())), 2)
+        assert "give --data" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "-1"), "--epochs"),
+        (("--optimizer", "lion"), "optimizer is lion; it must be sgd or adamw"),
+        (("--schedule", "step"), "schedule is step; it must be cosine or constant"),
+        (("--batch-size", "1"), "batch-size is 1; it must be 2 or more"),
+        (("--temperature", "0"), "temperature is 0"),
+        (("--distill-weight", "2"), "--distill-weight"),
+    ],
+)
+def test_wrong_usage_of_finetune(net, tmp_path, arguments, message):
+    result = run("finetune", net, "-q", "--data", "digits", "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+# What is served
+
+
+def test_compress_writes_what_the_library_makes(net, tmp_path):
+    result = run("compress", net, *HINGE, "0.5", "-o", tmp_path / "small.safetensors")
+    assert (result.exit_code, result.stdout_bytes) == (0, b"")
+    assert f"wrote {(tmp_path / 'small.safetensors').stat().st_size:,} bytes" in result.stderr
+    assert "recognised as cifar:resnet8" in result.stderr
+    piped = run("compress", "-q", net, *HINGE, "0.5")
+    assert piped.stderr == ""
+    assert piped.stdout_bytes == (tmp_path / "small.safetensors").read_bytes()
+
+
+def test_settings_of_the_method_reach_it(net):
+    def found(*flags: str) -> compactcli.artefact.Network:
+        return open_model(run("compress", "-q", net, *HINGE, "0.7", *flags).stdout_bytes)
+
+    recorded = found("--set", "mode=decompose", "--set", "floor=0.1", "--of", "params", "--round", "2").recipe.steps[0].options
+    wanted = {"mode": "decompose", "floor": 0.1, "of": "params", "round": 2, "ratio": 0.7}
+    assert recorded.items() >= wanted.items()
+    described = found("--input-shape", "1x24x24", "--mean", "0.25", "--std", "0.5", "--arch-kwargs", "shortcut=append").recipe
+    assert described.input_shape == (1, 24, 24)
+    assert (described.preprocessing.mean, described.preprocessing.std) == ((0.25,), (0.5,))
+    assert described.kwargs["shortcut"] == "append"
+
+
+def test_a_fresh_network_reads_nothing(tmp_path):
+    result = run("compress", "-q", "--fresh", "--arch", "cifar:resnet8", "--arch-kwargs", "width=4", *HINGE, "0.5", "--seed", "7")
+    assert result.exit_code == 0, result.stderr
+    assert (
+        result.stdout_bytes
+        == run(
+            "compress", "-q", "--fresh", "--arch", "cifar:resnet8", "--arch-kwargs", "width=4", *HINGE, "0.5", "--seed", "7"
+        ).stdout_bytes
+    )
+    assert open_model(result.stdout_bytes).recipe.source is None
+    unknown = one_line(run("compress", "--fresh", "--arch", "cifar:resnet9", *HINGE, "0.5", "-o", tmp_path / "out"))
+    assert "cifar:resnet" in unknown
+
+
+def test_analyze_json(net):
+    result = run("analyze", "--json", net)
+    tree = json.loads(result.stdout)
+    assert (set(tree), set(tree["model"]), {*map(frozenset, tree["layers"])}) == (ANALYSIS, MODEL, {frozenset(LAYER)})
+    plain = run("analyze", net).stdout
+    assert "layer3.0.conv1" in plain
+    assert tree["suggestion"]["command"] in plain
+
+
+def test_the_suggested_command_can_be_run(net, monkeypatch):
+    monkeypatch.chdir(net.parent)
+    command = json.loads(run("analyze", "--json", "net.pt").stdout)["suggestion"]["command"]
+    assert run(*shlex.split(command)[1:], "-o", "out.safetensors").exit_code == 0
+
+
+def test_analyze_warns_of_what_compress_refuses(tmp_path):
+    broken = state(**{"linear.bias": torch.full((10,), float("nan")), "bn1.running_var": torch.full((4,), float("inf"))})
+    (tmp_path / "net.pt").write_bytes(torch_file(broken))
+    result = run("analyze", tmp_path / "net.pt", "--json")
+    assert result.exit_code == 0
+    json.loads(result.stdout)
+    assert "warning: net.pt: linear.bias holds NaN or Inf; compress will refuse it" in result.stderr
+    assert "warning: net.pt: bn1.running_var holds Inf" in result.stderr
+
+
+def test_report_json(net, small):
+    alone = json.loads(run("report", "--json", small).stdout)
+    check_report(alone)
+    beside = json.loads(run("report", "--json", small, "--baseline", net, "--data", "digits", "--limit", "20").stdout)
+    check_report(beside)
+    assert beside["model"]["evaluated"]["images"] == 20
+    assert beside["ratios"]["macs"] == alone["ratios"]["macs"] <= 0.6
+    assert "Parameters" in run("report", small).stdout
+    assert "layers that changed" not in run("report", small).stdout
+    assert "layers that changed" in run("report", "-v", small).stdout
+
+
+def test_evaluate_json(small):
+    result = run("evaluate", "--json", small, "--data", "digits", "--limit", "20")
+    tree = json.loads(result.stdout)
+    assert set(tree) == EVALUATION
+    assert tree["images"] == 20
+    line = run("evaluate", "-q", small, "--data", "digits", "--limit", "20").stdout
+    assert f"top-1 {tree['accuracy']:.2f} %" in line
+    assert "on 20 test images of digits" in line
+
+
+def test_methods_lists_and_describes():
+    assert re.search(r"^hinge +Hinge: ", run("methods").stdout, re.MULTILINE)
+    text = run("methods", "hinge").stdout
+    assert "--set mode=auto|prune|decompose" in text
+    assert "--set floor=float" in text
+    assert "did you mean hinge" in one_line(run("methods", "hinges"), 2)
+
+
+def test_finetune_remembers_the_dataset(small, tmp_path):
+    tuned = tmp_path / "tuned.safetensors"
+    flags = ("--epochs", "1", "--limit", "60", "--batch-size", "20")
+    result = run("finetune", small, "--data", "digits", *flags, "-o", tuned)
+    assert result.exit_code == 0, result.stderr
+    assert "teacher: net.pt" in result.stderr
+    again = run("finetune", tuned, *flags, "-q", "--teacher", "none")
+    assert again.exit_code == 0, again.stderr
+    steps = open_model(again.stdout_bytes).recipe.steps
+    assert [step.command for step in steps] == ["compress", "finetune", "finetune"]
+    assert [step.options.get("teacher") for step in steps] == [None, "net.pt", None]
+    assert run("evaluate", "-q", tuned, "--limit", "20").exit_code == 0
+
+
+# In a real shell
+
+
+def test_a_pipe_from_compress_to_report(net):
+    """Weights in, JSON out; every command in between passes a whole model on."""
+    script = """set -o pipefail
+        compactcli compress -q --method hinge --ratio 0.6 < net.pt \
+        | compactcli finetune -q --data digits --epochs 1 --limit 60 --batch-size 20 --teacher net.pt \
+        | compactcli report --json"""
+    result = shell(script, net.parent)
+    assert result.returncode == 0, result.stderr.decode()
+    tree = json.loads(result.stdout)
+    assert set(tree) == REPORT
+    assert [step["command"] for step in tree["steps"]] == ["compress", "finetune"]
+    assert tree["steps"][1]["options"]["teacher"] == "net.pt"
+    assert tree["model"]["accuracy"] is not None
+    assert 0.55 < tree["ratios"]["macs"] <= 0.6
+    assert sorted(os.listdir(net.parent)) == ["net.pt"]
+
+
+def test_a_failure_goes_down_the_pipe_as_one_line_each(tmp_path):
+    result = shell("compactcli compress -q nowhere.pt --method hinge --ratio 0.5 | compactcli report --json", tmp_path)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert sorted(result.stderr.decode().splitlines()) == [
+        "compactcli: no model on stdin (did the command before it fail?)",
+        "compactcli: nowhere.pt: no such file",
+    ]
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path):
+    artefact.save(fresh(Wishes("cifar:resnet20"), 0), str(tmp_path / "net.safetensors"))  # more than a pipe holds
+    script = "compactcli compress -q net.safetensors --method hinge --ratio 0.9 | head -c 10 | wc -c; echo ${PIPESTATUS[0]}"
+    result = shell(script, tmp_path)
+    assert result.stdout.split() == [b"10", b"141"]  # ended by SIGPIPE, as any tool
+    assert result.stderr == b""
+
+
+def test_a_full_disk_leaves_no_file(net):
+    """The largest file may have 4 KB."""
+    result = shell("ulimit -f 4; compactcli compress -q net.pt --method hinge --ratio 0.9 -o out.safetensors", net.parent)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert result.stderr == b"compactcli: out.safetensors: file too large; nothing was written\n"
+    assert os.listdir(net.parent) == ["net.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize("command", ["compress -q net.pt --method hinge --ratio 0.9", "report -q --json net.pt", "methods"])
+def test_a_full_stdout_is_one_line(net, command):
+    result = shell(f"compactcli {command} > /dev/full", net.parent)
+    assert result.returncode == 1
+    assert len(result.stderr.decode().splitlines()) == 1, result.stderr.decode()
+    assert result.stderr.lower().startswith(b"compactcli: ")
+    assert b"no space left on device" in result.stderr.lower()
+
+
+def test_what_torch_logs_does_not_join_the_one_line(tmp_path):
+    """An operation that fails on fake tensors is logged by torch, with a traceback, beside what it raises."""
+    code = "from torch import nn\nclass make(nn.Conv2d):\n    def __init__(self): super().__init__(3, 8, 1)\n"
+    code += "    def forward(self, x): return super().forward(x).exp() ** self.bias\n"  # 8 channels of 8 x 7 positions
+    (tmp_path / "broken.py").write_text(code)
+    result = shell("compactcli analyze -q --fresh --arch broken.py:make --input-shape 3x8x7", tmp_path)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert len(result.stderr.splitlines()) == 1, result.stderr.decode()
+    assert result.stderr.startswith(b"compactcli: the network does not run")
+
+
+def on_terminal(arguments: Sequence[str], folder: Path) -> tuple[int, bytes]:
+    """Exit code and everything that a command writes with a terminal as its stdin, stdout and stderr."""
+    ours, theirs = os.openpty()
+    command = [*shlex.split(COMMAND), *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, close_fds=True) as process:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not part:
+                break
+            written += part
+        code = process.wait(timeout=120)
+    os.close(ours)
+    return code, written
+
+
+def test_a_terminal_gets_a_file_instead_of_a_model(net):
+    code, written = on_terminal(["compress", "net.pt", *HINGE, "0.5"], net.parent)
+    assert code == 0
+    assert sorted(os.listdir(net.parent)) == ["net.hinge-0.5.safetensors", "net.pt"]
+    assert b"wrote " in written
+    assert b"\0" not in written
+    assert b"__metadata__" not in written
+    assert open_model(net.parent / "net.hinge-0.5.safetensors").recipe.steps
+
+
+def test_a_command_on_a_terminal_without_a_model_is_wrong_usage(tmp_path):
+    code, written = on_terminal(["compress", *HINGE, "0.5"], tmp_path)
+    assert (code, written.strip()) == (2, b"compactcli: no model: give a file, or pipe one in")
+
+
+def test_an_interrupt_is_exit_130(monkeypatch, net):
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artefact, "open_model", interrupted)
+    assert "interrupted" in one_line(run("analyze", net), 130)
+
+
+def test_out_of_memory_is_one_line(monkeypatch, net):
+    def too_large(*_arguments: object, **_options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(artefact, "open_model", too_large)
+    assert "out of memory" in one_line(run("analyze", net))
+
+
+# Real checkpoints
+
+
+def test_a_real_network_is_recognised(checkpoints):
+    tree = json.loads(run("analyze", "--json", checkpoints / "resnet56-4bfd9763.th").stdout)
+    assert tree["model"]["arch"] == "cifar:resnet56"
+    assert (tree["model"]["params"], tree["model"]["macs"]) == (853_018, 125_485_696)
+    assert tree["model"]["size_bytes"] == (checkpoints / "resnet56-4bfd9763.th").stat().st_size

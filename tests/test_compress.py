@@ -1,0 +1,347 @@
+"""The drivers: plan, edit under the law, measure, one step; and training on, with a teacher, one step more."""
+
+import json
+import re
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+from networks import CLASSES, SHAPE, masked, named, outputs, randomise_
+from test_artefact import network
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compactcli import __version__, artefact, data, surgery, train
+from compactcli import compress as driver
+from compactcli.artefact import Network, Wishes, open_model
+from compactcli.compress import Target, compress
+from compactcli.errors import CompactError, UsageError
+from compactcli.finetune import find_teacher, finetune
+from compactcli.methods import get
+from compactcli.recipe import Keep, Preprocessing, Recipe, Replace, Source
+
+Hinge = get("hinge")
+
+
+def hinge(mode: str = "auto") -> object:
+    return Hinge(Hinge.Options(mode=mode))
+
+
+def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    return counter.get_total_flops() // 2
+
+
+def own(module: nn.Module, shape: tuple[int, ...] = SHAPE) -> Network:
+    """A network of nobody's architecture, as a command holds it."""
+    return Network(module.eval(), Recipe("own.py:make", {}, shape, Preprocessing((0.5,) * 3, (1.0,) * 3)), "own")
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_the_share_kept_is_the_one_asked_for(ratio, of):
+    given = network(width=16)
+    count = {"macs": lambda m: macs(m, (3, 32, 32)), "params": lambda m: sum(p.numel() for p in m.parameters())}[of]
+    before = count(given.module)
+    assert ratio - 0.02 < count(compress(given, "hinge", hinge(), Target(ratio, of)).module) / before <= ratio
+
+
+def test_one_step_is_recorded():
+    given = network(width=8)
+    image = torch.randn(driver.PROBES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = outputs(given.module, image)[0]
+    lines: list[str] = []
+    small = compress(given, "hinge", hinge("prune"), Target(0.5, round_to=2), log=lines.append)
+    (step,) = small.recipe.steps
+    assert (step.command, step.method, step.version) == ("compress", "hinge", __version__)
+    assert step.options.items() >= {"ratio": 0.5, "of": "macs", "round": 2, "mode": "prune", "floor": 0.05}.items()
+    assert step.measures.params == sum(p.numel() for p in small.module.parameters())
+    assert step.measures.macs == macs(small.module, (3, 32, 32))
+    assert step.error == pytest.approx(float((outputs(small.module, image)[0] - before).norm() / before.norm()), rel=1e-5)
+    kept = 100 * step.measures.macs / macs(network(width=8).module, (3, 32, 32))
+    assert re.search(rf"hinge: {kept:.1f} % of macs kept", "\n".join(lines))
+    assert re.search(rf"output error {step.error:.3f} on random images", "\n".join(lines))
+    assert all(not edit.tensors for edit in step.edits if isinstance(edit, Replace))
+
+
+def test_edits_are_applied_once_and_nothing_is_built_to_probe(monkeypatch):
+    applied = []
+    apply_ = surgery.apply_
+
+    def counting_(model: nn.Module, edits: object) -> None:
+        applied.append(edits)
+        apply_(model, edits)
+
+    monkeypatch.setattr(surgery, "apply_", counting_)
+    compress(network(width=8), "hinge", hinge("prune"), Target(0.5))
+    assert len(applied) == 1
+    applied.clear()
+    compress(network(width=8), "hinge", hinge(), Target(0.3))
+    assert len(applied) <= 2  # what is cut, then what is replaced
+
+
+def test_the_law_is_asked(monkeypatch):
+    """A cut that keeps other channels than it says does not get through the driver."""
+    keep_ = surgery._keep_
+
+    def wrong_(model: nn.Module, edit: Keep) -> None:
+        rolled = tuple(sorted((i + 1) % 8 for i in edit.index))
+        keep_(model, Keep(edit.module, edit.axis, rolled) if edit.module == "layer1.0.conv1" else edit)
+
+    monkeypatch.setattr(surgery, "_keep_", wrong_)
+    with pytest.raises(CompactError, match="differs from the masked one"):
+        compress(network(width=8), "hinge", hinge("prune"), Target(0.5))
+
+
+def test_the_ratio_is_of_what_was_read():
+    given = network(width=16)
+    whole = macs(given.module, (3, 32, 32))
+    twice = compress(compress(given, "hinge", hinge(), Target(0.7)), "hinge", hinge(), Target(0.7))
+    assert len(twice.recipe.steps) == 2
+    assert 0.46 < macs(twice.module, (3, 32, 32)) / whole <= 0.49
+
+
+def test_out_of_reach_names_a_ratio_that_works():
+    with pytest.raises(
+        CompactError, match=r"--ratio 0.03 of macs is out of reach: .* try --ratio [\d.]+, or --nearest"
+    ) as caught:
+        compress(network(width=8), "hinge", hinge("prune"), Target(0.03))
+    nearest = float(re.search(r"try --ratio ([\d.]+)", str(caught.value))[1])
+    whole = macs(network(width=8).module, (3, 32, 32))
+    reached = macs(compress(network(width=8), "hinge", hinge("prune"), Target(nearest)).module, (3, 32, 32))
+    taken = macs(compress(network(width=8), "hinge", hinge("prune"), Target(0.03, nearest=True)).module, (3, 32, 32))
+    assert reached == taken
+    assert nearest - 0.001 < reached / whole <= nearest
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.5, float("nan"), float("inf")])
+def test_a_share_is_between_0_and_1(ratio):
+    with pytest.raises(UsageError, match=r"--ratio .*: it is the share to keep, between 0 and 1"):
+        Target(ratio)
+
+
+def test_a_rounding_is_1_or_more():
+    with pytest.raises(UsageError, match="--round 0: it is 1 or more"):
+        Target(0.5, round_to=0)
+
+
+def test_what_a_method_is_not_for_is_refused(monkeypatch):
+    monkeypatch.setattr(Hinge, "of", ("params",))
+    with pytest.raises(UsageError, match="--of macs: hinge stores less and computes the same; use --of params"):
+        compress(network(width=4), "hinge", hinge(), Target(0.5, "macs"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    given = network(width=4)
+    given.module.layer3[0].bn2.weight.data[2] = value
+    with pytest.raises(CompactError, match=r"random: layer3\.0\.bn2\.weight holds NaN or Inf"):
+        compress(given, "hinge", hinge(), Target(0.5))
+
+
+def test_an_infinite_variance_is_no_obstacle():
+    given = network(width=8)
+    given.module.layer2[0].bn1.running_var[3] = float("inf")
+    small = compress(given, "hinge", hinge(), Target(0.5))
+    assert outputs(small.module, torch.randn(2, 3, 32, 32))[0].isfinite().all()
+
+
+def test_a_network_that_gives_zero_can_be_compressed_and_saved():
+    given = network(width=8)
+    given.module.linear.weight.data.zero_()
+    given.module.linear.bias.data.zero_()
+    artefact.dumps(compress(given, "hinge", hinge("prune"), Target(0.7)))
+
+
+@pytest.mark.parametrize("name", ["hard_coded_view", "hard_coded_shuffle"])
+def test_what_a_number_in_the_code_holds_stays_and_the_rest_goes(name):
+    """DESIGN, channel ids: found by running the smaller network; those sets are locked, the rest still go."""
+    module = randomise_(getattr(networks, name)())
+    width = module[2].out_channels
+    module[2].weight.data[-2:] *= 1e-6  # what hinge would rather remove than anything else
+    module[2].bias.data[-2:] *= 1e-6
+    whole = macs(module, SHAPE)
+    small = compress(own(module), "hinge", hinge("prune"), Target(0.75)).module
+    assert 0.5 * whole < macs(small, SHAPE) <= 0.75 * whole
+    assert small[2].out_channels == width
+    small.train()(torch.randn(2, *SHAPE)).sum().backward()
+
+
+def test_the_compressed_network_is_the_masked_original():
+    """All the way through the driver, by arithmetic of our own."""
+    given = network(width=8)
+    original = named("cifar:resnet8", width=8)
+    small = compress(given, "hinge", hinge("prune"), Target(0.5))
+    edits = [edit for edit in small.recipe.edits if isinstance(edit, Keep)]
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = outputs(masked(original, edits), image)[0]
+    torch.testing.assert_close(outputs(small.module.double(), image)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+# Real checkpoints
+
+
+def test_a_real_network_at_half_its_macs(checkpoints, tmp_path):
+    given = open_model(checkpoints / "resnet56-4bfd9763.th")
+    assert given.recipe.architecture == "cifar:resnet56"
+    small = compress(given, "hinge", hinge(), Target(0.5))
+    path = tmp_path / "small.safetensors"
+    artefact.save(small, str(path))
+    found = open_model(path)
+    assert macs(found.module, (3, 32, 32)) / 125_485_696 == pytest.approx(0.5, abs=0.01)
+    image = torch.randn(4, 3, 32, 32)
+    assert torch.equal(outputs(found.module, image)[0], outputs(small.module, image)[0])
+    kinds = {type(edit) for edit in found.recipe.edits}
+    assert {Keep, Replace} <= kinds
+    again = compress(open_model(checkpoints / "resnet56-4bfd9763.th"), "hinge", hinge(), Target(0.5))
+    assert artefact.dumps(again) == path.read_bytes()
+
+
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    preprocessing = Preprocessing((0.5,), (0.5,))
+    return data.open_dataset("digits", input_shape=(1, 16, 16), preprocessing=preprocessing, limit=200)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Network, Path]:
+    """A small network, made from an original that lies beside it."""
+    original = tmp_path / "original.pt"
+    torch.save(named("cifar:resnet8", width=4, in_channels=1).state_dict(), original)
+    wishes = Wishes(input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,))
+    small = compress(open_model(original, wishes), "hinge", hinge(), Target(0.7))
+    artefact.save(small, str(tmp_path / "small.safetensors"))
+    return open_model(tmp_path / "small.safetensors"), original
+
+
+SETTINGS = train.Settings(epochs=1, batch_size=50)
+
+
+def test_the_original_beside_the_input_is_the_teacher(pair, tmp_path, monkeypatch):
+    small, original = pair
+    lines: list[str] = []
+    teacher = find_teacher(small, None, log=lines.append)
+    assert teacher.sha256 == small.recipe.source.sha256
+    assert lines == ["teacher: original.pt"]
+    assert find_teacher(small, "none") is None
+    assert find_teacher(small, str(original)).name == "original.pt"
+
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    original.rename(moved / "original.pt")
+    lines.clear()
+    assert find_teacher(small, None, log=lines.append) is None
+    assert lines == ["no teacher: original.pt is not beside the input; training without one (--teacher FILE gives one)"]
+    monkeypatch.chdir(moved)
+    assert find_teacher(small, None).name == "original.pt"
+
+
+def test_the_teacher_is_the_original_as_the_user_described_it(tmp_path):
+    """What the file of the original does not say, the recipe of the small one does: shape, shortcut, mean and deviation."""
+    original = tmp_path / "original.pt"
+    torch.save(named("cifar:resnet8", width=4, in_channels=1).state_dict(), original)
+    wishes = Wishes(arch_kwargs={"shortcut": "append"}, input_shape=(1, 16, 16), mean=(0.25,), std=(0.125,))
+    small = compress(open_model(original, wishes), "hinge", hinge(), Target(0.7))
+    for teacher in (find_teacher(small, None), find_teacher(small, str(original))):
+        assert teacher.input_shape == (1, 16, 16)
+        assert teacher.recipe.kwargs == small.recipe.kwargs
+        assert teacher.recipe.preprocessing == small.recipe.preprocessing
+
+
+def test_another_file_of_that_name_is_no_teacher(pair):
+    small, original = pair
+    torch.save(named("cifar:resnet8", width=4, in_channels=1, num_classes=9).state_dict(), original)
+    assert find_teacher(small, None) is None
+
+
+def test_a_wrong_file_of_that_name_does_no_harm(pair):
+    """Nobody asked for it: a file that is no checkpoint is passed over like one that is not there."""
+    small, original = pair
+    original.write_bytes(b"something else entirely")
+    assert find_teacher(small, None) is None
+
+
+def test_a_teacher_that_was_asked_for_must_be_there(pair):
+    with pytest.raises(CompactError, match=r"nowhere\.pt: no such file"):
+        find_teacher(pair[0], "nowhere.pt")
+
+
+def test_a_network_without_history_has_no_teacher(pair):
+    assert find_teacher(open_model(pair[1]), None) is None
+    assert find_teacher(network(width=4), None) is None
+
+
+def test_fine_tuning_is_one_step(pair, digits):
+    small, original = pair
+    before = [t.clone() for t in small.module.parameters()]
+    lines: list[str] = []
+    tuned = finetune(small, digits, SETTINGS, teacher=open_model(original, Wishes(input_shape=(1, 16, 16))), log=lines.append)
+    assert any(not torch.equal(a, b) for a, b in zip(before, tuned.module.parameters(), strict=True))
+    compressed, step = tuned.recipe.steps
+    assert compressed.command == "compress"
+    assert (step.command, step.method, step.edits, step.error) == ("finetune", None, (), None)
+    assert step.options["teacher"] == "original.pt"
+    assert (step.options["epochs"], step.options["lr"], step.options["seed"]) == (1, 0.05, 0)
+    assert step.options["best_epoch"] in (0, 1)
+    assert step.measures.evaluated == {"dataset": "digits", "split": "test", "images": len(digits.test)}
+    assert 0 <= step.measures.accuracy <= 100
+    assert step.measures.params == compressed.measures.params
+    assert tuned.recipe.dataset == "digits"
+    assert tuned.recipe.classes == tuple("0123456789")
+    assert tuned.recipe.source.measures.accuracy is not None  # the teacher is the original: its accuracy is known now
+    assert lines[-1] == f"test accuracy {step.measures.accuracy:.2f} %"
+    assert artefact.dumps(open_model(artefact.dumps(tuned))) == artefact.dumps(tuned)
+
+
+def test_without_a_teacher_its_options_are_absent(pair, digits):
+    tuned = finetune(pair[0], digits, SETTINGS)
+    options = tuned.recipe.steps[-1].options
+    assert options["teacher"] is options["distill_weight"] is options["temperature"] is None
+    assert tuned.recipe.source.measures.accuracy is None
+
+
+def test_the_same_seed_gives_the_same_file(pair, digits, tmp_path):
+    first, second = (artefact.dumps(finetune(open_model(tmp_path / "small.safetensors"), digits, SETTINGS)) for _ in range(2))
+    assert first == second
+
+
+def test_a_teacher_of_another_kind_is_refused(pair, digits):
+    other = network(width=4)
+    with pytest.raises(
+        CompactError, match=r"the teacher random has 10 classes and input \(3, 32, 32\), the network 10 and \(1, 16, 16\)"
+    ):
+        finetune(pair[0], digits, SETTINGS, teacher=other)
+
+
+def test_data_of_other_classes_is_refused(digits):
+    given = own(randomise_(nn.Sequential(networks.conv(1, 4), *networks.head(4))), (1, 16, 16))
+    assert given.num_classes == CLASSES
+    with pytest.raises(CompactError, match=r"10 classes|classes"):
+        finetune(given, digits, SETTINGS)
+
+
+def test_data_without_a_name_is_not_remembered(pair):
+    unnamed = data.Dataset(
+        "folder",
+        False,
+        None,
+        data.from_tensors(torch.zeros(40, 1, 16, 16, dtype=torch.uint8), torch.arange(40) % 10, "train"),
+        None,
+    )
+    tuned = finetune(pair[0], unnamed, SETTINGS)
+    assert tuned.recipe.dataset is None
+    step = tuned.recipe.steps[-1]
+    assert step.measures.evaluated == {"dataset": "folder", "split": "validation", "images": None}
+    json.dumps(step.measures.evaluated)
+
+
+def test_the_source_is_kept_through_all_steps(pair, digits):
+    small, original = pair
+    tuned = finetune(small, digits, SETTINGS)
+    assert isinstance(tuned.recipe.source, Source)
+    assert tuned.recipe.source.sha256 == open_model(original).sha256

@@ -1,0 +1,323 @@
+"""Hinge from weights alone: what it may do in each mode, that its errors are true, and its pairs of layers are the layer."""
+
+import copy
+
+import networks
+import numpy as np
+import pytest
+import torch
+from networks import AWKWARD, named, outputs, randomise_
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compactcli import channels, surgery
+from compactcli.budget import Budget, Dial
+from compactcli.errors import CompactError, UsageError
+from compactcli.graph import trace
+from compactcli.methods import get, parse_options
+from compactcli.recipe import Edit, Keep, Replace, Set
+from compactcli.surgery import LAYERS
+
+Hinge = get("hinge")
+CIFAR_SHAPE = (3, 32, 32)
+
+
+def plan(
+    model: nn.Module, ratio: float, shape: tuple[int, ...] = CIFAR_SHAPE, **options: object
+) -> tuple[Budget, channels.Channels]:
+    graph = trace(model, shape)
+    sets = channels.find(graph, model)
+    return Budget(graph, sets, model, ratio=ratio, **options), sets
+
+
+def edits_of(model: nn.Module, ratio: float, mode: str, shape: tuple[int, ...] = CIFAR_SHAPE, **options: object) -> list[Edit]:
+    task, sets = plan(model, ratio, shape, **options)
+    return Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None)
+
+
+def macs(model: nn.Module, shape: tuple[int, ...] = CIFAR_SHAPE) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *shape))
+    return counter.get_total_flops() // 2
+
+
+def low_rank_(layer: nn.Conv2d | nn.Linear, rank: int) -> None:
+    """Leave the layer with a kernel of that rank."""
+    with torch.no_grad():
+        U, S, V = torch.linalg.svd(layer.weight.flatten(1).double(), full_matrices=False)
+        layer.weight.copy_(((U[:, :rank] * S[:rank]) @ V[:rank]).view_as(layer.weight))
+
+
+def weak_(layer: nn.Conv2d, norm: nn.BatchNorm2d, count: int) -> None:
+    """Make the last filters next to nothing."""
+    with torch.no_grad():
+        layer.weight[-count:] *= 1e-4
+        norm.weight[-count:] *= 1e-4
+        norm.bias[-count:] *= 1e-4
+
+
+def test_both_kinds_of_edit_where_both_pay():
+    """Blocks with filters that do nothing, and a transition of low rank: pruned here, decomposed there."""
+    model = named("cifar:resnet20")
+    weak_(model.layer1[0].conv1, model.layer1[0].bn1, 12)
+    weak_(model.layer2[1].conv1, model.layer2[1].bn1, 24)
+    low_rank_(model.layer3[1].conv2, 6)
+    low_rank_(model.layer3[2].conv1, 6)
+    edits = edits_of(model, 0.74, "auto")
+    replaced = {edit.module for edit in edits if isinstance(edit, Replace)}
+    pruned = {edit.module for edit in edits if isinstance(edit, Keep) and edit.axis == 0}
+    assert {"layer3.1.conv2", "layer3.2.conv1"} <= replaced
+    assert {"layer1.0.conv1", "layer2.1.conv1"} <= pruned
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg11", "densenet_bc40_36"])
+def test_the_mode_decides_the_kind_of_edit(name):
+    model = named(f"cifar:{name}")
+    prune, decompose, auto = (edits_of(model, 0.7, mode) for mode in ("prune", "decompose", "auto"))
+    assert all(isinstance(edit, Keep | Set) for edit in prune)
+    assert all(isinstance(edit, Replace) for edit in decompose)
+    assert prune != decompose
+    assert prune
+    assert decompose
+    results = []
+    for edits in (prune, decompose, auto):
+        small = copy.deepcopy(model)
+        surgery.apply_(small, edits)
+        results.append(macs(small))
+        assert 0.65 * macs(model) < results[-1] <= 0.7 * macs(model)
+
+
+def test_the_default_is_auto():
+    model = named("cifar:resnet8")
+    task, sets = plan(model, 0.5)
+    assert Hinge().finish(model, sets, task, None) == edits_of(model, 0.5, "auto")
+
+
+@pytest.mark.parametrize("mode", ["auto", "prune", "decompose"])
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_a_smaller_ratio_never_keeps_more(mode, of):
+    model = named("cifar:resnet20")
+    costs = []
+    for ratio in (0.3, 0.4, 0.5, 0.6, 0.75, 0.9):
+        small = copy.deepcopy(model)
+        surgery.apply_(small, edits_of(model, ratio, mode, of=of))
+        cost = macs(small) if of == "macs" else sum(p.numel() for p in small.parameters())
+        whole = macs(model) if of == "macs" else sum(p.numel() for p in model.parameters())
+        assert cost <= ratio * whole
+        assert cost > (ratio - 0.02) * whole
+        costs.append(cost)
+    assert costs == sorted(costs)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("name", ["resnet20", "vgg11", "mobilenet_v2"])
+def test_rounding_gives_multiples(name, step):
+    model = named(f"cifar:{name}")
+    small = copy.deepcopy(model)
+    surgery.apply_(small, edits_of(model, 0.5, "auto", round_to=step))
+    assert macs(small) <= 0.5 * macs(model)
+    whole = dict(model.named_modules())
+    for path, module in small.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            width = module.weight.shape[0]
+            assert width % step == 0 or (path in whole and width == len(whole[path].weight)), path
+
+
+# The errors it weighs
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, model: nn.Module, shape: tuple[int, ...], mode: str) -> tuple[Budget, list[Dial]]:
+    """The dials that hinge would have the budget turn."""
+    dials: list[Dial] = []
+
+    def whole(self: Budget, given: list[Dial]) -> list[int]:
+        dials.extend(given)
+        return [dial.full for dial in given]
+
+    monkeypatch.setattr(Budget, "solve", whole)
+    task, sets = plan(model, 0.5, shape)
+    assert Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None) == []
+    return task, dials
+
+
+def test_the_error_of_a_rank_is_the_share_of_energy_that_it_loses(monkeypatch):
+    """A kernel of known singular values 8, 4, 2, 1, and one behind whose rows a batch normalisation scales."""
+    model = nn.Sequential(
+        *(networks.conv(3, 4), networks.conv(4, 4, 1), networks.conv(4, 6), nn.BatchNorm2d(6)), *networks.head(6)
+    )
+    randomise_(model)
+    left, right = (torch.linalg.qr(torch.randn(4, 4)).Q for _ in range(2))
+    model[1].weight.data = (left @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0])) @ right)[:, :, None, None]
+    task, dials = captured(monkeypatch, model, networks.SHAPE, "decompose")
+    errors = {task.layers[dial.layer].name: dial.errors for dial in dials}
+    assert set(errors) == {"1", "2"}  # neither the stem nor the classifier
+    np.testing.assert_allclose(errors["1"], np.array([85, 21, 5, 1, 0]) / 85, atol=1e-6)
+
+    norm = model[3]
+    scale = norm.weight.detach().abs().double() / (norm.running_var.double() + norm.eps).sqrt()
+    matrix = scale[:, None] * model[2].weight.detach().flatten(1).double()
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    for rank in range(7):
+        lost = (matrix - (U[:, :rank] * S[:rank]) @ V[:rank]).square().sum() / matrix.square().sum()
+        assert errors["2"][rank] == pytest.approx(float(lost), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cifar:resnet20", "cifar:densenet_bc40_36", "squeezenet1_1"])
+def test_errors_fall_from_all_to_nothing(monkeypatch, name):
+    shape = (3, 64, 64) if ":" not in name else CIFAR_SHAPE
+    _, dials = captured(monkeypatch, named(name), shape, "auto")
+    assert any(dial.family is not None for dial in dials)
+    assert any(dial.layer is not None for dial in dials)
+    for dial in dials:
+        assert (np.diff(dial.errors) <= 1e-15).all()
+        assert dial.errors[-1] == 0
+        if dial.layer is not None:
+            assert dial.errors[0] == pytest.approx(1)
+
+
+def test_the_filters_that_matter_least_go_first():
+    model = named("cifar:resnet8", shortcut="conv")
+    weak_(model.layer2[0].conv1, model.layer2[0].bn1, 10)
+    edits = edits_of(model, 0.9, "prune")
+    kept = next(edit.index for edit in edits if edit.module == "layer2.0.conv1" and edit.axis == 0)
+    removed, weak = set(range(32)) - set(kept), set(range(22, 32))
+    assert removed <= weak or removed >= weak
+
+
+def test_the_error_is_the_outputs_where_the_cut_is_linear(monkeypatch):
+    """Two convolutions of one position and independent channels: the share lost is what the output loses."""
+    model = nn.Sequential(networks.conv(3, 8, 1, bias=False), networks.conv(8, 6, 1, bias=False), *networks.head(6))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        for i in range(8):  # channel i is (i + 1) times one of three independent inputs
+            model[0].weight[i, i % 3] = i + 1
+        model[1].weight.copy_(torch.linalg.qr(torch.randn(8, 8)).Q[:6, :, None, None])
+    task, dials = captured(monkeypatch, model, networks.SHAPE, "prune")
+    (errors,) = [dial.errors for dial in dials if ("0.weight", 0) in dict(task.families[dial.family].axes)]
+    energy = np.arange(1, 9.0) ** 2 * model[1].weight.detach().double().square().sum(0).flatten().numpy()
+    expected = np.append(np.cumsum(np.sort(energy))[::-1], 0.0) / energy.sum()
+    np.testing.assert_allclose(errors, expected, atol=1e-6)
+
+
+def test_the_floor_is_kept():
+    model = named("cifar:resnet20")
+    for floor in (0.25, 0.5):
+        task, sets = plan(model, 0.01, nearest=True)
+        edits = Hinge(parse_options(Hinge, [f"floor={floor}"])).finish(model, sets, task, None)
+        whole = dict(model.named_modules())
+        for edit in edits:
+            if isinstance(edit, Keep) and edit.axis == 0 and isinstance(whole[edit.module], nn.Conv2d):
+                assert len(edit.index) >= floor * len(whole[edit.module].weight)
+    for floor in ("0", "1.5", "-1", "nan"):
+        with pytest.raises(UsageError, match="--set floor="):
+            parse_options(Hinge, [f"floor={floor}"])
+
+
+# Two layers for one
+
+GEOMETRIES = [
+    nn.Conv2d(8, 7, 3),
+    nn.Conv2d(8, 7, 3, padding=1, bias=False),
+    nn.Conv2d(8, 7, (3, 1), stride=2, padding=(1, 0)),
+    nn.Conv2d(8, 7, 3, dilation=2, padding=2),
+    nn.Conv2d(8, 7, 3, padding=1, padding_mode="reflect"),
+    nn.Conv2d(8, 7, 3, padding="same"),
+    nn.Conv2d(8, 12, 1, stride=(1, 2)),
+    nn.Conv2d(8, 12, 5, padding=2, padding_mode="circular", bias=False),
+]
+
+
+def pair_of(layer: nn.Module, rank: int) -> nn.Module:
+    torch.manual_seed(0)
+    return LAYERS["hinge.decomposed"].build(layer, {"rank": rank}).double()
+
+
+@pytest.mark.parametrize("layer", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("rank", [1, 4, 7])
+def test_the_dense_form_of_a_pair_is_one_layer_of_the_same_geometry(layer, rank):
+    pair = pair_of(layer, rank)
+    dense = LAYERS["hinge.decomposed"].dense(pair)
+    image = torch.randn(2, 8, 9, 10, dtype=torch.float64)
+    torch.testing.assert_close(dense(image), pair(image), rtol=1e-12, atol=1e-12)
+    assert (repr(dense), dense.weight.shape) == (repr(layer), layer.weight.shape)
+    assert [type(part) for part in pair] == [nn.Conv2d, nn.Conv2d]  # plain layers, for later methods and ONNX
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_dense_form_of_a_pair_of_linear_layers(bias):
+    layer = nn.Linear(8, 6, bias=bias)
+    pair = pair_of(layer, 3)
+    dense = LAYERS["hinge.decomposed"].dense(pair)
+    rows = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(dense(rows), pair(rows), rtol=1e-12, atol=1e-12)
+    assert repr(dense) == repr(layer)
+    assert [type(part) for part in pair] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("layer", [*(g for g in GEOMETRIES if g.padding_mode == "zeros"), nn.Linear(8, 6)], ids=str)
+def test_a_layer_of_low_rank_is_reproduced_at_its_rank(layer, monkeypatch):
+    """At the rank it has, with a batch normalisation behind it that scales its filters."""
+    layer, rank = copy.deepcopy(layer), 3
+    low_rank_(layer, rank)
+    width = len(layer.weight)
+    if isinstance(layer, nn.Linear):
+        middle, shape = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer, nn.Linear(width, 5)], (3, 9, 10)
+    else:
+        middle, shape = [layer, nn.BatchNorm2d(width), nn.ReLU(), *networks.head(width)], (3, 9, 10)
+    model = nn.Sequential(networks.conv(3, 8), *middle)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise_(module)
+    path = next(name for name, module in model.named_modules() if module is layer)
+
+    def at_rank(self: Budget, dials: list[Dial]) -> list[int]:
+        return [rank if self.layers[dial.layer].name == path else dial.full for dial in dials]
+
+    monkeypatch.setattr(Budget, "solve", at_rank)
+    (edit,) = edits_of(model, 0.5, "decompose", shape)
+    assert (edit.module, edit.layer, dict(edit.options)) == (path, "hinge.decomposed", {"rank": rank})
+    small = copy.deepcopy(model)
+    surgery.apply_(small, [edit])
+    image = torch.randn(2, *shape)
+    torch.testing.assert_close(outputs(small, image), outputs(model, image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pruned_layer_is_decomposed_from_what_is_left_of_it(monkeypatch):
+    """At the rank of what is left, cutting and decomposing is cutting alone."""
+    model = named("cifar:resnet8", shortcut="conv")
+    path, width, rank = "layer2.0.conv2", 12, 5
+    low_rank_(model.get_submodule(path), rank)
+    _, sets = plan(model, 0.5)
+
+    def chosen(self: Budget, dials: list[Dial]) -> list[int]:
+        """Every width cut to `width`, and one layer to `rank`, where the dials are there."""
+        decomposed = [self.layers[dial.layer].name == path if dial.layer is not None else None for dial in dials]
+        return [width if d is None else rank if d else dial.full for d, dial in zip(decomposed, dials, strict=True)]
+
+    monkeypatch.setattr(Budget, "solve", chosen)
+    cut = copy.deepcopy(model)
+    surgery.apply_(cut, edits_of(model, 0.5, "prune"))
+    edits = edits_of(model, 0.5, "auto")
+    (pair,) = [edit for edit in edits if isinstance(edit, Replace)]
+    assert pair.tensors["0.weight"].shape == (rank, width, 3, 3)
+    assert pair.tensors["1.weight"].shape[1] == rank
+    surgery.apply_checked_(model, edits, sets.consumed, CIFAR_SHAPE)
+    image = torch.randn(2, *CIFAR_SHAPE)
+    torch.testing.assert_close(outputs(model, image), outputs(cut, image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(set(AWKWARD) - {"tied_parameter", "weight_norm"}))
+@pytest.mark.parametrize("mode", ["auto", "prune", "decompose"])
+def test_awkward_networks_are_made_smaller_under_the_law(name, mode):
+    torch.manual_seed(0)
+    model = randomise_(AWKWARD[name]())
+    task, sets = plan(model, 0.8, networks.SHAPE, nearest=True)
+    edits = Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None)
+    assert surgery.apply_checked_(model, edits, sets.consumed, networks.SHAPE) < 1e-9
+    assert macs(model, networks.SHAPE) <= task.original
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 8, 3), nn.BatchNorm2d(8)], ids=str)
+def test_what_cannot_be_decomposed_is_refused(layer):
+    with pytest.raises(CompactError, match="which cannot be"):
+        LAYERS["hinge.decomposed"].build(layer, {"rank": 2})

@@ -1,0 +1,164 @@
+"""The registry of methods, their options, and what every method must do."""
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from networks import named, outputs
+
+from compactcli import artefact, measure, methods
+from compactcli.artefact import Network
+from compactcli.compress import Target, compress
+from compactcli.errors import CompactError, UsageError
+from compactcli.methods import Method, get, names, option_list, parse_options, register_layers, summary
+from compactcli.recipe import Preprocessing, Recipe
+from compactcli.surgery import LAYERS
+
+SHAPE = (3, 32, 32)
+
+
+def network(**kwargs: object) -> Network:
+    """A network with random weights, as a command holds it."""
+    module = named("cifar:resnet8", **kwargs).eval()
+    return Network(module, Recipe("cifar:resnet8", kwargs, SHAPE, Preprocessing((0.5,) * 3, (0.5,) * 3)), "random")
+
+
+def test_a_method_is_registered_by_being_there():
+    folder = Path(methods.__file__).parent
+    assert names() == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    assert "hinge" in names()
+
+
+def test_listing_the_methods_imports_none():
+    code = "import sys; from compactcli import methods; [methods.summary(n) for n in methods.names()]; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", *(f"compactcli.methods.{name}" for name in names())} & set(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_method_describes_itself(name):
+    method = get(name)
+    assert issubclass(method, Method)
+    assert method.of
+    assert 20 < len(summary(name)) < 100
+    assert summary(name).endswith(".")
+    assert dataclasses.is_dataclass(method.Options)
+    assert method.Options.__dataclass_params__.frozen
+    for option in option_list(method):
+        assert option.default is not None, option.name
+        assert option.help[0].islower() or option.help[0].isdigit(), option.name
+        assert not option.help.endswith("."), option.name
+        words = option.kind if isinstance(option.kind, tuple) else ()
+        assert words or option.kind in (bool, int, float, str), option.name
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_method_meets_its_budget_from_the_weights_alone(name):
+    method = get(name)()
+    of = method.of[0]
+    model = network(width=16, shortcut="conv")
+    before = {"macs": measure.macs(model.module, SHAPE), "params": measure.params(model.module)}
+    small = compress(model, name, method, Target(0.6))
+    after = {"macs": measure.macs(small.module, SHAPE), "params": measure.params(small.module)}
+    assert 0.55 * before[of] < after[of] <= 0.6 * before[of]
+    image = torch.randn(2, *SHAPE)
+    assert torch.equal(outputs(artefact.open_model(artefact.dumps(small)).module, image)[0], outputs(small.module, image)[0])
+    small.module.train()(image).sum().backward()
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_method_is_deterministic(name):
+    first, second = (artefact.dumps(compress(network(width=8), name, get(name)(), Target(0.7, nearest=True))) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_layer_of_a_method_bears_its_name(name):
+    get(name)
+    assert all(kind.partition(".")[0] in names() for kind in LAYERS)
+
+
+def test_unknown_methods_name_the_nearest():
+    with pytest.raises(UsageError, match="no method 'hing'; did you mean hinge"):
+        get("hing")
+    with pytest.raises(UsageError, match=r"no method 'xyzzy'; there are .*hinge"):
+        get("xyzzy")
+    for hostile in ("../surgery", "__init__", "os", ""):
+        with pytest.raises(UsageError, match="no method"):
+            get(hostile)
+
+
+def test_layers_are_registered_for_known_methods_only():
+    register_layers(["hinge.decomposed", "os.system", "nothing", "../x.y"])
+    assert "hinge.decomposed" in LAYERS
+    assert "os.system" not in LAYERS
+
+
+# Options
+
+
+@dataclass(frozen=True)
+class Options:
+    mode: Annotated[Literal["fast", "slow"], "how"] = "fast"
+    rate: Annotated[float, "how much"] = 0.5
+    count: Annotated[int, "how many"] = 3
+    deep: Annotated[bool, "whether"] = False
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise ValueError(f"rate={self.rate:g}: it is 0 or more")
+
+
+class Sample(Method):
+    Options = Options
+
+
+def test_options_are_read_off_the_dataclass():
+    found = [(option.name, option.kind, option.default, option.help) for option in option_list(Sample)]
+    assert found == [
+        ("mode", ("fast", "slow"), "fast", "how"),
+        ("rate", float, 0.5, "how much"),
+        ("count", int, 3, "how many"),
+        ("deep", bool, False, "whether"),
+    ]
+
+
+def test_options_from_strings():
+    assert parse_options(Sample, []) == Options()
+    assert parse_options(Sample, ["mode=slow", "rate=1e-3", "count=7", "deep=true"]) == Options("slow", 0.001, 7, True)
+    assert parse_options(Sample, ["count=7", "count=8"]) == Options(count=8)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("rate", "--set rate: give it as name=value"),
+        ("rat=1", "--set rat: no such option; did you mean rate"),
+        ("zzz=1", "--set zzz: no such option; there are mode, rate, count, deep"),
+        ("=1", "--set : no such option"),
+        ("mode=quick", "--set mode=quick: it is one of fast, slow"),
+        ("rate=much", "--set rate=much: it is a number"),
+        ("rate=", "--set rate=: it is a number"),
+        ("count=1.5", "--set count=1.5: it is a number"),
+        ("deep=yes", "--set deep=yes: it is true or false"),
+        ("rate=-1", "--set rate=-1: it is 0 or more"),
+    ],
+)
+def test_wrong_options_name_what_is_right(pair, message):
+    with pytest.raises(UsageError, match=message):
+        parse_options(Sample, [pair])
+
+
+# What the driver asks of every method
+
+
+def test_weights_that_are_not_numbers_are_named():
+    model = network(width=4)
+    model.module.layer2[0].conv1.weight.data[0, 0] = float("nan")
+    with pytest.raises(CompactError, match=r"random: layer2\.0\.conv1\.weight holds NaN or Inf"):
+        compress(model, "hinge", get("hinge")(), Target(0.5))

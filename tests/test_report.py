@@ -1,0 +1,284 @@
+"""What a network is, was and became: keys and figures of the JSON, and tables for people."""
+
+import io
+import json
+from dataclasses import replace
+
+import networks
+import pytest
+import torch
+from networks import named, randomise_
+from rich.console import Console
+from test_artefact import network, smaller
+from test_compress import own
+
+from compactcli import artefact, data, measure, report
+from compactcli.artefact import Wishes, open_model
+from compactcli.errors import CompactError
+from compactcli.recipe import Measures, Preprocessing
+
+# DESIGN.md, "JSON, stable within a major version": every key, and no other.
+MODEL = {
+    *("arch", "input_shape", "params", "params_materialised", "macs", "macs_synthesis", "flops", "thop_macs"),
+    *("size_bytes", "latency_ms", "accuracy", "evaluated", "sha256"),
+}
+REPORT = {"schema", "model", "baseline", "ratios", "accuracy_delta", "steps", "layers"}
+STEP = {"command", "method", "options", "params", "macs", "accuracy", "error", "version"}
+CHANGED_LAYER = {"name", "type", "before", "after", "params", "macs"}
+ANALYSIS = {"schema", "model", "layers", "suggestion"}
+LAYER = {"name", "type", "weight_shape", "params", "macs", "sets", "locked", "redundancy"}
+REDUNDANCY = {"max_abs_corr", "mean_abs_corr", "effective_rank", "rank_ratio_99"}
+EVALUATION = {"schema", "accuracy", "accuracy_top5", "loss", "images", "dataset", "split", "model"}
+
+
+@pytest.fixture(autouse=True)
+def short_latency(monkeypatch):
+    monkeypatch.setattr(report, "LATENCY_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(original, small), as read from files."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.save(named("cifar:resnet8", width=8, in_channels=1).state_dict(), folder / "original.pt")
+    original = open_model(folder / "original.pt")
+    artefact.save(smaller(open_model(folder / "original.pt"), 0.5), str(folder / "small.safetensors"))
+    return original, open_model(folder / "small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=Preprocessing((0.5,), (0.5,)), limit=50)
+
+
+def text_of(renderable: object) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(renderable)
+    return stream.getvalue()
+
+
+def check_report(tree: dict) -> None:
+    assert set(tree) == REPORT
+    assert tree["schema"] == "compactcli/report/1"
+    assert set(tree["model"]) == MODEL
+    assert tree["baseline"] is None or set(tree["baseline"]) == MODEL
+    assert set(tree["ratios"]) == {"params", "macs", "size_bytes", "latency"}
+    assert all(set(step) == STEP for step in tree["steps"])
+    assert all(set(layer) == CHANGED_LAYER for layer in tree["layers"])
+    for part in (tree["model"], tree["baseline"]):
+        assert part is None or part["evaluated"] is None or set(part["evaluated"]) == {"dataset", "split", "images"}
+    assert json.loads(json.dumps(tree, allow_nan=False)) == tree
+
+
+def test_a_report_on_a_small_network(pair):
+    original, small = pair
+    tree = report.report(small, None, None)
+    check_report(tree)
+    model, first = tree["model"], tree["baseline"]
+    assert model["arch"] == "cifar:resnet8"
+    assert model["input_shape"] == [1, 32, 32]
+    assert model["params"] == model["params_materialised"] == sum(p.numel() for p in small.module.parameters())
+    assert model["flops"] == 2 * model["macs"] == 2 * measure.macs(small.module, (1, 32, 32))
+    assert model["macs_synthesis"] == 0
+    assert model["thop_macs"] > 0
+    assert model["size_bytes"] == len(artefact.dumps(small))
+    assert model["latency_ms"] > 0
+    assert model["sha256"] == small.sha256
+    assert (model["accuracy"], model["evaluated"], tree["accuracy_delta"]) == (None, None, None)
+    assert first["params"] == sum(p.numel() for p in original.module.parameters())
+    assert first["macs"] == measure.macs(original.module, (1, 32, 32))
+    assert (first["size_bytes"], first["sha256"]) == (original.size_bytes, original.sha256)
+    for key in ("params", "macs", "size_bytes"):
+        assert tree["ratios"][key] == model[key] / first[key]
+    assert tree["ratios"]["macs"] <= 0.5
+    assert tree["ratios"]["latency"] is None  # nobody can measure what is not there
+    (step,) = tree["steps"]
+    assert (step["command"], step["method"], step["options"]["ratio"]) == ("compress", "hinge", 0.5)
+    assert (step["params"], step["macs"]) == (model["params"], model["macs"])
+
+
+def test_a_report_beside_the_original(pair, digits):
+    original, small = pair
+    tree = report.report(small, original, digits)
+    check_report(tree)
+    assert tree["baseline"]["latency_ms"] > 0
+    assert tree["ratios"]["latency"] == tree["model"]["latency_ms"] / tree["baseline"]["latency_ms"]
+    assert tree["model"]["evaluated"] == tree["baseline"]["evaluated"] == {"dataset": "digits", "split": "test", "images": 50}
+    assert tree["accuracy_delta"] == tree["model"]["accuracy"] - tree["baseline"]["accuracy"]
+
+
+def test_layers_add_up(pair):
+    _, small = pair
+    tree = report.report(small, None, None)
+    assert sum(layer["macs"] for layer in tree["layers"]) == tree["model"]["macs"]
+    assert sum(layer["before"]["macs"] for layer in tree["layers"]) == tree["baseline"]["macs"]
+    norms = sum(p.numel() for m in small.module.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters())
+    assert sum(layer["params"] for layer in tree["layers"]) + norms == tree["model"]["params"]
+    for layer in tree["layers"]:
+        assert (layer["params"], layer["macs"]) == (layer["after"]["params"], layer["after"]["macs"])
+        assert layer["after"]["macs"] <= layer["before"]["macs"]
+        assert len(layer["before"]["weight_shapes"]) == 1
+
+
+def test_a_decomposed_layer_is_two_in_the_place_of_one():
+    small = smaller(network(width=8), 0.6, "decompose")
+    layers = report.report(small, None, None)["layers"]
+    assert any(len(layer["after"]["weight_shapes"]) == 2 for layer in layers)
+    assert {len(layer["before"]["weight_shapes"]) for layer in layers} == {1}
+
+
+def test_a_network_without_history_is_its_own_first(pair):
+    original, _ = pair
+    tree = report.report(original, None, None)
+    check_report(tree)
+    assert tree["steps"] == []
+    assert tree["ratios"]["params"] == tree["ratios"]["macs"] == tree["ratios"]["size_bytes"] == 1
+    assert all(layer["before"] == layer["after"] for layer in tree["layers"])
+
+
+def test_a_network_that_was_never_read_has_no_first():
+    tree = report.report(network(width=4), None, None)
+    check_report(tree)
+    assert tree["baseline"] is None
+    assert set(tree["ratios"].values()) == {None}
+    assert tree["model"]["size_bytes"] is tree["model"]["sha256"] is None
+
+
+def test_the_last_recorded_accuracy_is_shown_without_data(pair):
+    _, small = pair
+    last = small.recipe.steps[-1]
+    seen = {"dataset": "digits", "split": "test", "images": 7}
+    measures = Measures(last.measures.params, last.measures.macs, None, 91.5, seen)
+    recorded = replace(small, recipe=small.recipe.then(replace(last, command="finetune", measures=measures)))
+    tree = report.report(recorded, None, None)
+    check_report(tree)
+    assert (tree["model"]["accuracy"], tree["model"]["evaluated"]) == (91.5, seen)
+    assert "91.50 %" in text_of(report.report_tables(tree))
+
+
+def test_tables_show_a_dash_for_what_is_not_known(pair):
+    original, small = pair
+    text = text_of(report.report_tables(report.report(small, None, None), layers=True))
+    for word in (
+        "Parameters",
+        "MACs",
+        "FLOPs",
+        "File",
+        "Latency",
+        "Accuracy",
+        "history",
+        "layers that changed",
+        "compress hinge",
+    ):
+        assert word in text
+    assert "None" not in text
+    assert "nan" not in text
+    accuracy = next(line for line in text.splitlines() if "Accuracy" in line)
+    assert accuracy.count("-") == 3
+    assert f"{sum(p.numel() for p in original.module.parameters()):,}" in text
+    assert "None" not in text_of(report.report_tables(report.report(network(width=4), None, None), layers=True))
+
+
+# Analysis
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_analysis(linear):
+    given = network(width=8)
+    tree = report.analysis(given, linear=linear)
+    assert set(tree) == ANALYSIS
+    assert tree["schema"] == "compactcli/analysis/1"
+    assert set(tree["model"]) == MODEL
+    assert set(tree["suggestion"]) == {"method", "ratio", "command"}
+    assert json.loads(json.dumps(tree, allow_nan=False)) == tree
+    layers = {layer["name"]: layer for layer in tree["layers"]}
+    assert all(set(layer) == LAYER for layer in layers.values())
+    assert list(layers) == [
+        name for name, m in given.module.named_modules() if hasattr(m, "weight") and not name.rpartition(".")[2].startswith("bn")
+    ]
+    for name, layer in layers.items():
+        known = linear or layer["type"] == "Conv2d"
+        assert (layer["redundancy"] is not None) == known, name
+        assert not known or set(layer["redundancy"]) == REDUNDANCY
+        assert (layer["sets"] == 0) == (layer["locked"] is not None)
+        assert layer["weight_shape"] == list(given.module.get_submodule(name).weight.shape)
+        assert layer["params"] == sum(p.numel() for p in given.module.get_submodule(name).parameters())
+    assert layers["linear"]["locked"] == "the network's output"
+    assert layers["layer1.0.conv1"]["sets"] == 8
+    assert sum(layer["macs"] for layer in tree["layers"]) == tree["model"]["macs"] == measure.macs(given.module, (3, 32, 32))
+
+
+def test_the_suggestion_works():
+    for redundant in (False, True):
+        given = network(width=16)
+        if redundant:
+            for module in given.module.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.weight.data[1:] = module.weight.data[:1]
+        suggestion = report.analysis(given)["suggestion"]
+        assert 0.3 <= suggestion["ratio"] <= 0.8
+        assert (suggestion["ratio"] == 0.3) == redundant
+        assert suggestion["command"] == f"compactcli compress random --method hinge --ratio {suggestion['ratio']:g}"
+        smaller(given, suggestion["ratio"])
+
+
+def test_tables_of_an_analysis_say_why():
+    given = own(randomise_(networks.rolled()))
+    text = text_of(report.analysis_tables(report.analysis(given)))
+    assert "no rule for the operation roll" in text
+    assert "the network's output" in text
+    assert "try: compactcli compress own --method hinge --ratio" in text
+
+
+def test_a_network_of_linear_layers_only():
+    given = own(
+        randomise_(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)))
+    )
+    tree = report.analysis(given)
+    assert [layer["redundancy"] for layer in tree["layers"]] == [None, None]
+    text_of(report.analysis_tables(tree))
+
+
+# Evaluation
+
+
+def test_an_evaluation(pair, digits):
+    _, small = pair
+    found = report.evaluate(small, digits, batch_size=7)
+    tree = report.evaluation(small, found)
+    assert set(tree) == EVALUATION
+    assert tree["schema"] == "compactcli/evaluation/1"
+    assert (tree["dataset"], tree["split"], tree["images"]) == ("digits", "test", 50)
+    images = data.normalise(digits.test.images(), small.recipe.preprocessing)
+    with torch.no_grad():
+        right = small.module(images).argmax(1) == data.labels_of(digits.test)
+    assert tree["accuracy"] == pytest.approx(100 * float(right.double().mean()))
+    assert tree["accuracy"] <= tree["accuracy_top5"] <= 100
+    assert report.evaluate(small, digits).accuracy.loss == pytest.approx(found.accuracy.loss, rel=1e-5)
+
+
+def test_every_document_describes_a_model_with_the_same_keys(pair, digits):
+    _, small = pair
+    assert set(report.evaluation(small, report.evaluate(small, digits))["model"]) == MODEL
+
+
+def test_training_images_are_named_where_there_are_no_others(pair, digits):
+    only = data.Dataset("mine", False, None, digits.train, None)
+    assert report.evaluate(pair[1], only).to_json() == {"dataset": "mine", "split": "train", "images": 50}
+
+
+def test_other_classes_and_no_labels_are_refused(pair, digits):
+    three = open_model(artefact.dumps(network(width=4, shape=(1, 32, 32), in_channels=1, num_classes=3)))
+    with pytest.raises(CompactError, match="3"):
+        report.evaluate(three, digits)
+    unlabelled = data.Dataset("mine", False, None, data.from_tensors(digits.train.images(), None, "all"), None)
+    with pytest.raises(CompactError, match="label"):
+        report.evaluate(pair[1], unlabelled)
+
+
+def test_a_file_of_someone_elses_factory_can_be_reported_on(tmp_path):
+    """Its first network cannot be built again from the name alone; the layers show what is there."""
+    (tmp_path / "mine.py").write_text("from test_artefact import Tied as make\n")
+    given = artefact.fresh(Wishes(f"{tmp_path / 'mine.py'}:make", input_shape=(3, 8, 8)), 0)
+    randomise_(given.module)
+    check_report(report.report(given, None, None))

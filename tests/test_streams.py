@@ -1,0 +1,163 @@
+"""Files appear whole or not at all; models go to pipes and files, never to terminals."""
+
+import errno
+import io
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from compactcli import streams
+from compactcli.errors import CompactError, UsageError
+
+DATA = bytes(range(256)) * 100
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def refused(target: Path | str, message: str, kind: type[CompactError] = CompactError) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        streams.write(DATA, str(target))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_appears_whole(tmp_path):
+    target = tmp_path / "model.safetensors"
+    streams.write(DATA, str(target))
+    assert target.read_bytes() == DATA
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_new_file_has_the_usual_permissions(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        streams.write(DATA, str(tmp_path / "model"))
+        assert os.umask(mask) == mask  # looked at, not changed
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o666 & ~mask
+
+
+def test_an_existing_file_is_replaced_and_keeps_its_permissions(tmp_path):
+    target = tmp_path / "model"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    reader = target.open("rb")  # of the file as it was
+    streams.write(DATA, str(target))
+    assert target.read_bytes() == DATA
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert reader.read() == b"old"
+    reader.close()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call, existing):
+    target = tmp_path / "model.safetensors"
+    if existing:
+        target.write_bytes(b"old")
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((Path, "replace") if call == "replace" else (os, call)), full)
+    refused(target, "model.safetensors: no space left on device; nothing was written")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == (["model.safetensors"] if existing else [])
+    assert not existing or target.read_bytes() == b"old"
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupt(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        streams.write(DATA, str(tmp_path / "model"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_written_is_said_in_one_line(tmp_path):
+    refused(tmp_path / "nowhere" / "model", "model: no such file or directory; nothing was written")
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", "folder: is a directory; nothing was written")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_broken_stdout_is_said_in_one_line(monkeypatch):
+    class Full(io.BytesIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Full()))
+    refused("-", "stdout: [Nn]o space left on device")
+
+
+def test_stdout_gets_the_bytes(monkeypatch):
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream))
+    streams.write(DATA, "-")
+    assert stream.getvalue() == DATA
+
+
+# Where a command reads and writes
+
+
+def test_the_source_is_what_was_given_or_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert streams.model_source("net.pt") == "net.pt"
+    assert streams.model_source("-") == "-"
+    assert streams.model_source(None) == "-"
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert streams.model_source("net.pt") == "net.pt"
+    with pytest.raises(UsageError, match="no model: give a file, or pipe one in"):
+        streams.model_source(None)
+
+
+def test_into_a_pipe_without_a_name(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert streams.model_target(None, "net.pt", "hinge-0.5") == "-"
+    assert streams.model_target(None, "-", "hinge-0.5") == "-"
+    assert streams.model_target("-", "-", "hinge-0.5") == "-"
+
+
+def test_a_terminal_gets_no_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert streams.model_target(None, "folder/net.pt", "hinge-0.5") == "net.hinge-0.5.safetensors"
+    assert streams.model_target("out.pt", "-", "tuned") == "out.pt"
+    with pytest.raises(UsageError, match="give -o FILE"):
+        streams.model_target(None, "-", "tuned")
+    with pytest.raises(UsageError, match="give -o FILE or a pipe"):
+        streams.model_target("-", "net.pt", "tuned")
+
+
+def test_the_made_up_name_is_not_the_inputs(monkeypatch, tmp_path):
+    """Twice the same command, the second time on what the first one made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    first = streams.model_target(None, "net.pt", "hinge-0.5")
+    assert streams.model_target(None, first, "hinge-0.5") != first
+
+
+@pytest.mark.parametrize(("target", "message"), [("no/model", "the folder 'no' does not exist"), ("made", "made: is a folder")])
+def test_a_target_that_cannot_be_is_refused_before_the_work(monkeypatch, tmp_path, target, message):
+    monkeypatch.chdir(tmp_path)
+    Path("made").mkdir()
+    with pytest.raises(CompactError, match=message):
+        streams.model_target(target, "net.pt", "tuned")
+    assert os.listdir(tmp_path) == ["made"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o555)
+    with pytest.raises(CompactError, match="cannot be written to; give another -o FILE"):
+        streams.check_folder(str(tmp_path / "model"))
+    tmp_path.chmod(0o755)
