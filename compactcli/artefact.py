@@ -4,6 +4,7 @@
 from the clock or the machine: the same network gives the same bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from . import architectures, checkpoint, measure, methods, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError
+from .graph import run_fake
 from .recipe import Measures, Recipe, Replace, Share, Source
 
 KEY = "compactcli"  # the metadata entry that holds the recipe
@@ -84,6 +86,29 @@ def open_model(source: str | Path | bytes, wishes: Wishes | None = None) -> Netw
     return network
 
 
+def open_beside(path: str | Path, network: Network, arch: str | None = None) -> Network:
+    """The network in a file that is to be compared with `network`: its teacher or its baseline.
+
+    If it is the very file that the history began with, it is described as that was: the same arguments,
+    input shape and normalisation. Raises CompactError if it cannot be read.
+    """
+    recipe = network.recipe
+    if recipe.source is None or file_sha256(path) != recipe.source.sha256:
+        return open_model(path)
+    name = recipe.architecture if is_known(recipe.architecture) else arch
+    pre = recipe.preprocessing
+    return open_model(path, Wishes(name, dict(recipe.kwargs), network.input_shape, pre.mean, pre.std))
+
+
+def file_sha256(path: str | Path) -> str | None:
+    """The sha256 of a file; None if it cannot be read as one."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
 def fresh(wishes: Wishes, seed: int) -> Network:
     """An untrained network of the wished architecture."""
     if wishes.arch is None:
@@ -126,6 +151,8 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     recipe = Recipe.loads(file.metadata[KEY])
     channels, height, width = recipe.input_shape
     shape = (channels, height, width)
+    if len(recipe.preprocessing.mean) != channels or len(recipe.preprocessing.std) != channels:
+        raise CompactError(f"the recipe normalises {len(recipe.preprocessing.mean)} channels of an input with {channels}")
     if not is_known(recipe.architecture):
         if wishes.arch is None:
             raise CompactError(
@@ -138,6 +165,7 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     methods.register_layers([edit.layer for edit in recipe.edits if isinstance(edit, Replace | Share)])
     surgery.apply_(module, recipe.edits)
     _load_(module, file.tensors)
+    run_fake(module, shape)
     return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, file.notes)
 
 
@@ -209,6 +237,15 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name in unique}
 
 
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Further names of a tensor -> its first."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    for name, tensor in named:
+        first.setdefault(id(tensor), name)
+    return {name: first[id(tensor)] for name, tensor in named if first[id(tensor)] != name}
+
+
 def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put the tensors in the module's places without copying. Counters of batches may be absent."""
     own = _state(module)
@@ -224,7 +261,15 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in own.items():
         if values[name].is_floating_point() != tensor.is_floating_point():
             raise CompactError(f"{name} is {values[name].dtype}, the architecture's {tensor.dtype}")
+    aliases = _aliases(module)
     module.load_state_dict(values, strict=False, assign=True)
+    for alias, name in aliases.items():  # what was one tensor is one again
+        path, _, last = alias.rpartition(".")
+        owner = module.get_submodule(path)
+        if last in owner._parameters:
+            owner._parameters[last] = module.get_parameter(name)
+        else:
+            owner._buffers[last] = module.get_buffer(name)
 
 
 def _mismatch(

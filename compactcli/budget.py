@@ -36,6 +36,7 @@ class Layer:
     shape: tuple[int, ...]  # of the weight
     groups: int
     transposed: bool
+    called: bool  # by its own module's forward, not by another that borrows the weight
 
     @property
     def out_axis(self) -> int:
@@ -75,7 +76,9 @@ def layers(graph: Graph) -> list[Layer]:
         if name in found:
             positions += found[name].positions
         groups = arguments[8] if convolution else 1
-        found[name] = Layer(name.rpartition(".")[0], name, positions, shape, groups, transposed)
+        found[name] = Layer(
+            name.rpartition(".")[0], name, positions, shape, groups, transposed, graph.owners[node] == name.rpartition(".")[0]
+        )
     return list(found.values())
 
 

@@ -276,7 +276,7 @@ class _Streams:
         self.model.advance(ends[1], through=True)
         wanted = torch.cat([values[ends[0]] for values in self.target.values])
         got = torch.cat([values[ends[1]] for values in self.model.values])
-        return float((got - wanted).norm() / (wanted - wanted.mean(0)).norm())
+        return float((got - wanted).norm() / (wanted - wanted.mean(0)).norm().clamp_min(1e-30))
 
 
 def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:

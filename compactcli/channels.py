@@ -11,14 +11,14 @@ Locked is always correct, only less compact.
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import fx, nn
 
-from .graph import Graph
+from .graph import Graph, trace
 from .recipe import Edit, Keep, Set
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -57,11 +57,18 @@ class Channels:
         return self.locked[min(numbers)]
 
 
-def find(graph: Graph, model: nn.Module) -> Channels:
-    """The coupled sets of the traced network."""
+def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None) -> Channels:
+    """The coupled sets of the traced network; `locked` names axes that may not be cut, and why.
+
+    Heads that run only in training are traced as well: they read channels of the trunk.
+    """
     walk = _Walk(graph, model)
-    for node in graph.nodes:
-        walk.visit(node)
+    walk.run()
+    if walk.unreached():
+        walk.graph = trace(model, graph.image.meta["val"].shape[1:], train=True)
+        walk.run()
+    for axis, reason in (locked or {}).items():
+        walk.lock([Label(0, walk.axes[axis])], reason)
     return walk.result()
 
 
@@ -150,7 +157,8 @@ class _Walk:
         if node.op == "placeholder" and node in self.graph.tensors:
             name = self.graph.tensors[node]
             shape = node.meta["val"].shape
-            self.axes.update({(name, axis): self.fresh(size, (name, axis)) for axis, size in enumerate(shape)})
+            if (name, 0) not in self.axes:  # not known from another graph
+                self.axes.update({(name, axis): self.fresh(size, (name, axis)) for axis, size in enumerate(shape)})
             self.labels[node] = [Label(axis, self.axes[name, axis]) for axis in range(len(shape))]
         elif node.op == "output":
             self.lock(self.of(node.args), "the network's output")
@@ -164,10 +172,18 @@ class _Walk:
             else:
                 self.lock(self.of((node.args, node.kwargs)), f"no rule for the operation {_name(node)}")
 
+    def run(self) -> None:
+        """Visit every node of the graph."""
+        for node in self.graph.nodes:
+            self.visit(node)
+
+    def unreached(self) -> list[Axis]:
+        """Axes of parameters and buffers that no operation used."""
+        return [axis for axis in self.axes if axis[0] not in self.reached]
+
     def result(self) -> Channels:
-        for (name, axis), ids in self.axes.items():
-            if name not in self.reached:
-                self.lock([Label(axis, ids)], "not reached in eval mode")
+        for axis in self.unreached():
+            self.lock([Label(0, self.axes[axis])], "not reached by any operation")
         reasons = {self.next_id + number: reason for number, reason in enumerate(self.locks)}
         locks = [(np.full_like(ids, lock), ids) for lock, reason in reasons.items() for ids in self.locks[reason]]
         roots = _components(self.next_id + len(reasons), self.ties + locks)
@@ -222,8 +238,23 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     *("clone", "alias", "detach", "_to_copy", "neg", "abs", "exp", "sqrt", "rsqrt", "pow", "clamp"),
 )
 def _pointwise(walk: _Walk, node: fx.Node) -> list[Label]:
-    """Each element depends on its own predecessor. f(0) need not be 0: consumers are what is masked."""
-    return walk.of(_node(node, 0))
+    """Each element depends on its own predecessors. f(0) need not be 0: consumers are what is masked."""
+    return _elementwise(walk, node)
+
+
+@rule("native_dropout")
+def _dropout(walk: _Walk, node: fx.Node) -> list[Label]:
+    return walk.of(node.args[0])
+
+
+@rule("as_strided_")
+def _same_shape(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Global pooling puts its result into another memory layout; any other use locks."""
+    source = _node(node, 0)
+    if source.meta["val"].shape == node.meta["val"].shape:
+        return walk.of(source)
+    walk.lock(walk.of(source), "no rule for the operation as_strided_")
+    return []
 
 
 @rule("empty", "zeros", "ones", "full", "arange")
@@ -244,10 +275,14 @@ def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
         _contract(walk, arriving, into)
     elif transposed or not arriving or not out:
         walk.lock(walk.of(node.args[:3]), "a grouped convolution that is transposed or reads the network's input")
+        return []
     else:
         _grouped(walk, node, groups, arriving, into, out)
-    for ids in walk.along(bias, 0):
-        walk.tie(out[0], ids)
+    if not out:
+        walk.lock(walk.of(bias), "the bias of a computed weight")
+    for ids in out:
+        for other in walk.along(bias, 0):
+            walk.tie(ids, other)
     return [Label(1, ids) for ids in out]
 
 
@@ -301,16 +336,18 @@ def _contract(walk: _Walk, arriving: list[Ids], into: list[Ids]) -> None:
 def _batch_norm(walk: _Walk, node: fx.Node) -> list[Label]:
     walk.lock((label for label in walk.of(node.args[0]) if label.axis != 1), "a position read by a batch normalisation")
     arriving = walk.along(node.args[0], 1)
-    for vector in node.args[1:5]:
-        for ids in walk.along(vector, 0):
-            for channel in arriving:
-                walk.tie(ids, channel)
-            if not arriving:
-                walk.lock([Label(0, ids)], "normalises the network's input")
+    for vector in _nodes(node.args[1:5]):
+        ids = walk.along(vector, 0)
+        if ids and arriving and len(ids[0]) == len(arriving[0]):
+            walk.tie(ids[0], arriving[0])
+        elif arriving:  # one vector for every image
+            walk.lock(walk.of((vector, node.args[0])), "normalised with vectors that are not its channels'")
+        else:
+            walk.lock(walk.of(vector), "normalises the network's input")
     return [Label(1, ids) for ids in arriving]
 
 
-@rule("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "maximum", "minimum")
+@rule("_prelu_kernel", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "maximum", "minimum")
 def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
     """Position pairs with position. An operand of size one along an axis pairs with nothing there."""
     shape = node.meta["val"].shape
@@ -318,7 +355,7 @@ def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
     for axis, size in enumerate(shape):
         met: list[Ids] = []
         constant = False
-        for operand in _nodes(node.args):
+        for operand in _nodes((node.args, node.kwargs)):
             own = axis - len(shape) + len(operand.meta["val"].shape)
             if own >= 0 and operand.meta["val"].shape[own] == size:
                 ids = walk.along(operand, own)
@@ -413,8 +450,16 @@ def _move(walk: _Walk, node: fx.Node) -> list[Label]:
             order = [axis for axis in order if axis not in gone]
         case "expand":
             order = [*[None] * (node.meta["val"].ndim - len(sizes)), *order]
-    walk.lock((label for label in walk.of(source) if label.axis not in order), f"dropped by {_name(node)}")
-    return [Label(order.index(label.axis), label.ids) for label in walk.of(source) if label.axis in order]
+    after = node.meta["val"].shape
+    moved, lost = [], []
+    for label in walk.of(source):
+        new = order.index(label.axis) if label.axis in order else None
+        if new is None or after[new] != len(label.ids):  # dropped, or one channel spread over many
+            lost.append(label)
+        else:
+            moved.append(Label(new, label.ids))
+    walk.lock(lost, f"dropped or spread by {_name(node)}")
+    return moved
 
 
 @rule("cat")

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from . import __version__, artefact, calibrate, measure, surgery
 from .artefact import Network
-from .budget import Budget, Of
+from .budget import Budget, Of, families
 from .channels import Channels, find
+from .channels import edits as channel_edits
 from .errors import CompactError, UsageError
-from .graph import trace
+from .graph import Graph, run_fake, trace
 from .methods import Method
 from .recipe import Edit, Measures, Step, without_tensors
 
@@ -66,7 +67,7 @@ def compress(
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     module, shape = network.module, network.input_shape
     graph = trace(module, shape)
-    channels = find(graph, module)
+    channels = runnable(graph, module, shape, log)
     budget = Budget(graph, channels, module, ratio=target.ratio, of=of, round_to=target.round_to, nearest=target.nearest)
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
@@ -89,12 +90,43 @@ def compress(
     return network
 
 
+def runnable(graph: Graph, module: nn.Module, shape: Sequence[int], log: Callable[[str], None]) -> Channels:
+    """The coupled sets, those locked whose removal would leave a number in the network's code wrong.
+
+    Found by running the network, on fake tensors, without the first set of every family at once; and
+    only where that fails, without the first set of each.
+    """
+    channels = find(graph, module)
+    groups = families(channels)
+    if _runs(module, channels, [int(family.sets[0]) for family in groups if len(family.sets) > 1], shape) is None:
+        return channels
+    locked = {}
+    for family in groups:
+        reason = _runs(module, channels, [int(family.sets[0])], shape) if len(family.sets) > 1 else None
+        if reason is not None:
+            axis = next(axis for axis, _ in family.axes)
+            locked[axis] = f"its number is written in code: {reason}"
+            log(f"{axis[0]}: left alone, {locked[axis]}")
+    return find(graph, module, locked)
+
+
+def _runs(module: nn.Module, channels: Channels, removed: Sequence[int], shape: Sequence[int]) -> str | None:
+    """Why the network without the sets does not run, in eval and in train mode; None if it does."""
+    edits = channel_edits(channels, removed, module)
+    for train in (False, True):
+        try:
+            run_fake(module, shape, train=train, change=lambda shadow: surgery.apply_(shadow, edits))
+        except CompactError as problem:
+            return str(problem)
+    return None
+
+
 def _edited_(module: nn.Module, edits: Sequence[Edit], channels: Channels, shape: Sequence[int]) -> float:
     """Apply the edits; the relative change of the outputs on random images."""
     probe = torch.randn(PROBES, *shape, generator=torch.Generator().manual_seed(0))
     before = _output(module, probe)
     surgery.apply_checked_(module, edits, channels.consumed, shape)
-    return float((_output(module, probe) - before).norm() / before.norm())
+    return float((_output(module, probe) - before).norm() / before.norm().clamp_min(1e-30))
 
 
 def _output(module: nn.Module, images: Tensor) -> Tensor:

@@ -5,31 +5,32 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import __version__, artefact, data, measure, report, train
-from .artefact import Network, Wishes
+from .artefact import Network
 from .errors import CompactError
 from .recipe import Measures, Step
 
 
-def find_teacher(network: Network, wanted: str | None, *, log: Callable[[str], None] = lambda line: None) -> Network | None:
+def find_teacher(
+    network: Network, wanted: str | None, *, arch: str | None = None, log: Callable[[str], None] = lambda line: None
+) -> Network | None:
     """The network to learn from: the file given, or the original where it lies beside the input or in the working folder.
 
-    "none" asks for no teacher. A file found by its name counts only if its sha256 is the recorded one.
+    "none" asks for no teacher. A file found by its name counts only if its sha256 is the recorded one. `arch` names the
+    user's own factory where the history began with one.
     Raises CompactError if the file given cannot be read.
     """
     if wanted == "none":
         return None
     if wanted is not None:
-        return artefact.open_model(wanted, Wishes())
+        return artefact.open_beside(wanted, network, arch)
     source = network.recipe.source
     if source is None or not network.recipe.steps:
         return None
     for folder in filter(None, (network.folder, Path())):
         path = folder / source.name
-        if path.is_file():
-            found = artefact.open_model(path)
-            if found.sha256 == source.sha256:
-                log(f"teacher: {source.name}")
-                return found
+        if artefact.file_sha256(path) == source.sha256:
+            log(f"teacher: {source.name}")
+            return artefact.open_beside(path, network, arch)
     log(f"no teacher: {source.name} is not beside the input; training without one (--teacher FILE gives one)")
     return None
 

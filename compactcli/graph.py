@@ -1,7 +1,8 @@
 """A network as a list of ATen operations, traced with fake tensors: no memory, no arithmetic, no side effects."""
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +47,9 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, 
         return torch.func.functional_call(shadow, dict(zip(names, values, strict=True)), (image,))
 
     try:
-        with _owners(shadow) as owners, torch.no_grad():
+        with _silent(), _owners(shadow) as owners, torch.no_grad():
             module = make_fx(run, tracing_mode="real")(values, image)
-    except RuntimeError as problem:  # shape errors and data-dependent control flow alike
+    except (RuntimeError, ValueError) as problem:  # shape errors and data-dependent control flow alike
         raise CompactError(f"the network does not run on images of shape {tuple(input_shape)}: {_first_line(problem)}") from None
     nodes = tuple(module.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
@@ -56,17 +57,25 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, 
     return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners, constants, placeholders[-1])
 
 
-def run_fake(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, batch: int = BATCH) -> None:
-    """Run the network on fake tensors: nothing is computed, changed or allocated.
+def run_fake(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    train: bool = False,
+    batch: int = BATCH,
+    change: Callable[[nn.Module], None] = lambda shadow: None,
+) -> None:
+    """Run the network on fake tensors, after a `change` to its shadow copy: nothing is computed, changed or allocated.
 
     Raises CompactError with the reason where it does not run.
     """
     shadow, mode = _shadow(model)
-    shadow.train(train)
     try:
-        with mode, torch.no_grad():
+        with _silent(), mode, torch.no_grad():
+            change(shadow)
+            shadow.train(train)
             shadow(torch.empty(batch, *input_shape))
-    except RuntimeError as problem:
+    except (RuntimeError, ValueError, AttributeError) as problem:
         where = "train" if train else "eval"
         raise CompactError(f"the network does not run in {where} mode: {_first_line(problem)}") from None
 
@@ -79,18 +88,27 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
     if isinstance(model, nn.DataParallel):
         model = model.module
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        memo[id(tensor)] = mode.from_tensor(_as_cpu(tensor))
+    memo: dict[int, Any] = {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo), mode
 
 
-def _as_cpu(tensor: Tensor) -> Tensor:
-    """The tensor, or an empty CPU stand-in for one elsewhere: operation names are backend specific."""
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake stand-in on the CPU, wherever the tensor is: names of operations differ by device."""
     if tensor.device.type == "cpu":
-        return tensor
-    empty = torch.empty_like(tensor, device="cpu")
+        return mode.from_tensor(tensor)
+    with mode:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No log lines from torch: what fails on fake tensors is reported by us, once."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What was done to a network, as plain data: `Edit`, `Step`, `Recipe` and their JSON. No torch."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -154,7 +155,7 @@ class Recipe:
         for values of the wrong type.
         """
         try:
-            tree = json.loads(text)
+            tree = json.loads(text, parse_constant=_no_number)
             version = tree.get("format")
             if not isinstance(version, int) or isinstance(version, bool):
                 raise CompactError("the recipe in this file has no format version")
@@ -192,10 +193,10 @@ def _recipe(tree: dict[str, Any]) -> Recipe:
     return Recipe(
         architecture=_string(tree["architecture"]),
         kwargs={_string(key): value for key, value in tree["kwargs"].items()},
-        input_shape=tuple(_integer(n, 1, 1 << 16) for n in tree["input_shape"]),
+        input_shape=_input_shape(tree["input_shape"]),
         preprocessing=Preprocessing(
-            mean=tuple(float(n) for n in pre["mean"]),
-            std=tuple(float(n) for n in pre["std"]),
+            mean=tuple(_number(n) for n in pre["mean"]),
+            std=tuple(_number(n) for n in pre["std"]),
             resize=None if pre.get("resize") is None else _integer(pre["resize"], 1, 1 << 16),
             interpolation=_string(pre["interpolation"]),
         ),
@@ -217,7 +218,7 @@ def _step(tree: dict[str, Any]) -> Step:
         options={_string(key): value for key, value in tree["options"].items()},
         edits=tuple(_edit(edit) for edit in tree["edits"]),
         measures=_measures(tree["measures"]),
-        error=None if tree.get("error") is None else float(tree["error"]),
+        error=_optional(_number, tree.get("error")),
         version=_string(tree["version"]),
     )
 
@@ -225,7 +226,7 @@ def _step(tree: dict[str, Any]) -> Step:
 def _edit(tree: dict[str, Any]) -> Edit:
     kind = _EDITS.get(tree["kind"])
     if kind is None:
-        raise CompactError(f"the recipe has an edit of unknown kind {tree['kind']!r}; it needs a newer compactcli")
+        raise CompactError(f"the recipe has an edit of unknown kind {_brief(tree['kind'])!r}; it needs a newer compactcli")
     readers = _READERS[tree["kind"]]
     unknown = set(tree) - {"kind"} - set(readers)
     if unknown:
@@ -235,7 +236,43 @@ def _edit(tree: dict[str, Any]) -> Edit:
 
 
 def _measures(tree: dict[str, Any]) -> Measures:
-    return Measures(**{f.name: tree.get(f.name) for f in fields(Measures)})
+    evaluated = tree.get("evaluated")
+    return Measures(
+        params=_optional(_count, tree.get("params")),
+        macs=_optional(_count, tree.get("macs")),
+        size_bytes=_optional(_count, tree.get("size_bytes")),
+        accuracy=_optional(_number, tree.get("accuracy")),
+        evaluated=None
+        if evaluated is None
+        else {
+            "dataset": _string(evaluated["dataset"]),
+            "split": _string(evaluated["split"]),
+            "images": _optional(_count, evaluated["images"]),
+        },
+    )
+
+
+def _input_shape(value: Any) -> tuple[int, ...]:
+    channels, height, width = (_integer(n, 1, 1 << 16) for n in value)
+    return channels, height, width
+
+
+def _optional(read: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else read(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    return _integer(value, 0, 1 << 62)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON")
 
 
 def _string(value: Any) -> str:
@@ -252,7 +289,7 @@ def _integer(value: Any, low: int, high: int) -> int:
 
 def _attribute(value: Any) -> str:
     if value not in SETTABLE:
-        raise CompactError(f"the recipe sets the attribute {value!r}; only {', '.join(sorted(SETTABLE))} may be set")
+        raise CompactError(f"the recipe sets the attribute {_brief(value)!r}; only {', '.join(sorted(SETTABLE))} may be set")
     return _string(value)
 
 
@@ -283,7 +320,7 @@ def _indices(text: Any) -> tuple[int, ...]:
     """The inverse of `_ranges`. Indices ascend, so a hostile string cannot ask for more than 2^20."""
     result: list[int] = []
     for part in _string(text).split(","):
-        match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", part)
+        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part)
         if match is None:
             raise ValueError(f"{part!r} is not a range of channels")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -293,6 +330,6 @@ def _indices(text: Any) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _brief(problem: BaseException) -> str:
+def _brief(problem: object) -> str:
     text = f"missing {problem}" if isinstance(problem, KeyError) else str(problem)
     return " ".join(text.split())[:160]

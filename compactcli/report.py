@@ -93,6 +93,17 @@ def _model(network: Network, evaluated: Evaluated | None, latency_ms: float) -> 
     if last is None and not network.recipe.steps and source is not None:
         last = source.measures
     return {
+        **_described(network, macs),
+        "thop_macs": measure.thop_macs(network.module, network.input_shape),
+        "latency_ms": latency_ms,
+        "accuracy": evaluated.accuracy.top1 if evaluated else last.accuracy if last else None,
+        "evaluated": evaluated.to_json() if evaluated else dict(last.evaluated) if last and last.evaluated else None,
+    }
+
+
+def _described(network: Network, macs: int) -> dict[str, Any]:
+    """The keys of every model in a document, with what needs no measuring filled in."""
+    return {
         "arch": network.recipe.architecture,
         "input_shape": list(network.input_shape),
         "params": measure.params(network.module),
@@ -100,11 +111,11 @@ def _model(network: Network, evaluated: Evaluated | None, latency_ms: float) -> 
         "macs": macs,
         "macs_synthesis": 0,
         "flops": 2 * macs,
-        "thop_macs": measure.thop_macs(network.module, network.input_shape),
+        "thop_macs": None,
         "size_bytes": network.size_bytes,
-        "latency_ms": latency_ms,
-        "accuracy": evaluated.accuracy.top1 if evaluated else last.accuracy if last else None,
-        "evaluated": evaluated.to_json() if evaluated else dict(last.evaluated) if last and last.evaluated else None,
+        "latency_ms": None,
+        "accuracy": None,
+        "evaluated": None,
         "sha256": network.sha256,
     }
 
@@ -180,24 +191,9 @@ def analysis(network: Network, *, linear: bool = False) -> dict[str, Any]:
     channels = find(graph, network.module)
     layers = [_analysed(network.module, channels, layer, linear) for layer in budget.layers(graph)]
     macs = sum(layer["macs"] for layer in layers)
-    size = network.size_bytes
     return {
         "schema": "compactcli/analysis/1",
-        "model": {
-            "arch": network.recipe.architecture,
-            "input_shape": list(network.input_shape),
-            "params": measure.params(network.module),
-            "params_materialised": measure.params(network.module),
-            "macs": macs,
-            "macs_synthesis": 0,
-            "flops": 2 * macs,
-            "thop_macs": None,
-            "size_bytes": size,
-            "latency_ms": None,
-            "accuracy": None,
-            "evaluated": None,
-            "sha256": network.sha256,
-        },
+        "model": _described(network, macs),
         "layers": layers,
         "suggestion": _suggestion(network, layers),
     }
@@ -314,22 +310,13 @@ def analysis_tables(tree: Mapping[str, Any]) -> RenderableType:
 def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:
     """Accuracy and loss: schema compactcli/evaluation/1."""
     accuracy = evaluated.accuracy
-    macs = measure.macs(network.module, network.input_shape)
     return {
         "schema": "compactcli/evaluation/1",
         "accuracy": accuracy.top1,
         "accuracy_top5": accuracy.top5,
         "loss": accuracy.loss,
         **evaluated.to_json(),
-        "model": {
-            "arch": network.recipe.architecture,
-            "input_shape": list(network.input_shape),
-            "params": measure.params(network.module),
-            "macs": macs,
-            "flops": 2 * macs,
-            "size_bytes": network.size_bytes,
-            "sha256": network.sha256,
-        },
+        "model": _described(network, measure.macs(network.module, network.input_shape)),
     }
 
 

@@ -31,7 +31,9 @@ def model_target(output: str | None, source: str, suffix: str) -> str:
         raise UsageError("give -o FILE: a model does not go to a terminal")
     if output == "-" and sys.stdout.isatty():
         raise UsageError("a model does not go to a terminal; give -o FILE or a pipe")
-    target = output or f"{Path(source).stem.split('.')[0]}.{suffix}.safetensors"
+    target = output or f"{Path(source).name.split('.')[0]}.{suffix}.safetensors"
+    if output is None and Path(target).resolve() == Path(source).resolve():
+        target = f"{Path(source).stem}.{suffix}.safetensors"  # a command never overwrites what it reads unasked
     if target != "-":
         check_folder(target)
     return target

@@ -90,7 +90,7 @@ def test_nothing_is_allocated():
     with torch.device("meta"):
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 1 << 20), nn.Linear(1 << 20, 1 << 20))
     graph = trace(model, SHAPE)
-    assert graph.nodes[-1].args[0].meta["val"].shape == (2, 1 << 20)
+    assert graph.nodes[-1].all_input_nodes[0].meta["val"].shape == (2, 1 << 20)
     run_fake(model, SHAPE)
 
 

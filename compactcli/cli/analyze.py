@@ -1,5 +1,9 @@
 """`compactcli analyze`."""
 
+from typing import Annotated
+
+import typer
+
 from . import common
 from .common import guarded, open_network
 
@@ -15,7 +19,7 @@ def command(
     trust_pickle: common.TrustPickle = False,
     fresh: common.Fresh = False,
     seed: common.Seed = 0,
-    linear: bool = False,
+    linear: Annotated[bool, typer.Option("--linear", help="Redundancy of linear layers too.")] = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,12 +58,17 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except CompactError as problem:
             if kwargs.get("debug"):
                 raise
             typer.echo(f"compactcli: {' '.join(str(problem).split())}", err=True)
             raise typer.Exit(problem.exit_code) from None
+        except OSError as problem:  # of stdout: what the library reads and writes has its own message
+            typer.echo(f"compactcli: stdout: {(problem.strerror or str(problem)).lower()}", err=True)
+            os._exit(1)  # the interpreter would try to flush once more
         except MemoryError:
             typer.echo("compactcli: out of memory; try a smaller --batch-size or --limit", err=True)
             raise typer.Exit(1) from None
@@ -153,6 +159,17 @@ def open_data(
         limit=limit,
         seed=seed,
     )
+
+
+def check_device(device: str) -> None:
+    """Raise CompactError for a device that torch does not have here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise CompactError(f"--device {device}: not to be had here ({reason}); try --device cpu") from None
 
 
 def _assignment(pair: str) -> tuple[str, Any]:

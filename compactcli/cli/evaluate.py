@@ -32,6 +32,7 @@ def command(
         model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
         trust_pickle=trust_pickle, quiet=quiet,
     )  # fmt: skip
+    common.check_device(device)
     dataset = open_data(network, data or network.recipe.dataset, data_dir=data_dir, download=download, limit=limit, seed=0)
     if dataset is None:
         raise UsageError("give --data: the file names no dataset to evaluate on")

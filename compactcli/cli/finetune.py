@@ -62,9 +62,10 @@ def command(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, batch_size=batch_size,  # type: ignore[arg-type]
         distill_weight=distill_weight, temperature=temperature, seed=seed, device=device,
     )  # fmt: skip
+    common.check_device(device)
     dataset = open_data(network, spec, data_dir=data_dir, download=download, limit=limit, seed=seed)
     assert dataset is not None
-    guide = find_teacher(network, teacher, log=lambda line: note(line, quiet))
+    guide = find_teacher(network, teacher, arch=arch, log=lambda line: note(line, quiet))
     with common.progress_bar(quiet) as advance:
         finetune(network, dataset, settings, teacher=guide, log=lambda line: note(line, quiet), progress=advance)
     size = artefact.save(network, destination)

@@ -40,7 +40,7 @@ def command(
     )  # fmt: skip
     from .. import artefact, report
 
-    other = None if baseline is None else artefact.open_model(baseline)
+    other = None if baseline is None else artefact.open_beside(baseline, network, arch)
     dataset = open_data(network, data, data_dir=data_dir, download=download, limit=limit, seed=0)
     tree = report.report(network, other, dataset)
     if json:

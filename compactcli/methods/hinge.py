@@ -183,7 +183,8 @@ def _ranks(
     for index, layer in enumerate(budget.layers):
         module = model.get_submodule(layer.name)
         ends = [channels.reason((layer.weight, axis)) for axis in (0, 1)]
-        if not isinstance(module, nn.Conv2d | nn.Linear) or layer.groups > 1 or min(layer.shape[:2]) < 2 or any(ends):
+        fixed = any(ends) or not layer.called or layer.groups > 1
+        if fixed or not isinstance(module, nn.Conv2d | nn.Linear) or min(layer.shape[:2]) < 2:
             continue
         weight = module.weight.detach().flatten(1).double()
         if moments is not None and layer.name in moments:

@@ -1,0 +1,122 @@
+"""Accuracy after compression without any training, ours beside Torch-Pruning 1.6.1: `python -m benchmarks oneshot`.
+
+Two CIFAR-10 ResNets, 70 % and 50 % of MACs kept, unlabelled training images only, all 10,000 test images.
+
+Torch-Pruning: group L2 importance, global, the stem and every block's second conv ignored by hand (else its
+result does not run on these option-A shortcuts), the same MACs found by bisection on its ratio, then batch-norm
+statistics measured anew on the same images. Ours: `compress --method hinge --data`, three samplings of the images.
+
+    python -m benchmarks oneshot [--images 64 256 1024] [--networks resnet20 resnet56] [--skip-peer]
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from compactcli import artefact, data, measure, report
+from compactcli.artefact import Network
+from compactcli.compress import Calibration, Target, compress
+from compactcli.methods import get
+
+from ._common import checkpoint, images, write
+
+RATIOS = (0.7, 0.5)
+SEEDS = (0, 1, 2)
+
+
+def main(arguments: list[str]) -> None:
+    """Run and write benchmarks/results/oneshot-NETWORK.json for each network."""
+    parser = argparse.ArgumentParser(prog="oneshot")
+    parser.add_argument("--images", type=int, nargs="+", default=[1024])
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
+    parser.add_argument("--skip-peer", action="store_true")
+    options = parser.parse_args(arguments)
+    for name in options.networks:
+        network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
+        dataset = data.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=network.recipe.preprocessing)
+        original = report.evaluate(network, dataset).accuracy.top1
+        print(f"{name}: original {original:.2f} %")
+        rows = [_ours(network, dataset, ratio, count) for count in options.images for ratio in RATIOS]
+        peer = [] if options.skip_peer else [_peer(network, dataset, ratio) for ratio in RATIOS]
+        suffix = "-images" if len(options.images) > 1 else ""
+        command = " ".join(["python -m benchmarks oneshot", *arguments])
+        write(f"oneshot-{name}{suffix}", {"command": command, "original": original, "ours": rows, "torch_pruning": peer})
+
+
+def _ours(network: Network, dataset: data.Dataset, ratio: float, count: int) -> dict[str, Any]:
+    accuracies, seconds, kept = [], [], 0.0
+    assert dataset.train is not None
+    for seed in SEEDS:
+        one = copy.deepcopy(network)
+        start = time.perf_counter()
+        calibration = Calibration(data.sample(dataset.train, count, seed), dataset.name)
+        compress(one, "hinge", get("hinge")(), Target(ratio), calibration=calibration, seed=seed)
+        seconds.append(time.perf_counter() - start)
+        kept = measure.macs(one.module, one.input_shape) / measure.macs(network.module, network.input_shape)
+        accuracies.append(report.evaluate(one, dataset).accuracy.top1)
+    row = {
+        "ratio": ratio,
+        "macs_kept": kept,
+        "images": count,
+        "accuracy": statistics.mean(accuracies),
+        "deviation": statistics.stdev(accuracies),
+        "accuracies": accuracies,
+        "seconds": statistics.median(seconds),
+    }
+    figures = f"{row['accuracy']:.2f} +- {row['deviation']:.2f} %, {row['seconds']:.0f} s"
+    print(f"  ours, {count} images, {ratio:.0%}: {figures}", flush=True)
+    return row
+
+
+def _peer(network: Network, dataset: data.Dataset, ratio: float) -> dict[str, Any]:
+    start = time.perf_counter()
+    wanted = ratio * measure.macs(network.module, network.input_shape)
+    low, high = 0.0, 0.95
+    for _ in range(12):
+        middle = (low + high) / 2
+        model = _pruned(network, middle)
+        low, high = (middle, high) if measure.macs(model, network.input_shape) > wanted else (low, middle)
+    model = _pruned(network, high)
+    assert dataset.train is not None
+    _recalibrate_(model, dataset.train, network)
+    macs = measure.macs(model, network.input_shape)
+    one = copy.copy(network)
+    one.module = model.eval()
+    accuracy = report.evaluate(one, dataset).accuracy.top1
+    kept = macs * ratio / wanted
+    print(f"  Torch-Pruning, {ratio:.0%} ({kept:.3f}): {accuracy:.2f} %", flush=True)
+    return {"ratio": ratio, "macs_kept": kept, "images": 1024, "accuracy": accuracy, "seconds": time.perf_counter() - start}
+
+
+def _pruned(network: Network, share: float) -> nn.Module:
+    import torch_pruning as tp
+
+    model = copy.deepcopy(network.module)
+    ignored = [module for name, module in model.named_modules() if name in ("conv1", "linear") or name.endswith("conv2")]
+    pruner = tp.pruner.MagnitudePruner(
+        model,
+        torch.randn(1, *network.input_shape),
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=share,
+        ignored_layers=ignored,
+    )
+    pruner.step()
+    return model
+
+
+def _recalibrate_(model: nn.Module, split: data.Split, network: Network) -> None:
+    """Batch-norm statistics as plain averages over 1,024 images."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    with torch.no_grad():
+        for batch in data.sample(split, 1024, 0).split(128):
+            model(data.normalise(batch, network.recipe.preprocessing))
