@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	@mkdir -p demo
 	$(BIN)/compactcli analyze examples/digits-resnet20.pt
 	$(BIN)/compactcli compress examples/digits-resnet20.pt --method hinge --ratio 0.5 --data digits -o demo/small.safetensors
-	$(BIN)/compactcli finetune demo/small.safetensors --data digits --teacher examples/digits-resnet20.pt --epochs 8 -o demo/tuned.safetensors
+	$(BIN)/compactcli finetune demo/small.safetensors --data digits --teacher examples/digits-resnet20.pt --epochs 8 --lr 0.01 -o demo/tuned.safetensors
 	$(BIN)/compactcli report demo/tuned.safetensors --baseline examples/digits-resnet20.pt --data digits
 
 test: $(VENV)/.dev

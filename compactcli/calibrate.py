@@ -343,7 +343,8 @@ def _refit_site_(
     scale = _scale(norm, len(start))
     outputs_kept = kept.get((site.name, 0))
     bias = last.bias if isinstance(last, nn.Conv2d | nn.Linear) else None
-    sums = _RegressionSums(start.flatten(1), centred=norm is not None or bias is not None)
+    known = None if bias is None else bias.clone()
+    sums = _RegressionSums(start.flatten(1), known, centred=norm is not None or bias is not None)
     wanted = max(1, POSITIONS // sum(len(values[site.target]) for values in streams.target.values))
     for theirs, ours in zip(streams.target.values, streams.model.values, strict=True):
         output, image = theirs[site.target], streams.model.value(site.model.args[_image_at(site.model)], ours)  # type: ignore[arg-type]
@@ -401,8 +402,8 @@ def _shortcut_error(
 class _RegressionSums:
     """Sums over rows x (i*k*k) of the model's inputs and y (o) of the target's outputs."""
 
-    def __init__(self, start: Tensor, *, centred: bool) -> None:
-        self.start, self.centred, self.count = start, centred, 0
+    def __init__(self, start: Tensor, bias: Tensor | None, *, centred: bool) -> None:
+        self.start, self.bias, self.centred, self.count = start, 0.0 if bias is None else bias, centred, 0
         outs, ins = start.shape
         self.xx = torch.zeros(ins, ins, dtype=torch.float64)
         self.rx = torch.zeros(outs, ins, dtype=torch.float64)
@@ -410,7 +411,7 @@ class _RegressionSums:
         self.r = torch.zeros(outs, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        residual = y - x @ self.start.T  # small where little was changed, so that little is added
+        residual = y - x @ self.start.T - self.bias  # small where little was changed, so that little is added
         self.count += len(x)
         self.xx += (x.T @ x).double()
         self.rx += (residual.T @ x).double()

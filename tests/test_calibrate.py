@@ -1,0 +1,196 @@
+"""Calibration: moments are what they say, regression finds what can be found, and nothing is changed that was right."""
+
+import copy
+
+import pytest
+import torch
+from networks import randomise_
+from torch import nn
+from torch.nn.functional import unfold
+
+from compactcli import artefact, budget, calibrate, cifar, data, measure, surgery
+from compactcli.channels import edits as channel_edits
+from compactcli.channels import find
+from compactcli.compress import Calibration, Target, compress
+from compactcli.graph import trace
+from compactcli.methods import get
+from compactcli.methods.hinge import Hinge, Options, _decompose
+from compactcli.recipe import Preprocessing, Replace
+
+SHAPE = (3, 16, 16)
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3)
+
+
+def resnet(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise_(cifar.NETWORKS["resnet8"](width=8, **kwargs)).eval()
+
+
+def batches(count: int = 64, seed: int = 0) -> list[torch.Tensor]:
+    return list(torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed)).split(16))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("padding", "dilation"), [(0, 1), (1, 1), (2, 2), ("valid", 1)])
+@pytest.mark.parametrize("kernel", [1, 3, (3, 2)])
+def test_patches_are_what_the_kernel_meets(kernel, padding, dilation, stride):
+    layer = nn.Conv2d(4, 5, kernel, stride, padding, dilation, bias=False)
+    image = torch.randn(3, 4, 11, 9)
+    output = layer(image).flatten(2)
+    at = torch.randperm(output.shape[2])[:7]
+    rows = calibrate.patches(layer, image, at)
+    torch.testing.assert_close(rows @ layer.weight.flatten(1).T, output[:, :, at].transpose(1, 2).reshape(-1, 5))
+
+
+def test_moments_are_the_covariance_of_the_inputs_and_the_worth_of_the_outputs():
+    """For a network of one linear map after the layer, worth is exact: J^T J over the outputs' deviation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 4, 6)).eval()
+    images = torch.randn(4096, 3, 4, 4)
+    moments = calibrate.moments(model, ["0"], list(images.split(64)), seed=0)["0"]
+    rows = unfold(images[: calibrate.MOMENT_IMAGES], 3).transpose(1, 2).reshape(-1, 27).double()
+    torch.testing.assert_close(moments.inputs, torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        logits = model(images[: calibrate.MOMENT_IMAGES])
+        centred = [(part - part.mean(0)).square().sum() for part in logits.split(64)]
+    jacobian = model[2].weight.detach().double().reshape(6, 4, 4)  # (logit, channel, position)
+    expected = torch.einsum("lcp,ldp->cd", jacobian, jacobian) / (sum(centred).double() / calibrate.MOMENT_IMAGES)
+    assert float((moments.worth - expected).norm() / expected.norm()) < 0.1  # 256 random directions
+
+
+def test_moments_leave_the_network_as_it_was():
+    model = resnet().train()
+    before = copy.deepcopy(model.state_dict())
+    names = [layer.name for layer in budget.layers(trace(model, SHAPE))]
+    calibrate.moments(model, names, batches())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def full_rank(model: nn.Module, name: str) -> Replace:
+    graph = trace(model, SHAPE)
+    layer = next(layer for layer in budget.layers(graph) if layer.name == name)
+    return _decompose(model, find(graph, model), layer, 10**6, [])
+
+
+@pytest.mark.parametrize("shortcut", ["pad", "conv"])
+def test_where_nothing_was_removed_the_logits_stay(shortcut):
+    """The first layer is decomposed at full rank, so that every layer after it is regressed."""
+    target = resnet(shortcut=shortcut)
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "layer1.0.conv1")]
+    surgery.apply_(model, edits)
+    error = calibrate.refit_(model, target, edits, batches())
+    image = torch.randn(8, *SHAPE)
+    with torch.no_grad():
+        difference = (model(image) - target(image)).abs().max() / target(image).abs().max()
+    assert error < 1e-4
+    assert float(difference) < 1e-4
+
+
+def test_a_filter_that_the_others_can_replace_is_replaced():
+    """A channel that copies another: cutting it loses nothing once its consumer is refitted."""
+    torch.manual_seed(0)
+    target = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        target[0].weight[7], target[0].bias[7] = 2 * target[0].weight[3], 2 * target[0].bias[3]
+    model = copy.deepcopy(target)
+    channels = find(trace(model, SHAPE), model)
+    edits = channel_edits(channels, [int(channels.axes["0.weight", 0][7])], model)
+    surgery.apply_checked_(model, edits, channels.consumed, SHAPE)
+    with torch.no_grad():
+        image = torch.randn(16, *SHAPE)
+        cut = float((model(image) - target(image)).norm() / target(image).norm())
+        refitted = calibrate.refit_(model, target, edits, batches())
+        after = float((model(image) - target(image)).norm() / target(image).norm())
+    assert cut > 0.01
+    assert after < 0.02 * cut
+    assert refitted < 1e-2
+
+
+@pytest.mark.parametrize("mode", ["auto", "prune", "decompose"])
+def test_refitting_brings_the_logits_closer(mode):
+    target = resnet()
+    graph = trace(target, SHAPE)
+    channels = find(graph, target)
+    plan = budget.Budget(graph, channels, target, ratio=0.6)
+    known = calibrate.moments(target, [layer.name for layer in plan.layers], batches())
+    model = copy.deepcopy(target)
+    edits = Hinge(Options(mode=mode)).finish(model, channels, plan, known)
+    surgery.apply_checked_(model, edits, channels.consumed, SHAPE)
+    held_out = torch.cat(batches(seed=1))
+    with torch.no_grad():
+        wanted = target(held_out)
+        cut = float((model(held_out) - wanted).norm())
+        calibrate.refit_(model, target, edits, batches(256))
+        assert float((model(held_out) - wanted).norm()) < 0.7 * cut
+
+
+def test_the_error_that_is_reported_is_the_outputs():
+    target, model = resnet(), resnet()
+    edits = [full_rank(model, "layer2.0.conv2")]
+    surgery.apply_(model, edits)
+    with torch.no_grad():
+        model.layer2[0].conv2[0].weight.mul_(0.5)  # refitted away
+        images = batches()
+        error = calibrate.refit_(model, target, edits, images)
+        wanted, got = target(torch.cat(images)), model(torch.cat(images))
+    assert error == pytest.approx(float((got - wanted).norm() / (wanted - wanted.mean(0)).norm()), abs=1e-5)
+
+
+def test_more_images_join_when_memory_allows_and_change_nothing_else(monkeypatch):
+    """Batches that join late go through the same operations: with room for all or for one, the last layer sees all."""
+    target = resnet()
+    monkeypatch.setattr(calibrate, "LIVE_BYTES", 1)
+    streams = []
+    original = calibrate._Streams.__init__
+
+    def noted(self, *args) -> None:
+        original(self, *args)
+        streams.append(self)
+
+    monkeypatch.setattr(calibrate._Streams, "__init__", noted)
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "layer1.0.conv1")]
+    surgery.apply_(model, edits)
+    calibrate.refit_(model, target, edits, batches())
+    assert len(streams[0].target.values) == 1
+    streams[0].waiting and streams[0]._join()
+    late, early = streams[0].target.values[-1], streams[0].target.values[0]
+    assert len(streams[0].target.values) == 2
+    assert set(late) == set(early)
+    logits = late[streams[0].target.graph.nodes[-1].all_input_nodes[0]]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, target(batches()[1]), rtol=1e-4, atol=1e-5)
+
+
+def calibrated(seed: int = 0) -> artefact.Network:
+    network = artefact.fresh(artefact.Wishes("cifar:resnet8", {"width": 8}, SHAPE), 0)
+    randomise_(network.module)
+    images = torch.randint(0, 256, (96, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return compress(network, "hinge", get("hinge")(), Target(0.6), calibration=Calibration(images, "noise"), seed=seed)
+
+
+def test_same_images_and_seed_give_the_same_bytes():
+    assert artefact.dumps(calibrated()) == artefact.dumps(calibrated())
+
+
+def test_a_calibrated_network_is_loaded_as_it_was_saved():
+    network = calibrated()
+    found = artefact.open_model(artefact.dumps(network))
+    image = torch.randn(4, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(found.module(image), network.module(image))
+    assert found.recipe.steps[0].options["images"] == 96
+    assert measure.macs(found.module, SHAPE) <= 0.6 * measure.macs(cifar.NETWORKS["resnet8"](width=8), SHAPE)
+
+
+def test_batches_are_equal_and_fit_in_memory():
+    images = torch.zeros(100, *SHAPE, dtype=torch.uint8)
+    assert {len(batch) for batch in calibrate.batched(images, PREPROCESSING, 1)} == {50}
+    assert {len(batch) for batch in calibrate.batched(images, PREPROCESSING, calibrate.BATCH_BYTES // 3)} == {2}
+    torch.testing.assert_close(calibrate.batched(images, PREPROCESSING, 1)[0], data.normalise(images[:50], PREPROCESSING))
