@@ -7,7 +7,7 @@ reached, its own inputs, with all that went wrong before it, are regressed onto 
 new weights are used from there on, so that errors do not pile up.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
         for batch in batches:
             if images >= MOMENT_IMAGES:
                 break
-            logits = outputs(model(batch.requires_grad_()))[0]
+            logits = outputs(model(batch.detach().requires_grad_()))[0]
             centred = logits.detach() - logits.detach().mean(0)
             (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
             images, deviation = images + len(batch), deviation + float(centred.square().sum())
@@ -165,10 +165,11 @@ def refit_(
     edits: Sequence[Edit],
     batches: Sequence[Tensor],
     *,
+    only: Collection[str] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Regress the layers of `model` onto `target` in place; the relative error left in the outputs.
+    """Regress the layers of `model` (or those named) onto `target` in place; the relative error left in the outputs.
 
     `edits` are those that made the one from the other. Nothing is changed before the first edited layer.
     The mean of each output is met through the batch normalisation behind it, or the bias.
@@ -184,6 +185,8 @@ def refit_(
         sites = _sites(streams, kinds)
         first = next((index for index, site in enumerate(sites) if site.name in changed), len(sites))
         for index, site in enumerate(sites[first:], first + 1):
+            if only is not None and site.name not in only:
+                continue
             _refit_site_(streams, site, kept, kinds.get(site.name), generator)
             if progress is not None:
                 progress(index, len(sites))

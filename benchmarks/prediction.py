@@ -1,0 +1,57 @@
+"""Error predicted from the moments against error measured, per layer: `python -m benchmarks prediction`.
+
+ResNet-56 on CIFAR-10 (JPEG images). Each layer alone is decomposed at half its rank and refitted on 256
+unlabelled images; predicted is trace(worth dW inputs dW^T) for the change dW of its kernel, measured the
+squared relative error of the logits on the same images.
+"""
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from compactcli import artefact, calibrate, data, surgery
+from compactcli.budget import Budget
+from compactcli.channels import find
+from compactcli.graph import trace
+from compactcli.methods import hinge
+
+from ._common import checkpoint, images, write
+
+IMAGES = 256
+
+
+def main(arguments: list[str]) -> None:
+    """Run and write benchmarks/results/prediction.json."""
+    network = artefact.open_model(checkpoint("resnet56-cifar10jpeg.th"))
+    module, shape, preprocessing = network.module, network.input_shape, network.recipe.preprocessing
+    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
+    assert dataset.train is not None
+    graph = trace(module, shape)
+    channels = find(graph, module)
+    budget = Budget(graph, channels, module, ratio=0.5)
+    batches = calibrate.batched(data.sample(dataset.train, IMAGES, 0), preprocessing, calibrate.value_bytes(graph))
+    moments = calibrate.moments(module, [layer.name for layer in budget.layers], batches)
+    rows: list[dict[str, Any]] = []
+    for index, errors in hinge._ranks(module, channels, budget, moments):
+        layer = budget.layers[index]
+        model = copy.deepcopy(module)
+        edits = [hinge._decompose(model, channels, layer, (len(errors) - 1) // 2, [])]
+        surgery.apply_(model, edits)
+        measured = calibrate.refit_(model, module, edits, batches, only={layer.name}) ** 2
+        dense = surgery.LAYERS["hinge.decomposed"].dense(model.get_submodule(layer.name))
+        change = (dense.weight - module.get_parameter(layer.weight)).detach().flatten(1).double()
+        known = moments[layer.name]
+        predicted = float((known.worth @ change @ known.inputs * change).sum())
+        rows.append({"layer": layer.name, "predicted": predicted, "measured": measured})
+    predicted, measured = (np.array([row[key] for row in rows]) for key in ("predicted", "measured"))
+    correlation = float(np.corrcoef(predicted, measured)[0, 1])
+    of_logarithms = float(np.corrcoef(np.log(predicted), np.log(measured))[0, 1])
+    print(f"{len(rows)} layers: correlation {correlation:.3f}, of logarithms {of_logarithms:.3f}")
+    result = {
+        "command": "python -m benchmarks prediction",
+        "correlation": correlation,
+        "of_logarithms": of_logarithms,
+        "layers": rows,
+    }
+    write("prediction", result)
