@@ -18,7 +18,12 @@ def test_the_table_holds_the_results(network):
     for ours, peer, row in zip(result["ours"], result["torch_pruning"], rows, strict=True):
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         deviation = f"{ours['accuracy']:.2f} ± {ours['deviation']:.2f}"
-        assert cells[1:] == [f"{ours['ratio']:.0%}".replace("%", " %"), f"{result['original']:.2f}", deviation, f"{peer['accuracy']:.2f}"]
+        assert cells[1:] == [
+            f"{ours['ratio']:.0%}".replace("%", " %"),
+            f"{result['original']:.2f}",
+            deviation,
+            f"{peer['accuracy']:.2f}",
+        ]
 
 
 def test_the_makefile_has_the_commands():
@@ -31,6 +36,11 @@ def test_every_flag_in_the_readme_exists():
     from test_cli import FLAGS
 
     known = {flag for flags in FLAGS.values() for flag in flags}
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if "compactcli " in line]
+    commands = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+        if "compactcli " in line
+    ]
     used = {flag for line in commands for flag in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line.partition("#")[0])}
     assert used - {"-c", "-e"} <= known | {"-o"}

@@ -190,10 +190,11 @@ def _ranks(
         if moments is not None and layer.name in moments:
             known = moments[layer.name]
             scaled = _root(known.worth) @ weight
-            energy = torch.linalg.eigvalsh(scaled @ known.inputs @ scaled.T).clamp_min(0).flip(0).numpy()
+            energy = torch.linalg.eigvalsh(scaled @ known.inputs @ scaled.T).clamp_min(0).flip(0)[: min(weight.shape)].numpy()
             total = 1.0
         else:
-            energy = torch.linalg.svdvals(_row_scale(model, channels, layer)[:, None] * weight).square().numpy()
+            energy = torch.linalg.eigvalsh(_gram(_row_scale(model, channels, layer)[:, None] * weight)).clamp_min(0)
+            energy = energy.flip(0)[: min(weight.shape)].numpy()
             total = max(float(energy.sum()), 1e-30)
         result.append((index, np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / total))
     return result
@@ -206,15 +207,25 @@ def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, re
     out, into = (torch.from_numpy(~np.isin(channels.axes[layer.weight, axis], removed)) for axis in (0, 1))
     weight = module.weight.detach()[out][:, into]
     scale = _row_scale(model, channels, layer)[out]
-    U, S, V = torch.linalg.svd(scale[:, None] * weight.flatten(1).double(), full_matrices=False)
-    A = (U[:, :rank] * S[:rank]) / scale[:, None]  # (o, r)
+    scaled = scale[:, None] * weight.flatten(1).double()  # (o, i*k*k) = U S V
+    _, vectors = torch.linalg.eigh(_gram(scaled))
+    U = vectors.flip(1)[:, : min(rank, *scaled.shape)]  # (o, r)
+    V = U.T @ scaled  # (r, i*k*k), not yet of unit length
+    S = V.norm(dim=1).clamp_min(1e-30)
+    V, A = V / S[:, None], U * S / scale[:, None]
     tensors = {
-        "0.weight": V[:rank].reshape(-1, *weight.shape[1:]).to(weight.dtype).contiguous(),
+        "0.weight": V.reshape(-1, *weight.shape[1:]).to(weight.dtype).contiguous(),
         "1.weight": A.reshape(len(A), -1, *[1] * (weight.ndim - 2)).to(weight.dtype).contiguous(),
     }
     if module.bias is not None:
         tensors["1.bias"] = module.bias.detach()[out]
-    return Replace(layer.name, "hinge.decomposed", {"rank": len(V[:rank])}, tensors)
+    return Replace(layer.name, "hinge.decomposed", {"rank": len(V)}, tensors)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """M M^T in float64; its eigenvalues are the squares of M's singular values. Large products are made in float32."""
+    small = matrix if matrix.numel() < 1 << 23 else matrix.float()
+    return (small @ small.T).double()
 
 
 def _row_scale(model: nn.Module, channels: Channels, layer: Layer) -> Tensor:
