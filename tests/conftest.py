@@ -8,7 +8,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start: the bits depend on it
 
 # The same examples at every run: a failure in continuous integration is one that can be had again.
 hypothesis.settings.register_profile("compactcli", deadline=None, derandomize=True, database=None)
