@@ -104,11 +104,12 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 @contextmanager
 def _silent() -> Iterator[None]:
     """No log lines from torch: what fails on fake tensors is reported by us, once."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 @contextmanager

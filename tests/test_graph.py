@@ -1,6 +1,7 @@
 """Tracing tells what runs, in order, and leaves the network as it was."""
 
 import copy
+import logging
 
 import networks
 import pytest
@@ -129,3 +130,13 @@ def test_statistics_stay_in_train_mode():
     run_fake(model, SHAPE, train=True)
     trace(model, SHAPE, train=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_callers_logging_stays_as_it_was():
+    """A library must not switch on what its user switched off."""
+    logging.disable(logging.INFO)
+    try:
+        trace(nn.Conv2d(3, 4, 3), (3, 8, 8))
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
