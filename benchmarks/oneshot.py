@@ -4,9 +4,10 @@ Two CIFAR-10 ResNets, 70 % and 50 % of MACs kept, unlabelled training images onl
 
 Torch-Pruning: group L2 importance, global, the stem and every block's second conv ignored by hand (else its
 result does not run on these option-A shortcuts), the same MACs found by bisection on its ratio, then batch-norm
-statistics measured anew on the same images. Ours: `compress --method hinge --data`, three samplings of the images.
+statistics measured anew on the same images. Ours: `compress --method hinge --data`, three samplings each of 64, 256 and
+1,024 images.
 
-    python -m benchmarks oneshot [--images 64 256 1024] [--networks resnet20 resnet56] [--skip-peer]
+    python -m benchmarks oneshot [--images 1024] [--networks resnet20] [--skip-peer]
 """
 
 import argparse
@@ -32,7 +33,7 @@ SEEDS = (0, 1, 2)
 def main(arguments: list[str]) -> None:
     """Run and write benchmarks/results/oneshot-NETWORK.json for each network."""
     parser = argparse.ArgumentParser(prog="oneshot")
-    parser.add_argument("--images", type=int, nargs="+", default=[1024])
+    parser.add_argument("--images", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
     parser.add_argument("--skip-peer", action="store_true")
     options = parser.parse_args(arguments)
@@ -43,9 +44,8 @@ def main(arguments: list[str]) -> None:
         print(f"{name}: original {original:.2f} %")
         rows = [_ours(network, dataset, ratio, count) for count in options.images for ratio in RATIOS]
         peer = [] if options.skip_peer else [_peer(network, dataset, ratio) for ratio in RATIOS]
-        suffix = "-images" if len(options.images) > 1 else ""
         command = " ".join(["python -m benchmarks oneshot", *arguments])
-        write(f"oneshot-{name}{suffix}", {"command": command, "original": original, "ours": rows, "torch_pruning": peer})
+        write(f"oneshot-{name}", {"command": command, "original": original, "ours": rows, "torch_pruning": peer})
 
 
 def _ours(network: Network, dataset: data.Dataset, ratio: float, count: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     graph = trace(module, shape)
     channels = find(graph, module)
     budget = Budget(graph, channels, module, ratio=0.5)
-    batches = calibrate.batched(data.sample(dataset.train, IMAGES, 0), preprocessing, calibrate.value_bytes(graph))
+    batches = calibrate.Batches(data.sample(dataset.train, IMAGES, 0), preprocessing, calibrate.value_bytes(graph))
     moments = calibrate.moments(module, [layer.name for layer in budget.layers], batches)
     rows: list[dict[str, Any]] = []
     for index, errors in hinge._ranks(module, channels, budget, moments):
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         dense = surgery.LAYERS["hinge.decomposed"].dense(model.get_submodule(layer.name))
         change = (dense.weight - module.get_parameter(layer.weight)).detach().flatten(1).double()
         known = moments[layer.name]
-        predicted = float((known.worth @ change @ known.inputs * change).sum())
+        predicted = float((known.worth.double() @ change @ known.inputs.double() * change).sum())
         rows.append({"layer": layer.name, "predicted": predicted, "measured": measured})
     predicted, measured = (np.array([row[key] for row in rows]) for key in ("predicted", "measured"))
     correlation = float(np.corrcoef(predicted, measured)[0, 1])

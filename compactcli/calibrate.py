@@ -7,11 +7,13 @@ reached, its own inputs, with all that went wrong before it, are regressed onto 
 new weights are used from there on, so that errors do not pile up.
 """
 
+import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -21,36 +23,50 @@ from .graph import Graph, trace
 from .recipe import Edit, Keep, Preprocessing, Replace, Share
 from .surgery import LAYERS, Regression, outputs
 
-POSITIONS = 65_536  # sampled per layer, over all images
-MOMENT_IMAGES = 256  # enough for the moments: every position is a sample
-RIDGE = 1e-4  # of a layer's mean input power; it pulls towards the weights that the layer has
-LIVE_BYTES = 512 << 20  # of values carried forward in both networks; more images join as they shrink
-BATCH_BYTES = 256 << 20  # of all values of one batch
+POSITIONS = 65_536  # sampled per layer for the regression, over all images
+MOMENT_IMAGES = 256  # enough for the moments
+SKETCH = 128  # random combinations of a layer's outputs, or inputs, that stand for all of them where there are more
+WIDEST = 8_192  # inputs of a layer, i*k*k, up to which its covariance is affordable
+LIVE_BYTES = 192 << 20  # of values carried forward in both networks; more images join as they shrink
+BATCH_BYTES = 64 << 20  # of all values of one batch
+ROWS_BYTES = 32 << 20  # of a layer's inputs and residuals that wait to enter its Gram matrix
+COLUMNS = 1_024  # of a Gram matrix in float32 before they are added up in float64
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What a layer reads, and what its outputs are worth.
+    """What changing a layer's weight does to the network's outputs.
 
-    A change dW (o, i*k*k) of its weight changes the network's outputs by trace(worth dW inputs dW^T),
-    as a share of their mean square deviation: to first order, with inputs and worth independent (the
-    Kronecker factors of Martens & Grosse, 2015, for the network's own outputs).
+    A change dW (o, i*k*k) moves them by trace(worth dW inputs dW^T), as a share of their mean square
+    deviation, to first order and with its mean made good by an intercept. With G the sum over
+    positions of gradient times input, for one image and one random direction of the outputs, these
+    are the Kronecker factors E G G^T and E G^T G of the Gauss-Newton matrix (Martens & Grosse, 2015;
+    one step of the power iteration to the nearest product, Morwani et al., 2024). Unlike the
+    covariances of inputs and gradients they know that errors at neighbouring positions add up.
     """
 
-    inputs: Tensor  # (i*k*k, i*k*k) float64: covariance of what the kernel is applied to
-    worth: Tensor  # (o, o) float64
+    inputs: Tensor  # (i*k*k, i*k*k) float32, of trace 1
+    worth: Tensor  # (o, o) float32
 
 
-def batched(images: Tensor, preprocessing: Preprocessing, input_bytes: int) -> list[Tensor]:
-    """The images (n, c, h, w) uint8 as equal batches of network input; a remainder is left out.
+class Batches(Sequence[Tensor]):
+    """Images (n, c, h, w) uint8 as equal batches of network input, made when asked for; a remainder is left out."""
 
-    `input_bytes` is what one image's values take in the network.
-    """
-    limit = max(1, min(BATCH, BATCH_BYTES // input_bytes))
-    count = -(-len(images) // limit)
-    size = len(images) // count
-    return [data.normalise(images[start : start + size], preprocessing) for start in range(0, count * size, size)]
+    def __init__(self, images: Tensor, preprocessing: Preprocessing, input_bytes: int) -> None:
+        """`input_bytes` is what one image's values take in the network."""
+        limit = max(1, min(BATCH, BATCH_BYTES // input_bytes))
+        self.images, self.preprocessing = images, preprocessing
+        self.size = len(images) // -(-len(images) // limit)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        images: Tensor = self.images[index * self.size : (index + 1) * self.size]
+        return data.normalise(images, self.preprocessing)
 
 
 def value_bytes(graph: Graph) -> int:
@@ -60,70 +76,81 @@ def value_bytes(graph: Graph) -> int:
 
 
 def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *, seed: int = 0) -> dict[str, Moments]:
-    """Moments of the named convolutions and linear layers, from MOMENT_IMAGES at most.
+    """Moments of those of the named layers that can be regressed, from MOMENT_IMAGES at most.
 
     One forward and one backward pass per batch, against random directions of the outputs.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {name: model.get_submodule(name) for name in names}
-    sums = {name: _Sums() for name in names}
-    images, deviation = 0, 0.0
-    positions = max(1, POSITIONS // min(MOMENT_IMAGES, sum(len(batch) for batch in batches)))
-    with _recorded(model, layers) as seen:
+    sums = {name: _Sums(layer, generator) for name, layer in layers.items() if _regressible(layer) and _width(layer) <= WIDEST}
+    images, total, square = 0, torch.zeros(()), torch.zeros(())
+    with _recorded(model, {layers[name]: own for name, own in sums.items()}):
         for batch in batches:
+            logits = outputs(model(batch.requires_grad_()))[0]
+            values = logits.detach().double()
+            images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
+            (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
             if images >= MOMENT_IMAGES:
                 break
-            logits = outputs(model(batch.detach().requires_grad_()))[0]
-            centred = logits.detach() - logits.detach().mean(0)
-            (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
-            images, deviation = images + len(batch), deviation + float(centred.square().sum())
-            for name, (image, output) in seen.items():
-                if output.grad is not None:
-                    at = _sample(output.shape[2:].numel(), positions, generator)
-                    sums[name].add(patches(layers[name], image, at), output.grad)
-            seen.clear()
-    return {name: own.moments(images, deviation / images) for name, own in sums.items() if own.count}
+    _trim()
+    deviation = float(square - total.square().sum() / images)
+    return {name: own.moments(deviation) for name, own in sums.items() if own.count}
+
+
+def _trim() -> None:
+    """Give the memory that is free between blocks in use back to the system: 150 MB after resnet50's moments; glibc only."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Sums:
     """Running sums for one layer's moments."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module, generator: torch.Generator) -> None:
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        self.layer, self.generator = layer, generator
+        outs, ins = len(layer.weight), _width(layer)
+        self.inputs, self.worth = torch.zeros(ins, ins), torch.zeros(outs, outs)
+        self.mean = torch.zeros(ins, 1)
         self.count = 0
-        self.square: Tensor | float = 0.0
-        self.first: Tensor | float = 0.0
-        self.worth: Tensor | float = 0.0
 
-    def add(self, rows: Tensor, gradient: Tensor) -> None:
-        """rows (m, i*k*k) that the kernel met, and the gradient (n, o, ...) of the outputs."""
-        self.count += len(rows)
-        self.square = self.square + (rows.T @ rows).double()
-        self.first = self.first + rows.sum(0).double()
-        columns = gradient.transpose(0, 1).flatten(1)  # (o, positions)
-        self.worth = self.worth + (columns @ columns.T).double()
+    def add(self, image: Tensor, gradient: Tensor) -> None:
+        """What the layer read (n, ...) and the gradient (n, ...) of what it made of it."""
+        x = patches(self.layer, image).transpose(1, 2)  # (n, i*k*k, positions)
+        g = gradient.flatten(2) if isinstance(self.layer, nn.Conv2d) else gradient.reshape(*x[:, 0].shape, -1).transpose(1, 2)
+        count = len(x) * x.shape[2]
+        self.count += count
+        self.mean += (x.mean((0, 2))[:, None] - self.mean) * (count / self.count)
+        x = x - self.mean
+        rows = (self._sketch(g.shape[1]) @ g if g.shape[1] > SKETCH else g) @ x.transpose(1, 2)  # (n, o or SKETCH, i*k*k)
+        rows = rows.flatten(0, 1)
+        self.inputs.addmm_(rows.T, rows)
+        columns = g @ (self._sketch(x.shape[1]) @ x if x.shape[1] > SKETCH else x).transpose(1, 2)  # (n, o, i*k*k or SKETCH)
+        columns = columns.transpose(0, 1).flatten(1)
+        self.worth.addmm_(columns, columns.T)
 
-    def moments(self, images: int, deviation: float) -> Moments:
-        mean = torch.as_tensor(self.first) / self.count
-        covariance = torch.as_tensor(self.square) / self.count - torch.outer(mean, mean)
-        return Moments(covariance, torch.as_tensor(self.worth) / images / max(deviation, 1e-30))
+    def _sketch(self, width: int) -> Tensor:
+        """Random combinations (SKETCH, width) that keep squares in the mean."""
+        return torch.randn(SKETCH, width, generator=self.generator).div_(SKETCH**0.5)
+
+    def moments(self, deviation: float) -> Moments:
+        scale = max(float(self.inputs.diagonal().sum()), 1e-30)
+        return Moments(self.inputs.div_(scale), self.worth.div_(max(deviation, 1e-30)))
 
 
 @contextmanager
-def _recorded(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """While it lasts, each forward pass leaves (input, output with gradient) of the layers in the yielded dictionary."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-    for name, layer in layers.items():
+def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[None]:
+    """While it lasts, every backward pass adds to the layers' sums what they read and the gradients of what they made."""
 
-        def record(_layer: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-            output.retain_grad()
-            seen[name] = (args[0].detach(), output)
+    def record(layer: nn.Module, args: Any, output: Tensor) -> None:
+        image = args[0].detach()
+        output.register_hook(lambda gradient: layers[layer].add(image, gradient))  # type: ignore[no-untyped-call]
 
-        handles.append(layer.register_forward_hook(record))
+    handles = [layer.register_forward_hook(record) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
-        yield seen
+        yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -131,17 +158,25 @@ def _recorded(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dic
             handle.remove()
 
 
-def patches(layer: nn.Module, image: Tensor, at: Tensor) -> Tensor:
-    """What the layer's kernel is applied to at output positions `at` of every image: (n * positions, i*k*k)."""
+def _width(layer: nn.Module) -> int:
+    """What one output of the layer reads: i*k*k."""
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
+    return layer.weight[0].numel()
+
+
+def patches(layer: nn.Module, image: Tensor, at: Tensor | None = None) -> Tensor:
+    """What the layer's kernel is applied to at output positions `at` (all) of every image: (n, positions, i*k*k)."""
     if not isinstance(layer, nn.Conv2d):
-        return image.reshape(-1, image.shape[-1])
+        return image.reshape(len(image), -1, image.shape[-1])
     (top, left), (height, width) = _padding(layer), layer.kernel_size
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(image, (left, left, top, top), mode=mode)
+    if at is None:
+        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).transpose(1, 2)
     columns = (padded.shape[3] - layer.dilation[1] * (width - 1) - 1) // layer.stride[1] + 1
     row = (at // columns * layer.stride[0])[:, None, None] + (torch.arange(height) * layer.dilation[0])[:, None]
     column = (at % columns * layer.stride[1])[:, None, None] + torch.arange(width) * layer.dilation[1]
-    return padded[:, :, row, column].permute(0, 2, 1, 3, 4).reshape(len(image) * len(at), -1)  # (n, p, i, k, k)
+    return padded[:, :, row, column].permute(0, 2, 1, 3, 4).reshape(len(image), len(at), -1)  # from (n, i, positions, k, k)
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, int]:
@@ -174,6 +209,7 @@ def refit_(
     `edits` are those that made the one from the other. Nothing is changed before the first edited layer.
     The mean of each output is met through the batch normalisation behind it, or the bias.
     """
+    _trim()
     size, shape = len(batches[0]), batches[0].shape[1:]
     kept = {(edit.module, edit.axis): torch.tensor(edit.index) for edit in edits if isinstance(edit, Keep)}
     kinds = {edit.module: edit.layer for edit in edits if isinstance(edit, Replace)}
@@ -206,6 +242,20 @@ class _Stream:
         self.dead: dict[fx.Node, list[fx.Node]] = {}
         for used, node in last.items():
             self.dead.setdefault(node, []).append(used)
+        self.ahead = self._ahead()
+
+    def _ahead(self) -> list[int]:
+        """The most bytes that the values of one batch will take from each node on."""
+        sizes = {self.graph.image: self.graph.image.meta["val"].nbytes}
+        live = []
+        for node in self.graph.nodes:
+            if node.users and any(used in sizes for used in node.all_input_nodes):  # the rest is the same for all batches
+                value = node.meta.get("val")
+                sizes[node] = value.nbytes if isinstance(value, Tensor) else 0
+            live.append(sum(sizes.values()))
+            for used in self.dead.get(node, ()):
+                sizes[used] = 0
+        return np.maximum.accumulate(live[::-1])[::-1].tolist()  # type: ignore[no-any-return]
 
     def join(self, batch: Tensor) -> None:
         """One more batch, brought to where the others are."""
@@ -225,7 +275,9 @@ class _Stream:
         if node.op != "call_function":
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: self.value(used, values))
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.users:
+            values[node] = value
         for used in self.dead.get(node, ()):
             values.pop(used, None)
 
@@ -234,10 +286,6 @@ class _Stream:
             return values[node]
         name = self.graph.tensors.get(node)
         return self.graph.constants[node] if name is None else self.tensors[name]
-
-    def live_bytes(self) -> int:
-        """Bytes of the values that one batch holds now."""
-        return sum(value.nbytes for value in self.values[0].values() if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True)
@@ -256,11 +304,11 @@ class _Streams:
     """Both networks in step."""
 
     def __init__(self, target: _Stream, model: _Stream, batches: Sequence[Tensor]) -> None:
-        self.target, self.model, self.waiting = target, model, list(batches)
+        self.target, self.model, self.batches = target, model, batches
         self._join()
 
     def _join(self) -> None:
-        batch = self.waiting.pop(0)
+        batch = self.batches[len(self.target.values)]
         self.target.join(batch)
         self.model.join(batch)
 
@@ -268,8 +316,8 @@ class _Streams:
         """The target's output and the model's input of the site are there, for as many batches as memory takes."""
         self.target.advance(site.target, through=True)
         self.model.advance(site.model, through=False)
-        each = self.target.live_bytes() + self.model.live_bytes()
-        while self.waiting and (len(self.target.values) + 1) * each <= LIVE_BYTES:
+        each = self.target.ahead[self.target.next - 1] + self.model.ahead[self.model.next - 1]
+        while len(self.target.values) < len(self.batches) and (len(self.target.values) + 1) * each <= LIVE_BYTES:
             self._join()
 
     def error(self) -> float:
@@ -356,7 +404,7 @@ def _refit_site_(
         output = output + _shortcut_error(site, theirs, ours, outputs_kept, output.shape, scale)
         at = _sample(output.shape[2:].numel(), wanted, generator)
         rows = output if isinstance(old, nn.Linear) else output.flatten(2)[:, :, at].transpose(1, 2)  # (n, p, o)
-        sums.add(patches(old, image, at), rows.reshape(-1, len(start)))
+        sums.add(patches(old, image, at).flatten(0, 1), rows.reshape(-1, len(start)))
     regression, shift = sums.solve(scale.abs())
     if kind is None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
@@ -412,21 +460,46 @@ class _RegressionSums:
         self.rx = torch.zeros(outs, ins, dtype=torch.float64)
         self.x = torch.zeros(ins, dtype=torch.float64)
         self.r = torch.zeros(outs, dtype=torch.float64)
+        self.origin: tuple[Tensor, Tensor] | None = None  # of x and r: near their means, so that float32 products lose nothing
+        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
         residual = y - x @ self.start.T - self.bias  # small where little was changed, so that little is added
+        self.waiting.append((x, residual))
+        if sum(x.nbytes + residual.nbytes for x, residual in self.waiting) >= ROWS_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Products cost one pass over the Gram matrix each, so rows gather before."""
+        x, residual = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting.clear()
         self.count += len(x)
-        self.xx += (x.T @ x).double()
-        self.rx += (residual.T @ x).double()
-        self.x += x.sum(0).double()
-        self.r += residual.sum(0).double()
+        if self.centred:
+            self.origin = self.origin or (x.mean(0), residual.mean(0))
+            x.sub_(self.origin[0])
+            residual.sub_(self.origin[1])
+        for at in range(0, x.shape[1], COLUMNS):
+            self.xx[at : at + COLUMNS] += x[:, at : at + COLUMNS].T @ x
+        self.rx += residual.T @ x
+        self.x += x.sum(0)
+        self.r += residual.sum(0)
 
     def solve(self, scale: Tensor) -> tuple[Regression, Callable[[Tensor], Tensor]]:
-        """The regression, and the shift (o,) of the outputs' mean that a weight then still needs."""
-        xx, rx, x, r = self.xx / self.count, self.rx / self.count, self.x / self.count, self.r / self.count
+        """The regression, and the shift (o,) of the mean that a weight then still needs.
+
+        Its ridge pulls towards the weight that is there. It is the mean power of the inputs times
+        unknowns per equation, so that a few images do not talk a layer out of what it knows.
+        """
+        if self.waiting:
+            self._flush()
+        xx, rx, x, r = (sums.div_(self.count) for sums in (self.xx, self.rx, self.x, self.r))
         if self.centred:
-            xx, rx = xx - torch.outer(x, x), rx - torch.outer(r, x)
-        ridge = RIDGE * float(xx.diagonal().mean()) or 1.0
-        factor = torch.linalg.cholesky(xx + ridge * torch.eye(len(xx), dtype=xx.dtype))
+            assert self.origin is not None
+            xx, rx = xx.addr_(x, x, alpha=-1), rx.addr_(r, x, alpha=-1)
+            x, r = x + self.origin[0], r + self.origin[1]
+        ridge = len(xx) / self.count * float(xx.diagonal().mean()) or 1.0
+        xx.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(xx)
+        xx.diagonal().sub_(ridge)
         weight = self.start.double() + torch.cholesky_solve(rx.T, factor).T
         return Regression(weight, xx, scale), lambda reached: r + (self.start.double() - reached) @ x

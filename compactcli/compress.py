@@ -74,9 +74,9 @@ def compress(
         error = _edited_(module, edits, channels, shape)
         log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
     else:
-        batches = calibrate.batched(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
-        plain = [layer.name for layer in budget.layers if isinstance(module.get_submodule(layer.name), nn.Conv2d | nn.Linear)]
-        edits = method.finish(module, channels, budget, calibrate.moments(module, plain, batches, seed=seed))
+        batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
+        names = [layer.name for layer in budget.layers]
+        edits = method.finish(module, channels, budget, calibrate.moments(module, names, batches, seed=seed))
         original = copy.deepcopy(module)
         surgery.apply_checked_(module, edits, channels.consumed, shape)
         error = calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)

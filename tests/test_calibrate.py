@@ -6,7 +6,6 @@ import pytest
 import torch
 from networks import randomise_
 from torch import nn
-from torch.nn.functional import unfold
 
 from compactcli import artefact, budget, calibrate, cifar, data, measure, surgery
 from compactcli.channels import edits as channel_edits
@@ -38,24 +37,43 @@ def test_patches_are_what_the_kernel_meets(kernel, padding, dilation, stride):
     image = torch.randn(3, 4, 11, 9)
     output = layer(image).flatten(2)
     at = torch.randperm(output.shape[2])[:7]
-    rows = calibrate.patches(layer, image, at)
-    torch.testing.assert_close(rows @ layer.weight.flatten(1).T, output[:, :, at].transpose(1, 2).reshape(-1, 5))
+    weight = layer.weight.flatten(1)
+    torch.testing.assert_close(calibrate.patches(layer, image) @ weight.T, output.transpose(1, 2))
+    torch.testing.assert_close(calibrate.patches(layer, image, at) @ weight.T, output[:, :, at].transpose(1, 2))
 
 
-def test_moments_are_the_covariance_of_the_inputs_and_the_worth_of_the_outputs():
-    """For a network of one linear map after the layer, worth is exact: J^T J over the outputs' deviation."""
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 5), (150, 140)], ids=["whole", "sketched"])
+@pytest.mark.parametrize("positions", [1, 16])
+def test_the_moments_predict_what_a_change_of_the_weight_does(positions, inputs, outputs):
+    """Where all that follows is linear, and the positions of an image alike, first order and the product are exact."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(4 * 4, 6)).eval()
-    images = torch.randn(4096, 3, 4, 4)
-    moments = calibrate.moments(model, ["0"], list(images.split(64)), seed=0)["0"]
-    rows = unfold(images[: calibrate.MOMENT_IMAGES], 3).transpose(1, 2).reshape(-1, 27).double()
-    torch.testing.assert_close(moments.inputs, torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-5)
+    model = nn.Sequential(nn.Conv2d(inputs, outputs, 1), nn.Flatten(), nn.Linear(outputs * positions, 7)).eval()
+    images = 2 + torch.randn(256, inputs, 1, 1).expand(-1, -1, positions, 1) @ torch.ones(1, 1)
+    moments = calibrate.moments(model, ["0"], list(images.split(64)))["0"]
+    assert moments.inputs.shape == (inputs, inputs)
+    assert moments.worth.shape == (outputs, outputs)
+    change = torch.randn(outputs, inputs)
     with torch.no_grad():
-        logits = model(images[: calibrate.MOMENT_IMAGES])
-        centred = [(part - part.mean(0)).square().sum() for part in logits.split(64)]
-    jacobian = model[2].weight.detach().double().reshape(6, 4, 4)  # (logit, channel, position)
-    expected = torch.einsum("lcp,ldp->cd", jacobian, jacobian) / (sum(centred).double() / calibrate.MOMENT_IMAGES)
-    assert float((moments.worth - expected).norm() / expected.norm()) < 0.1  # 256 random directions
+        logits = model(images)
+        model[0].weight += change[:, :, None, None]
+        moved = model(images) - logits
+    moved -= moved.mean(0)  # an intercept makes it good
+    deviation = (logits - logits.mean(0)).square().sum()
+    predicted = float((moments.worth @ change @ moments.inputs * change).sum())
+    assert predicted == pytest.approx(float(moved.square().sum() / deviation), rel=0.25)  # 256 random directions
+
+
+def test_errors_of_neighbours_add_up():
+    """The same power at 16 positions moves a sum of them 16 times as much when it is of one sign as when it is noise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+    alike, noise = torch.randn(256, 3, 1, 1).expand(-1, -1, 4, 4).clone(), torch.randn(256, 3, 4, 4)
+    worth = []
+    for images in (alike, noise):
+        moments = calibrate.moments(model, ["0"], [images])["0"]
+        with torch.no_grad():
+            worth.append(float(moments.worth.trace()) * float((model(images) - model(images).mean(0)).square().sum()))
+    assert worth[0] / worth[1] == pytest.approx(16, rel=0.3)
 
 
 def test_moments_leave_the_network_as_it_was():
@@ -105,7 +123,7 @@ def test_a_filter_that_the_others_can_replace_is_replaced():
     with torch.no_grad():
         image = torch.randn(16, *SHAPE)
         cut = float((model(image) - target(image)).norm() / target(image).norm())
-        refitted = calibrate.refit_(model, target, edits, batches())
+        refitted = calibrate.refit_(model, target, edits, batches(1024))
         after = float((model(image) - target(image)).norm() / target(image).norm())
     assert cut > 0.01
     assert after < 0.02 * cut
@@ -159,7 +177,7 @@ def test_more_images_join_when_memory_allows_and_change_nothing_else(monkeypatch
     surgery.apply_(model, edits)
     calibrate.refit_(model, target, edits, batches())
     assert len(streams[0].target.values) == 1
-    streams[0].waiting and streams[0]._join()
+    streams[0]._join()
     late, early = streams[0].target.values[-1], streams[0].target.values[0]
     assert len(streams[0].target.values) == 2
     assert set(late) == set(early)
@@ -190,7 +208,24 @@ def test_a_calibrated_network_is_loaded_as_it_was_saved():
 
 
 def test_batches_are_equal_and_fit_in_memory():
-    images = torch.zeros(100, *SHAPE, dtype=torch.uint8)
-    assert {len(batch) for batch in calibrate.batched(images, PREPROCESSING, 1)} == {50}
-    assert {len(batch) for batch in calibrate.batched(images, PREPROCESSING, calibrate.BATCH_BYTES // 3)} == {2}
-    torch.testing.assert_close(calibrate.batched(images, PREPROCESSING, 1)[0], data.normalise(images[:50], PREPROCESSING))
+    images = torch.randint(0, 256, (100, *SHAPE), dtype=torch.uint8)
+    assert [len(batch) for batch in calibrate.Batches(images, PREPROCESSING, 1)] == [50, 50]
+    small = calibrate.Batches(images, PREPROCESSING, calibrate.BATCH_BYTES // 3)
+    assert {len(batch) for batch in small} == {2}
+    assert len(small) == 50 == len(list(small))
+    torch.testing.assert_close(small[1], data.normalise(images[2:4], PREPROCESSING))
+
+
+def test_fewer_images_pull_harder_towards_the_weights_that_are_there():
+    """The ridge falls with the number of images: few of them do not talk the network out of what it knows."""
+    target, moved = resnet(), []
+    for copies in (1, 2, 4):  # of the same images: only their number differs
+        model = copy.deepcopy(target)
+        with torch.no_grad():
+            model.layer2[0].conv1.weight.mul_(0.5)
+        edits = [full_rank(model, "layer2.0.conv1")]
+        surgery.apply_(model, edits)
+        calibrate.refit_(model, target, edits, batches(16) * copies, only={"layer3.0.conv1"})
+        with torch.no_grad():
+            moved.append(float((model.layer3[0].conv1.weight - target.layer3[0].conv1.weight).norm()))
+    assert 0 < moved[0] < moved[1] < moved[2]

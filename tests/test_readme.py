@@ -15,13 +15,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 def test_the_table_holds_the_results(network):
     result = json.loads((RESULTS / f"oneshot-{network}.json").read_text())
     rows = [line for line in README.splitlines() if line.startswith("| ResNet-" + network.removeprefix("resnet"))]
-    for ours, peer, row in zip(result["ours"], result["torch_pruning"], rows, strict=True):
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        deviation = f"{ours['accuracy']:.2f} ± {ours['deviation']:.2f}"
-        assert cells[1:] == [
-            f"{ours['ratio']:.0%}".replace("%", " %"),
+    assert len(rows) == len(result["torch_pruning"]) == 2
+    for peer, row in zip(result["torch_pruning"], rows, strict=True):
+        ours = [each for each in result["ours"] if each["ratio"] == peer["ratio"]]
+        assert [each["images"] for each in ours] == [64, 256, 1024]
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
+            f"{100 * peer['ratio']:.0f} %",
             f"{result['original']:.2f}",
-            deviation,
+            *(f"{each['accuracy']:.2f} ± {each['deviation']:.2f}" for each in ours),
             f"{peer['accuracy']:.2f}",
         ]
 
