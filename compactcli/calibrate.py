@@ -82,7 +82,7 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {name: model.get_submodule(name) for name in names}
-    sums = {name: _Sums(layer, generator) for name, layer in layers.items() if _regressible(layer) and _width(layer) <= WIDEST}
+    sums = {name: _Sums(layer, generator) for name, layer in layers.items() if _regressible(layer)}
     images, total, square = 0, torch.zeros(()), torch.zeros(())
     with _recorded(model, {layers[name]: own for name, own in sums.items()}):
         for batch in batches:
@@ -348,8 +348,9 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
 
 def _regressible(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
-        return layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
-    return isinstance(layer, nn.Linear)
+        plain = layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
+        return plain and _width(layer) <= WIDEST
+    return isinstance(layer, nn.Linear) and _width(layer) <= WIDEST
 
 
 def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:

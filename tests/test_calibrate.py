@@ -229,3 +229,48 @@ def test_fewer_images_pull_harder_towards_the_weights_that_are_there():
         with torch.no_grad():
             moved.append(float((model.layer3[0].conv1.weight - target.layer3[0].conv1.weight).norm()))
     assert 0 < moved[0] < moved[1] < moved[2]
+
+
+def test_a_layer_too_wide_for_its_covariance_is_left_alone(monkeypatch):
+    target = resnet()
+    monkeypatch.setattr(calibrate, "WIDEST", 8 * 9)  # layer1's
+    names = [layer.name for layer in budget.layers(trace(target, SHAPE))]
+    known = calibrate.moments(target, names, batches())
+    assert {"layer1.0.conv1", "layer2.0.conv1"} <= set(known)
+    assert not {"layer2.0.conv2", "layer3.0.conv1"} & set(known)
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "layer1.0.conv1")]
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(0.5)
+    surgery.apply_(model, edits)
+    calibrate.refit_(model, target, edits, batches())
+    assert torch.equal(model.layer3[0].conv1.weight, target.layer3[0].conv1.weight)
+    assert not torch.equal(model.layer2[0].conv1.weight, target.layer2[0].conv1.weight)
+
+
+def test_values_carried_forward_stay_within_the_limit(monkeypatch):
+    """However many batches join, what they hold together never exceeds LIVE_BYTES (one batch is always taken)."""
+    target = resnet()
+    limit = 2 << 20
+    monkeypatch.setattr(calibrate, "LIVE_BYTES", limit)
+    most, joined, run = [], [], calibrate._Stream._run
+    streams = []
+
+    def noted(self, node, values) -> None:
+        run(self, node, values)
+        if self not in streams:
+            streams.append(self)
+        held = {}
+        for stream in streams:
+            for each in stream.values:
+                held |= {value.untyped_storage().data_ptr(): value.nbytes for value in each.values() if hasattr(value, "nbytes")}
+        most.append(sum(held.values()))
+        joined.append(len(self.values))
+
+    monkeypatch.setattr(calibrate._Stream, "_run", noted)
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "layer1.0.conv1")]
+    surgery.apply_(model, edits)
+    calibrate.refit_(model, target, edits, batches(256))
+    assert max(most) <= limit
+    assert max(joined) > 1

@@ -116,7 +116,7 @@ MODEL_FLAGS = {
 DATA_FLAGS = {"--data", "--data-dir", "--download", "--limit"}
 FRESH_FLAGS = {"--fresh", "--seed"}
 FLAGS = {
-    "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--json"},
+    "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--explain", "--json"},
     "compress": MODEL_FLAGS
     | FRESH_FLAGS
     | DATA_FLAGS

@@ -22,7 +22,7 @@ ORDER = [
     {"architectures", "checkpoint", "channels", "surgery", "budget", "calibrate"},
     {"methods", "measure"},
     {"artefact", "train"},
-    {"compress", "finetune", "report", "export"},
+    {"compress", "finetune", "report", "explain", "export"},
     {"cli"},
 ]
 ROOF = {"__init__", "__main__"}  # the library on one screen, and `python -m`

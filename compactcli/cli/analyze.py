@@ -20,6 +20,9 @@ def command(
     fresh: common.Fresh = False,
     seed: common.Seed = 0,
     linear: Annotated[bool, typer.Option("--linear", help="Redundancy of linear layers too.")] = False,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="LAYER", help="What goes with the layer's channels, and why some may not.")
+    ] = None,
     json: common.Json = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
@@ -33,14 +36,15 @@ def command(
         trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
     )  # fmt: skip
     from .. import artefact, report
+    from ..explain import explanation, explanation_tables
 
     weights, variances = artefact.nonfinite(network.module)
     for name in weights:
         common.note(f"warning: {network.name}: {name} holds NaN or Inf; compress will refuse it", quiet)
     for name in variances:
         common.note(f"warning: {network.name}: {name} holds Inf", quiet)
-    tree = report.analysis(network, linear=linear)
+    tree = report.analysis(network, linear=linear) if explain is None else explanation(network, explain)
     if json:
         common.write_json(tree)
     else:
-        common.show(report.analysis_tables(tree))
+        common.show(report.analysis_tables(tree) if explain is None else explanation_tables(tree))
