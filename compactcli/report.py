@@ -52,7 +52,8 @@ def report(network: Network, baseline: Network | None, dataset: data.Dataset | N
     """The measures of a network beside those of the first of its history: schema compactcli/report/1."""
     evaluated = {} if dataset is None else {id(n): evaluate(n, dataset) for n in (network, baseline) if n is not None}
     pair = [network.module] if baseline is None else [network.module, baseline.module]
-    latency = measure.latency_ms(pair, network.input_shape, seconds=LATENCY_SECONDS)
+    found = measure.latency(pair, network.input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
+    latency = [each.median_ms for each in found]
     model = _model(network, evaluated.get(id(network)), latency[0])
     first = _source(network) if baseline is None else _model(baseline, evaluated.get(id(baseline)), latency[1])
     ratios = {
