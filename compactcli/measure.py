@@ -1,11 +1,15 @@
 """What a network is and does: parameters, MACs, thop's figure, latency, accuracy, redundancy."""
 
 import copy
+import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import CompactError
 from .graph import run_fake
+
+MemoryFormat = Literal["contiguous", "channels_last"]
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+WARM_UP = 2  # runs before the first that counts
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,20 @@ class Accuracy:
     top5: float
     loss: float
     images: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a network takes for one batch."""
+
+    batch: int  # images
+    threads: int  # of the CPU
+    memory_format: MemoryFormat
+    median_ms: float
+    iqr_ms: float  # interquartile range
+    images_per_second: float  # at the median
+    runs: int
+    peak_memory_bytes: int | None  # on CUDA; None where torch does not count
 
 
 @dataclass(frozen=True)
@@ -55,22 +77,139 @@ def thop_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     return int(total)
 
 
-def latency_ms(models: Sequence[nn.Module], input_shape: Sequence[int], *, batch: int = 1, seconds: float = 1.0) -> list[float]:
-    """Median milliseconds of one forward pass of each network in eval mode, measured in turn, on the CPU."""
-    image = torch.zeros(batch, *input_shape)
-    times: list[list[float]] = [[] for _ in models]
-    for model in models:
-        model.eval()
-    with torch.inference_mode():
-        for model in models:  # warm up
-            model(image)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[-1]) < 5:
-            for model, own in zip(models, times, strict=True):
-                start = time.perf_counter()
-                model(image)
-                own.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
+def latency(
+    modules: Sequence[nn.Module],
+    input_shape: Sequence[int],
+    *,
+    batch: int = 1,
+    threads: int | None = None,
+    repeats: int = 5,
+    seconds: float = 1.0,
+    device: str = "cpu",
+    memory_formats: Sequence[MemoryFormat] = ("contiguous", "channels_last"),
+) -> list[Latency]:
+    """Latency of each network in eval mode, in the memory format in which its median is lowest.
+
+    Every round runs every network in every format once, so that a machine that slows down slows all alike. There are
+    `repeats` rounds, and more until `seconds` have gone by. The networks and torch's threads are left as they were.
+    Raises CompactError if a network does not run in such batches on the device, or there are fewer than two rounds.
+    """
+    if repeats < 2:
+        raise CompactError(f"repeats is {repeats}; it must be 2 or more: one run has no spread")
+    with _thread_count(threads) as used:
+        runs = []
+        for module in modules:
+            runs.append([_Run(module, input_shape, batch, device, memory_format) for memory_format in memory_formats])
+        every = [run for each in runs for run in each]
+        with torch.inference_mode():
+            for run in every:
+                run.warm_up()
+            end = time.perf_counter() + seconds
+            while len(every[-1].times_ms) < repeats or time.perf_counter() < end:
+                for run in every:
+                    run.once()
+        return [min((run.latency(used) for run in each), key=lambda found: found.median_ms) for each in runs]
+
+
+@contextmanager
+def _thread_count(threads: int | None) -> Iterator[int]:
+    """torch's threads set to a number, or as they are, while the block runs. Yields how many there are."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def processor(device: str) -> str:
+    """The name of what a device computes on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+class _Run:
+    """One network in one memory format on one device, with its input and what its runs took."""
+
+    def __init__(
+        self, module: nn.Module, input_shape: Sequence[int], batch: int, device: str, memory_format: MemoryFormat
+    ) -> None:
+        self.memory_format, self.batch = memory_format, batch
+        self.device = torch.device(device)
+        self.times_ms: list[float] = []
+        self.peak_memory_bytes: int | None = None
+        with self._named_failure():
+            self.module = _laid_out(module, self.device, memory_format)
+            image = torch.rand(batch, *input_shape, generator=torch.Generator().manual_seed(0))
+            self.image = image.to(self.device, memory_format=FORMATS[memory_format])
+
+    def warm_up(self) -> None:
+        """Let libraries choose their kernels; then measure memory."""
+        with self._named_failure():
+            for _ in range(WARM_UP):
+                self.module(self.image)
+            self._wait()
+            if self.device.type == "cuda":
+                self.peak_memory_bytes = self._peak_memory()
+
+    def once(self) -> None:
+        self._wait()
+        start = time.perf_counter()
+        self.module(self.image)
+        self._wait()
+        self.times_ms.append(1e3 * (time.perf_counter() - start))
+
+    def latency(self, threads: int) -> Latency:
+        low, median, high = statistics.quantiles(self.times_ms, n=4, method="inclusive")
+        return Latency(
+            batch=self.batch,
+            threads=threads,
+            memory_format=self.memory_format,
+            median_ms=median,
+            iqr_ms=high - low,
+            images_per_second=1e3 * self.batch / median,
+            runs=len(self.times_ms),
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def _peak_memory(self) -> int:
+        """Bytes of weights, input and activations: other networks' weights lie on the device too, and do not count."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.module(self.image)
+        self._wait()
+        own = {id(tensor): tensor for tensor in [*self.module.parameters(), *self.module.buffers(), self.image]}
+        return torch.cuda.max_memory_allocated(self.device) - before + sum(tensor.nbytes for tensor in own.values())
+
+    @contextmanager
+    def _named_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as problem:
+            reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+            what = f"the network does not run on {self.device} in batches of {self.batch}: {reason}"
+            raise CompactError(f"{what}; try a smaller batch, or another device") from None
+
+
+def _laid_out(module: nn.Module, device: torch.device, memory_format: MemoryFormat) -> nn.Module:
+    """A copy in eval mode on the device. Tensors that lie there in this format already are shared, not copied."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        there = tensor.detach().to(device, memory_format=FORMATS[memory_format] if tensor.ndim == 4 else torch.preserve_format)
+        return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+
+    memo = {id(tensor): placed(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, memo).eval()
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:

@@ -1,18 +1,22 @@
 """What a network is now, what it was, and how it got there: as JSON, and as tables for people."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from . import architectures, artefact, budget, data, measure
 from .artefact import Network
 from .channels import Channels, find
 from .data import Split
-from .graph import trace
+from .errors import CompactError
+from .graph import run_fake, trace
 
 LATENCY_SECONDS = 1.0
 
@@ -51,8 +55,10 @@ def _split_name(dataset: data.Dataset, split: Split) -> str:
 def report(network: Network, baseline: Network | None, dataset: data.Dataset | None) -> dict[str, Any]:
     """The measures of a network beside those of the first of its history: schema compactcli/report/1."""
     evaluated = {} if dataset is None else {id(n): evaluate(n, dataset) for n in (network, baseline) if n is not None}
+    # In the memory format in which load() gives them.
     pair = [network.module] if baseline is None else [network.module, baseline.module]
-    latency = measure.latency_ms(pair, network.input_shape, seconds=LATENCY_SECONDS)
+    found = measure.latency(pair, network.input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
+    latency = [each.median_ms for each in found]
     model = _model(network, evaluated.get(id(network)), latency[0])
     first = _source(network) if baseline is None else _model(baseline, evaluated.get(id(baseline)), latency[1])
     ratios = {
@@ -318,6 +324,83 @@ def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:
         **evaluated.to_json(),
         "model": _described(network, measure.macs(network.module, network.input_shape)),
     }
+
+
+def bench(
+    networks: Sequence[Network],
+    *,
+    input_shape: Sequence[int] | None = None,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int | None] = (None,),
+    repeats: int = 5,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Latency of each network at each batch size and number of threads, timed in turn: schema compactcli/bench/1.
+
+    Raises CompactError if they take different inputs and no shape is given, or one does not run.
+    """
+    shape = list(input_shape or networks[0].input_shape)
+    other = next((each for each in networks if input_shape is None and list(each.input_shape) != shape), None)
+    if other is not None:
+        sizes = f"takes {_size(other.input_shape)}, {networks[0].name} {_size(shape)}"
+        raise CompactError(f"{other.name}: {sizes}; give both one with --input-shape CxHxW")
+    models: list[dict[str, Any]] = [
+        {"name": each.name, "model": _benched(each, shape, batches), "latency": []} for each in networks
+    ]
+    for batch, count in itertools.product(batches, threads):
+        found = measure.latency(
+            [each.module for each in networks],
+            shape,
+            batch=batch,
+            threads=count,
+            repeats=repeats,
+            seconds=LATENCY_SECONDS,
+            device=device,
+        )
+        for model, own in zip(models, found, strict=True):
+            model["latency"].append({**asdict(own), "ratio": own.median_ms / found[0].median_ms})
+    return {
+        "schema": "compactcli/bench/1",
+        "device": device,
+        "processor": measure.processor(device),
+        "torch": torch.__version__,
+        "input_shape": shape,
+        "models": models,
+    }
+
+
+def _benched(network: Network, shape: Sequence[int], batches: Sequence[int]) -> dict[str, Any]:
+    """What describes a network that runs on inputs of that shape in such batches."""
+    try:
+        for batch in batches:
+            run_fake(network.module, shape, batch=batch)
+        macs = measure.macs(network.module, shape)
+    except CompactError as problem:
+        raise CompactError(f"{network.name}: {problem}; try another --input-shape or --batch-size") from None
+    return {**_described(network, macs), "input_shape": list(shape)}
+
+
+def bench_table(tree: Mapping[str, Any]) -> RenderableType:
+    """The latencies as a Rich table: for each setting a row per model, with the ratio to the first."""
+    title = f"latency of a batch, input {_size(tree['input_shape'])}, {tree['processor']}, torch {tree['torch']}"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = "spread: interquartile range; ratio: to the first model"
+    memory = any(own["peak_memory_bytes"] for model in tree["models"] for own in model["latency"])
+    names = ["model", "batch", "threads", "format", "median ms", "spread", "images/s", "ratio", *["memory"] * memory]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("model", "format") else "right", overflow="fold")
+    for setting in zip(*(model["latency"] for model in tree["models"]), strict=True):
+        for model, own in zip(tree["models"], setting, strict=True):
+            figures = [f"{own[key]:,.3f}" for key in ("median_ms", "iqr_ms")]
+            figures += [f"{own['images_per_second']:,.1f}", f"{own['ratio']:.3f}"]
+            row = [Text(model["name"]), str(own["batch"]), str(own["threads"]), own["memory_format"], *figures]
+            table.add_row(*row, *[_number(own["peak_memory_bytes"], " B")] * memory)
+        table.add_section()
+    return table
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _number(value: float | None, unit: str = "") -> str:

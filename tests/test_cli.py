@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import typer
 from networks import named
-from test_report import ANALYSIS, EVALUATION, LAYER, MODEL, REPORT, check_report
+from test_report import ANALYSIS, EVALUATION, LAYER, MODEL, REPORT, check_bench, check_report
 from typer.testing import CliRunner, Result
 
 import compactcli
@@ -127,6 +127,8 @@ FLAGS = {
     | {"--output", "-o", "--batch-size", "--device", "--seed"},
     "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--json", "--verbose", "-v"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
+    "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
+    | {"MODELS", "--batch-size", "--threads", "--repeats", "--device", "--json"},
     "methods": {"NAME", "--debug"},
 }
 
@@ -214,7 +216,7 @@ def test_a_bad_file_is_one_line(tmp_path, name, from_stdin):
 
 
 @pytest.mark.parametrize(
-    "command", [("analyze",), ("report",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")]
+    "command", [("analyze",), ("report",), ("bench",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")]
 )
 def test_every_command_refuses_alike(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -337,6 +339,34 @@ def test_wrong_usage_of_finetune(net, tmp_path, arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", "0"), "compactcli: --batch-size 0: give it as whole numbers from 1 up with commas, e.g. 1,16"),
+        (("--batch-size", "1,,2"), "compactcli: --batch-size 1,,2: give it as whole numbers"),
+        (("--batch-size", "9999999999"), "compactcli: --batch-size 9999999999: give it as whole numbers"),
+        (("--threads", "two"), "compactcli: --threads two: give it as whole numbers"),
+        (("--threads", "1,100000"), "compactcli: --threads 1,100000: there are "),
+        (("--repeats", "1"), "--repeats"),
+        (("--input-shape", "1x0x9"), "compactcli: --input-shape 1x0x9: give it as CxHxW"),
+        (("-", "-"), "compactcli: stdin holds one model; give - once, and files for the others"),
+    ],
+)
+def test_wrong_usage_of_bench(net, arguments, message):
+    result = run("bench", net, *arguments)
+    assert (result.exit_code, result.stdout_bytes) == (2, b"")
+    assert message in result.stderr
+    if message.startswith("compactcli: "):
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_bench_that_cannot_be_is_one_line(net, tmp_path):
+    assert "try --device cpu" in one_line(run("bench", "-q", net, "--device", "nonsense"))
+    assert "nowhere.pt: no such file" in one_line(run("bench", "-q", net, tmp_path / "nowhere.pt"))
+    beyond = ("--batch-size", "900000000", "--input-shape", "1x4096x4096")  # more than any address space holds
+    assert "in batches of 900000000: " in one_line(run("bench", "-q", net, *beyond))
+
+
 # What is served
 
 
@@ -412,6 +442,22 @@ def test_report_json(net, small):
     assert "Parameters" in run("report", small).stdout
     assert "layers that changed" not in run("report", small).stdout
     assert "layers that changed" in run("report", "-v", small).stdout
+
+
+def test_bench_json(net, small):
+    """Models in the order given, a file by its path and a pipe as stdin; stdout holds nothing else."""
+    result = run(
+        "bench", "--json", small, "-", "--batch-size", "1,2,1", "--threads", "1", "--repeats", "2", stdin=net.read_bytes()
+    )
+    tree = json.loads(result.stdout)
+    check_bench(tree)
+    assert [each["name"] for each in tree["models"]] == [str(small), "stdin"]
+    assert [own["batch"] for own in tree["models"][1]["latency"]] == [1, 2]
+    assert "stdin: recognised as cifar:resnet8" in result.stderr
+    table = run("bench", "-q", small, net, "--repeats", "2")
+    assert (table.exit_code, table.stderr) == (0, "")
+    assert all(word in table.stdout for word in ("median ms", "spread", "images/s", "ratio"))
+    assert json.loads(run("bench", "-q", "--json", stdin=net.read_bytes()).stdout)["models"][0]["name"] == "stdin"
 
 
 def test_evaluate_json(small):

@@ -28,6 +28,10 @@ CHANGED_LAYER = {"name", "type", "before", "after", "params", "macs"}
 ANALYSIS = {"schema", "model", "layers", "suggestion"}
 LAYER = {"name", "type", "weight_shape", "params", "macs", "sets", "locked", "redundancy"}
 REDUNDANCY = {"max_abs_corr", "mean_abs_corr", "effective_rank", "rank_ratio_99"}
+BENCH = {"schema", "device", "processor", "torch", "input_shape", "models"}
+LATENCY = {
+    *("batch", "threads", "memory_format", "median_ms", "iqr_ms", "images_per_second", "runs", "peak_memory_bytes", "ratio"),
+}
 EVALUATION = {"schema", "accuracy", "accuracy_top5", "loss", "images", "dataset", "split", "model"}
 
 
@@ -274,6 +278,71 @@ def test_other_classes_and_no_labels_are_refused(pair, digits):
     unlabelled = data.Dataset("mine", False, None, data.from_tensors(digits.train.images(), None, "all"), None)
     with pytest.raises(CompactError, match="label"):
         report.evaluate(pair[1], unlabelled)
+
+
+# Bench
+
+
+def check_bench(tree: dict) -> None:
+    assert set(tree) == BENCH
+    assert tree["schema"] == "compactcli/bench/1"
+    for each in tree["models"]:
+        assert set(each) == {"name", "model", "latency"}
+        assert set(each["model"]) == MODEL
+        assert all(set(own) == LATENCY for own in each["latency"])
+        assert all(own["median_ms"] > 0 and own["iqr_ms"] >= 0 and own["runs"] >= 2 for own in each["latency"])
+    assert all(own["ratio"] == 1 for own in tree["models"][0]["latency"])
+    assert json.loads(json.dumps(tree, allow_nan=False)) == tree
+
+
+def test_a_bench_of_a_pair_in_either_order(pair):
+    """Every model at every setting; the order decides whose ratio is one, and nothing else."""
+    original, small = pair
+    one = report.bench([original, small], batches=[1, 3], repeats=2)
+    other = report.bench([small, original], batches=[1, 3], repeats=2)
+    for tree in (one, other):
+        check_bench(tree)
+        assert all([own["batch"] for own in each["latency"]] == [1, 3] for each in tree["models"])
+        first, second = tree["models"]
+        for mine, yours in zip(first["latency"], second["latency"], strict=True):
+            assert yours["ratio"] == yours["median_ms"] / mine["median_ms"]
+    assert [each["model"] for each in one["models"]] == [each["model"] for each in reversed(other["models"])]
+    assert one["models"][1]["model"]["macs"] == small.recipe.steps[-1].measures.macs
+
+
+def test_settings_are_every_batch_at_every_number_of_threads(pair):
+    before = torch.get_num_threads()
+    tree = report.bench([pair[1]], batches=[2, 1], threads=[before + 1, before], repeats=2)
+    settings = [(own["batch"], own["threads"]) for own in tree["models"][0]["latency"]]
+    assert settings == [(2, before + 1), (2, before), (1, before + 1), (1, before)]
+    assert torch.get_num_threads() == before
+
+
+def test_a_bench_takes_another_input_shape(pair):
+    tree = report.bench([pair[0]], input_shape=(1, 48, 64), repeats=2)
+    assert tree["input_shape"] == tree["models"][0]["model"]["input_shape"] == [1, 48, 64]
+    assert tree["models"][0]["model"]["macs"] > pair[0].recipe.source.measures.macs
+
+
+def test_a_bench_of_networks_that_cannot_be_compared_names_the_way_out(pair):
+    colour = network(width=4)
+    with pytest.raises(CompactError, match=r"random: takes 3x32x32, original\.pt 1x32x32; give both one with --input-shape"):
+        report.bench([pair[0], colour])
+    with pytest.raises(CompactError, match=r"random: .*does not run.*; try another --input-shape or --batch-size"):
+        report.bench([pair[0], colour], input_shape=(1, 32, 32))
+
+
+def test_a_table_has_a_row_for_every_model_and_setting(pair):
+    tree = report.bench([*pair], batches=[1, 3], repeats=2)
+    text = text_of(report.bench_table(tree))
+    assert all(text.count(f"│ {each.name} ") == 2 for each in pair)
+    assert "memory" not in text
+    assert "input 1x32x32" in text
+    tree["models"][0]["name"] = "[red]net.pt"  # a file's name is no markup
+    assert text_of(report.bench_table(tree)).count("[red]net.pt") == 2
+    tree["models"][0]["latency"][0]["peak_memory_bytes"] = 12_345
+    assert "12,345 B" in text_of(report.bench_table(tree))
+    assert "None" not in text_of(report.bench_table(tree))
 
 
 def test_a_file_of_someone_elses_factory_can_be_reported_on(tmp_path):

@@ -127,7 +127,7 @@ def open_network(
 ) -> "Network":
     """The network that the command's model flags name; its notes go to stderr."""
     wished_kwargs = dict(_assignment(pair) for pair in arch_kwargs or ())
-    shape = _shape(input_shape)
+    shape = parse_shape(input_shape)
     means, stds = _floats("--mean", mean), _floats("--std", std)
     if fresh and model is not None:
         raise UsageError("--fresh reads nothing; leave the model out")
@@ -183,7 +183,8 @@ def _assignment(pair: str) -> tuple[str, Any]:
         return name, text
 
 
-def _shape(text: str | None) -> tuple[int, int, int] | None:
+def parse_shape(text: str | None) -> tuple[int, int, int] | None:
+    """The numbers of --input-shape; None without it. Raises UsageError if they are not three."""
     if text is None:
         return None
     parts = text.lower().replace(",", "x").split("x")
