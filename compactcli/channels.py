@@ -19,7 +19,7 @@ import numpy as np
 from torch import fx, nn
 
 from .graph import Graph, trace
-from .recipe import Edit, Keep, Set
+from .recipe import COUNTS, Edit, Keep, Set
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 Axis = tuple[str, int]  # (parameter or buffer, axis)
@@ -95,7 +95,7 @@ def layer_axis(model: nn.Module, tensor: str, axis: int) -> tuple[str, int]:
     module = model.get_submodule(path)
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and name == "weight":
         return path, 1 - axis
-    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.PReLU)
+    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
     return (path, axis) if isinstance(module, known) else (tensor, axis)
 
 
@@ -113,12 +113,13 @@ class _Walk:
     graph: Graph
     model: nn.Module
     labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
+    pieces: dict[fx.Node, list[list[Label]]] = field(default_factory=dict)  # of nodes with several values
     axes: dict[Axis, Ids] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     ties: list[tuple[Ids, Ids]] = field(default_factory=list)
     locks: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))  # reason -> ids
     consumed: set[Axis] = field(default_factory=set)
-    slots: list[Slot] = field(default_factory=list)
+    slots: dict[tuple[str, str], Ids] = field(default_factory=dict)
     first_ids: list[int] = field(default_factory=list)  # of every run of fresh ids, ascending
     made_for: list[Axis | None] = field(default_factory=list)  # what that run labels
     next_id: int = 1
@@ -153,6 +154,21 @@ class _Walk:
         runs = np.unique(np.searchsorted(self.first_ids, ids[ids != NONE], side="right") - 1)
         self.consumed.update(axis for run in runs if (axis := self.made_for[run]) is not None)
 
+    def slot(self, module: str, attribute: str, ids: Ids) -> None:
+        """Let the attribute count the ids. What else it counts goes with them, position by position."""
+        self.tie(self.slots.setdefault((module, attribute), ids), ids)
+
+    def held(self, node: fx.Node, attribute: str, number: int) -> bool:
+        """Whether the module that issued the operation has the number as that attribute."""
+        return getattr(self.model.get_submodule(self.graph.owners[node]), attribute, None) == number
+
+    def counted(self, node: fx.Node, ids: Ids) -> bool:
+        """Let the issuing module's number of these ids follow how many are kept; False if it has none."""
+        attribute = next((name for name in COUNTS if self.held(node, name, len(ids))), None)
+        if attribute is not None:
+            self.slot(self.graph.owners[node], attribute, ids)
+        return attribute is not None
+
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node in self.graph.tensors:
             name = self.graph.tensors[node]
@@ -163,7 +179,10 @@ class _Walk:
         elif node.op == "output":
             self.lock(self.of(node.args), "the network's output")
         elif node.op == "call_function" and node.target is operator.getitem:
-            self.labels[node] = self.labels.get(_node(node, 0), []) if node.args[1] == 0 else []
+            source, index = _node(node, 0), node.args[1]
+            assert isinstance(index, int)
+            own = self.labels.get(source, []) if index == 0 else []
+            self.labels[node] = self.pieces[source][index] if source in self.pieces else own
         elif node.op == "call_function":
             self.reached.update(self.graph.tensors[n] for n in _nodes(node.args) if n in self.graph.tensors)
             known = RULES.get(_name(node))
@@ -184,19 +203,19 @@ class _Walk:
     def result(self) -> Channels:
         for axis in self.unreached():
             self.lock([Label(0, self.axes[axis])], "not reached by any operation")
-        reasons = {self.next_id + number: reason for number, reason in enumerate(self.locks)}
-        locks = [(np.full_like(ids, lock), ids) for lock, reason in reasons.items() for ids in self.locks[reason]]
-        roots = _components(self.next_id + len(reasons), self.ties + locks)
-        used = np.unique(np.concatenate([roots[ids] for ids in [*self.axes.values(), *(slot.sets for slot in self.slots)]]))
+        roots = _components(self.next_id, self.ties)
+        used = np.unique(np.concatenate([roots[ids] for ids in [*self.axes.values(), *self.slots.values()]]))
         number = np.full(len(roots), -1)
         number[used] = np.arange(len(used))
-        locked = {int(number[roots[lock]]): reason for lock, reason in reversed(reasons.items())}
-        locked.pop(-1, None)  # a reason without ids
+        locked: dict[int, str] = {}
+        for reason, ids in reversed(self.locks.items()):  # the first reason is the one that is told
+            locked.update(dict.fromkeys(np.unique(number[roots[np.concatenate([*ids, [NONE]])]]).tolist(), reason))
+        locked.pop(-1, None)  # ids that no parameter has
         return Channels(
             axes={axis: number[roots[ids]] for axis, ids in self.axes.items()},
             locked=locked,
             consumed=frozenset(self.consumed),
-            slots=tuple(Slot(slot.module, slot.attribute, number[roots[slot.sets]]) for slot in self.slots),
+            slots=tuple(Slot(*place, number[roots[ids]]) for place, ids in self.slots.items()),
             count=len(used),
         )
 
@@ -273,9 +292,11 @@ def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
     arriving, into, out = walk.along(image, 1), walk.along(weight, inward), walk.along(weight, outward)
     if groups == 1:
         _contract(walk, arriving, into)
-    elif transposed or not arriving or not out:
-        walk.lock(walk.of(node.args[:3]), "a grouped convolution that is transposed or reads the network's input")
+    elif not arriving or not out:
+        walk.lock(walk.of(node.args[:3]), "a grouped convolution that reads the network's input")
         return []
+    elif transposed:
+        out = _grouped_transposed(walk, node, groups, arriving, into, out)
     else:
         _grouped(walk, node, groups, arriving, into, out)
     if not out:
@@ -287,16 +308,38 @@ def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 def _grouped(walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]) -> None:
-    """Whole groups go: a group's inputs and outputs are one set (depthwise: a channel and its filters)."""
-    walk.lock((Label(1, ids) for ids in into), "an input inside a group")
+    """Few wide groups: the same position of every group goes, its inputs apart from its outputs.
+
+    Many narrow ones: whole groups go, inputs and outputs as one set (depthwise: a channel and its filters).
+    """
     members = [ids.reshape(groups, -1) for ids in [*arriving, *out]]
+    if members[0].shape[1] > groups:
+        for ids in members:
+            walk.tie(ids[:1], ids)
+        _contract(walk, [ids[0] for ids in members[: len(arriving)]], into)
+    else:
+        walk.lock((Label(1, ids) for ids in into), "an input inside a group")
+        _whole_groups(walk, node, "groups", members)
+
+
+def _grouped_transposed(
+    walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]
+) -> list[Ids]:
+    """Whole groups go. The weight (i, o / groups, k, k) has all inputs, and its outputs once for all groups."""
+    walk.lock((Label(1, ids) for ids in out), "an output inside a group")
+    members = [ids.reshape(groups, -1) for ids in [*arriving, *into]]
+    _whole_groups(walk, node, "groups", members)
+    return [np.repeat(members[0][:, 0], len(out[0]))]
+
+
+def _whole_groups(walk: _Walk, node: fx.Node, attribute: str, members: Sequence[Ids]) -> None:
+    """A group, one row of each of `members`, is one set; the issuing module's attribute counts the groups."""
     for ids in members:
         walk.tie(members[0][:, :1], ids)
-    module = walk.graph.owners[node]
-    if getattr(walk.model.get_submodule(module), "groups", None) == groups:
-        walk.slots.append(Slot(module, "groups", members[-1][:, 0]))
+    if walk.held(node, attribute, len(members[0])):
+        walk.slot(walk.graph.owners[node], attribute, members[0][:, 0])
     else:
-        walk.lock(walk.of(node.args[:3]), "the number of groups is written in code")
+        walk.lock((Label(0, ids.ravel()) for ids in members), "the number of groups is written in code")
 
 
 @rule("addmm")
@@ -510,9 +553,8 @@ def _pad(walk: _Walk, node: fx.Node) -> list[Label]:
 
 def _padding(walk: _Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
     ids = walk.fresh(amount)
-    module = walk.graph.owners[node]
-    if getattr(walk.model.get_submodule(module), attribute, None) == amount:
-        walk.slots.append(Slot(module, attribute, ids))
+    if walk.held(node, attribute, amount):
+        walk.slot(walk.graph.owners[node], attribute, ids)
     else:
         walk.lock([Label(0, ids)], "the number of padded channels is written in code")
     return ids
