@@ -483,7 +483,8 @@ def _reduce(walk: _Walk, node: fx.Node) -> list[Label]:
     """Over positions the channels pass; over channels they are locked."""
     source, name = _node(node, 0), _name(node)
     rank = len(_shape(source))
-    dims: Any = node.args[at] if len(node.args) > (at := 2 if name in ("linalg_vector_norm", "norm") else 1) else None
+    at = 2 if name in ("linalg_vector_norm", "norm") else 1
+    dims: Any = node.args[at] if len(node.args) > at else None
     if isinstance(dims, fx.Node):  # the larger of two tensors
         return _elementwise(walk, node)
     reduced = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if dims not in (None, []) else set(range(rank))
@@ -672,11 +673,11 @@ def _slice(walk: _Walk, node: fx.Node) -> list[Label]:
 @rule("split", "split_with_sizes")
 def _split(walk: _Walk, node: fx.Node) -> list[Label]:
     """Even pieces go position by position, uneven ones as they like, where their sizes are known to follow."""
-    source, axis, sizes = _node(node, 0), _axis(node, 2, 0), node.args[1]
+    source, axis = _node(node, 0), _axis(node, 2, 0)
+    sizes: Any = node.args[1]
     total = _shape(source)[axis]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
-    assert isinstance(sizes, (tuple, list))
     ends = np.cumsum(sizes)[:-1].tolist()
     walk.pieces[node] = [[label for label in walk.of(source) if label.axis != axis] for _ in sizes]
     for ids in walk.along(source, axis):
