@@ -304,13 +304,21 @@ def transposed_depthwise() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.Sigmoid(), up, nn.Sigmoid(), conv(16, 5), *head(5))
 
 
-def standardised() -> nn.Module:
-    def run(s: Code, x: Tensor) -> Tensor:
-        flat = s.kernel.reshape(1, s.kernel.shape[0], -1)
-        return F.conv2d(x, F.batch_norm(flat, None, None, training=True).reshape_as(s.kernel), padding=1)
+class Standardised(nn.Conv2d):
+    """A convolution whose kernel is normalised per output, with a gain beside the weight."""
 
-    layers = Code(run, kernel=parameter(8, 6, 3, 3))
-    return nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 6), layers, nn.ReLU(), conv(8, 5), *head(5))
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = parameter(outputs, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        kernel = F.batch_norm(flat, None, None, self.gain.view(-1), training=True).reshape_as(self.weight)
+        return F.conv2d(x, kernel, self.bias, padding=1)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 6), Standardised(6, 8), nn.ReLU(), conv(8, 5), *head(5))
 
 
 def neighbours() -> nn.Module:
