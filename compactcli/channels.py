@@ -9,6 +9,7 @@ end is one set: removed as a whole, or kept.
 Locked is always correct, only less compact.
 """
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from .graph import Graph, trace
-from .recipe import Edit, Keep, Set
+from .recipe import COUNTS, Edit, Keep, Set
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 Axis = tuple[str, int]  # (parameter or buffer, axis)
@@ -95,8 +97,9 @@ def layer_axis(model: nn.Module, tensor: str, axis: int) -> tuple[str, int]:
     module = model.get_submodule(path)
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and name == "weight":
         return path, 1 - axis
-    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.PReLU)
-    return (path, axis) if isinstance(module, known) else (tensor, axis)
+    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+    own = name in ("weight", "bias", "running_mean", "running_var")  # a gain beside them is cut by itself
+    return (path, axis) if own and isinstance(module, known) else (tensor, axis)
 
 
 class Label(NamedTuple):
@@ -113,12 +116,13 @@ class _Walk:
     graph: Graph
     model: nn.Module
     labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
+    pieces: dict[fx.Node, list[list[Label]]] = field(default_factory=dict)  # of nodes with several values
     axes: dict[Axis, Ids] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
     ties: list[tuple[Ids, Ids]] = field(default_factory=list)
     locks: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))  # reason -> ids
     consumed: set[Axis] = field(default_factory=set)
-    slots: list[Slot] = field(default_factory=list)
+    slots: dict[tuple[str, str], Ids] = field(default_factory=dict)
     first_ids: list[int] = field(default_factory=list)  # of every run of fresh ids, ascending
     made_for: list[Axis | None] = field(default_factory=list)  # what that run labels
     next_id: int = 1
@@ -153,6 +157,21 @@ class _Walk:
         runs = np.unique(np.searchsorted(self.first_ids, ids[ids != NONE], side="right") - 1)
         self.consumed.update(axis for run in runs if (axis := self.made_for[run]) is not None)
 
+    def slot(self, module: str, attribute: str, ids: Ids) -> None:
+        """Let the attribute count the ids. What else it counts goes with them, position by position."""
+        self.tie(self.slots.setdefault((module, attribute), ids), ids)
+
+    def held(self, node: fx.Node, attribute: str, number: int) -> bool:
+        """Whether the module that issued the operation has the number as that attribute."""
+        return getattr(self.model.get_submodule(self.graph.owners[node]), attribute, None) == number
+
+    def counted(self, node: fx.Node, ids: Ids) -> bool:
+        """Let the issuing module's number of these ids follow how many are kept; False if it has none."""
+        attribute = next((name for name in COUNTS if self.held(node, name, len(ids))), None)
+        if attribute is not None:
+            self.slot(self.graph.owners[node], attribute, ids)
+        return attribute is not None
+
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node in self.graph.tensors:
             name = self.graph.tensors[node]
@@ -163,7 +182,10 @@ class _Walk:
         elif node.op == "output":
             self.lock(self.of(node.args), "the network's output")
         elif node.op == "call_function" and node.target is operator.getitem:
-            self.labels[node] = self.labels.get(_node(node, 0), []) if node.args[1] == 0 else []
+            source, index = _node(node, 0), node.args[1]
+            assert isinstance(index, int)
+            own = self.labels.get(source, []) if index == 0 else []
+            self.labels[node] = self.pieces[source][index] if source in self.pieces else own
         elif node.op == "call_function":
             self.reached.update(self.graph.tensors[n] for n in _nodes(node.args) if n in self.graph.tensors)
             known = RULES.get(_name(node))
@@ -184,19 +206,19 @@ class _Walk:
     def result(self) -> Channels:
         for axis in self.unreached():
             self.lock([Label(0, self.axes[axis])], "not reached by any operation")
-        reasons = {self.next_id + number: reason for number, reason in enumerate(self.locks)}
-        locks = [(np.full_like(ids, lock), ids) for lock, reason in reasons.items() for ids in self.locks[reason]]
-        roots = _components(self.next_id + len(reasons), self.ties + locks)
-        used = np.unique(np.concatenate([roots[ids] for ids in [*self.axes.values(), *(slot.sets for slot in self.slots)]]))
+        roots = _components(self.next_id, self.ties)
+        used = np.unique(np.concatenate([roots[ids] for ids in [*self.axes.values(), *self.slots.values()]]))
         number = np.full(len(roots), -1)
         number[used] = np.arange(len(used))
-        locked = {int(number[roots[lock]]): reason for lock, reason in reversed(reasons.items())}
-        locked.pop(-1, None)  # a reason without ids
+        locked: dict[int, str] = {}
+        for reason, ids in reversed(self.locks.items()):  # the first reason is the one that is told
+            locked.update(dict.fromkeys(np.unique(number[roots[np.concatenate([*ids, [NONE]])]]).tolist(), reason))
+        locked.pop(-1, None)  # ids that no parameter has
         return Channels(
             axes={axis: number[roots[ids]] for axis, ids in self.axes.items()},
             locked=locked,
             consumed=frozenset(self.consumed),
-            slots=tuple(Slot(slot.module, slot.attribute, number[roots[slot.sets]]) for slot in self.slots),
+            slots=tuple(Slot(*place, number[roots[ids]]) for place, ids in self.slots.items()),
             count=len(used),
         )
 
@@ -235,7 +257,28 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 @rule(
     *("relu", "relu_", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"),
     *("silu", "silu_", "gelu", "elu", "elu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "mish", "mish_"),
-    *("clone", "alias", "detach", "_to_copy", "neg", "abs", "exp", "sqrt", "rsqrt", "pow", "clamp"),
+    *("softplus", "log_sigmoid_forward", "relu6", "celu", "celu_", "selu", "selu_", "threshold", "hardshrink", "softshrink"),
+    *("clone", "alias", "detach", "_to_copy", "lift_fresh_copy", "copy", "copy_", "fill", "fill_", "zero_"),
+    *("neg", "abs", "sign", "exp", "log", "log1p", "expm1", "sin", "cos", "erf", "floor", "ceil", "round", "reciprocal"),
+    *("sqrt", "rsqrt", "pow", "clamp", "clamp_", "clamp_min", "clamp_max", "rsub", "lerp", "where", "masked_fill"),
+    *(
+        "bernoulli",
+        "bernoulli_",
+        "uniform_",
+        "normal_",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "remainder",
+        "fmod",
+        "atan2",
+    ),
 )
 def _pointwise(walk: _Walk, node: fx.Node) -> list[Label]:
     """Each element depends on its own predecessors. f(0) need not be 0: consumers are what is masked."""
@@ -257,7 +300,14 @@ def _same_shape(walk: _Walk, node: fx.Node) -> list[Label]:
     return []
 
 
-@rule("empty", "zeros", "ones", "full", "arange")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+def _like(walk: _Walk, node: fx.Node) -> list[Label]:
+    """As many as there are channels, whatever their values."""
+    return walk.of(node.args[0])
+
+
+@rule("empty", "zeros", "ones", "full", "arange", "scalar_tensor", "eye", "linspace", "rand", "randn")
+@rule("new_empty", "new_zeros", "new_ones", "new_full")
 def _constant(_walk: _Walk, _op: fx.Node) -> list[Label]:
     return []
 
@@ -273,9 +323,11 @@ def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
     arriving, into, out = walk.along(image, 1), walk.along(weight, inward), walk.along(weight, outward)
     if groups == 1:
         _contract(walk, arriving, into)
-    elif transposed or not arriving or not out:
-        walk.lock(walk.of(node.args[:3]), "a grouped convolution that is transposed or reads the network's input")
+    elif not arriving or not out:
+        walk.lock(walk.of(node.args[:3]), "a grouped convolution that reads the network's input")
         return []
+    elif transposed:
+        out = _grouped_transposed(walk, node, groups, arriving, into, out)
     else:
         _grouped(walk, node, groups, arriving, into, out)
     if not out:
@@ -287,16 +339,38 @@ def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 def _grouped(walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]) -> None:
-    """Whole groups go: a group's inputs and outputs are one set (depthwise: a channel and its filters)."""
-    walk.lock((Label(1, ids) for ids in into), "an input inside a group")
+    """Few wide groups: the same position of every group goes, its inputs apart from its outputs.
+
+    Many narrow ones: whole groups go, inputs and outputs as one set (depthwise: a channel and its filters).
+    """
     members = [ids.reshape(groups, -1) for ids in [*arriving, *out]]
+    if members[0].shape[1] > groups:
+        for ids in members:
+            walk.tie(ids[:1], ids)
+        _contract(walk, [ids[0] for ids in members[: len(arriving)]], into)
+    else:
+        walk.lock((Label(1, ids) for ids in into), "an input inside a group")
+        _whole_groups(walk, node, "groups", members)
+
+
+def _grouped_transposed(
+    walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]
+) -> list[Ids]:
+    """Whole groups go. The weight (i, o / groups, k, k) has all inputs, and its outputs once for all groups."""
+    walk.lock((Label(1, ids) for ids in out), "an output inside a group")
+    members = [ids.reshape(groups, -1) for ids in [*arriving, *into]]
+    _whole_groups(walk, node, "groups", members)
+    return [np.repeat(members[0][:, 0], len(out[0]))]
+
+
+def _whole_groups(walk: _Walk, node: fx.Node, attribute: str, members: Sequence[Ids]) -> None:
+    """A group, one row of each of `members`, is one set; the issuing module's attribute counts the groups."""
     for ids in members:
         walk.tie(members[0][:, :1], ids)
-    module = walk.graph.owners[node]
-    if getattr(walk.model.get_submodule(module), "groups", None) == groups:
-        walk.slots.append(Slot(module, "groups", members[-1][:, 0]))
+    if walk.held(node, attribute, len(members[0])):
+        walk.slot(walk.graph.owners[node], attribute, members[0][:, 0])
     else:
-        walk.lock(walk.of(node.args[:3]), "the number of groups is written in code")
+        walk.lock((Label(0, ids.ravel()) for ids in members), "the number of groups is written in code")
 
 
 @rule("addmm")
@@ -334,7 +408,9 @@ def _contract(walk: _Walk, arriving: list[Ids], into: list[Ids]) -> None:
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 def _batch_norm(walk: _Walk, node: fx.Node) -> list[Label]:
-    walk.lock((label for label in walk.of(node.args[0]) if label.axis != 1), "a position read by a batch normalisation")
+    """The channels pass. Of a weight that is standardised that is its outputs: statistics are taken over its inputs."""
+    others = [label for label in walk.of(node.args[0]) if label.axis != 1]
+    walk.lock(others, "a position that goes into the statistics of a batch normalisation")
     arriving = walk.along(node.args[0], 1)
     for vector in _nodes(node.args[1:5]):
         ids = walk.along(vector, 0)
@@ -344,10 +420,42 @@ def _batch_norm(walk: _Walk, node: fx.Node) -> list[Label]:
             walk.lock(walk.of((vector, node.args[0])), "normalised with vectors that are not its channels'")
         else:
             walk.lock(walk.of(vector), "normalises the network's input")
-    return [Label(1, ids) for ids in arriving]
+    return [Label(1, ids) for ids in arriving] + others
 
 
-@rule("_prelu_kernel", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "maximum", "minimum")
+@rule("native_layer_norm")
+def _layer_norm(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Statistics are taken over the last axes; the others pass."""
+    shape: Any = node.args[1]
+    first = len(_shape(node.args[0])) - len(shape)
+    walk.lock(walk.of(node.args[2:4]), "scales and shifts what a layer normalisation takes statistics over")
+    walk.lock(
+        (label for label in walk.of(node.args[0]) if label.axis >= first),
+        "channels that a layer normalisation takes statistics over",
+    )
+    return walk.of(node.args[0])
+
+
+@rule("native_group_norm")
+def _group_norm(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Statistics are taken over the channels of a group: whole groups go."""
+    groups: Any = node.args[6]
+    walk.lock(
+        (label for label in walk.of(node.args[0]) if label.axis != 1),
+        "a position that a group normalisation takes statistics over",
+    )
+    labels = [label for label in walk.of(node.args[0]) if label.axis == 1]
+    members = [label.ids.reshape(groups, -1) for label in [*labels, *walk.of(node.args[1:3])]]
+    if groups == 1:
+        walk.lock((Label(0, ids.ravel()) for ids in members), "channels that a group normalisation takes statistics over")
+    elif not labels:
+        walk.lock(walk.of(node.args[1:3]), "normalises the network's input")
+    else:
+        _whole_groups(walk, node, "num_groups", members)
+    return labels
+
+
+@rule("_prelu_kernel", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "addcdiv", "maximum", "minimum")
 def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
     """Position pairs with position. An operand of size one along an axis pairs with nothing there."""
     shape = node.meta["val"].shape
@@ -370,25 +478,63 @@ def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
     return result
 
 
-@rule("mean", "sum", "amax", "amin")
+@rule("mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "logsumexp", "median")
+@rule("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
 def _reduce(walk: _Walk, node: fx.Node) -> list[Label]:
     """Over positions the channels pass; over channels they are locked."""
-    source = _node(node, 0)
-    rank = source.meta["val"].ndim
-    dims: Any = node.args[1] if len(node.args) > 1 else None
-    reduced = {d % rank for d in dims} if dims else set(range(rank))
-    walk.lock((label for label in walk.of(source) if label.axis in reduced), f"reduced over channels by {_name(node)}")
-    kept = [axis for axis in range(rank) if axis not in reduced or node.meta["val"].ndim == rank]
-    return [Label(kept.index(label.axis), label.ids) for label in walk.of(source) if label.axis not in reduced]
+    source, name = _node(node, 0), _name(node)
+    rank = len(_shape(source))
+    at = 2 if name in ("linalg_vector_norm", "norm") else 1
+    dims: Any = node.args[at] if len(node.args) > at else None
+    if isinstance(dims, fx.Node):  # the larger of two tensors
+        return _elementwise(walk, node)
+    reduced = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if dims not in (None, []) else set(range(rank))
+    walk.lock((label for label in walk.of(source) if label.axis in reduced), f"reduced over channels by {name}")
+    kept = [axis for axis in range(rank) if axis not in reduced or len(_shape(node)) == rank]
+    labels = [Label(kept.index(label.axis), label.ids) for label in walk.of(source) if label.axis not in reduced]
+    walk.pieces[node] = [labels, labels]  # where there are two values
+    return labels
 
 
-@rule("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
-@rule("upsample_nearest2d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d")
-def _pool(walk: _Walk, node: fx.Node) -> list[Label]:
-    source = _node(node, 0)
-    spatial = source.meta["val"].ndim - 2
-    walk.lock((label for label in walk.of(source) if label.axis >= spatial), f"reduced by {_name(node)}")
-    return [label for label in walk.of(source) if label.axis < spatial]
+@rule("_softmax", "_log_softmax", "sort", "topk")
+def _compared(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Every value depends on all along one axis; the others pass."""
+    source, axis = _node(node, 0), _axis(node, 2 if _name(node) == "topk" else 1, -1)
+    walk.lock((label for label in walk.of(source) if label.axis == axis), f"compared across channels by {_name(node).strip('_')}")
+    walk.pieces[node] = [walk.of(source)] * 2
+    return walk.of(source)
+
+
+@rule("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math", "scaled_dot_product_attention")
+def _attention(walk: _Walk, node: fx.Node) -> list[Label]:
+    walk.lock(walk.of(node.args), "activations multiplied with activations (attention)")
+    return []
+
+
+@rule(*("max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_unpool2d", "max_unpool3d"))
+@rule(*("avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d"))
+@rule(*("adaptive_max_pool2d", "adaptive_max_pool3d", "fractional_max_pool2d", "grid_sampler_2d"))
+@rule(
+    *(
+        f"upsample_{kind}"
+        for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+    )
+)
+@rule(
+    *(f"_upsample_{kind}" for kind in ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d", "bilinear2d_aa", "bicubic2d_aa"))
+)
+@rule(*(f"{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)))
+def _spatial(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Positions are mixed or moved within each channel; so are indices into them."""
+    source, name = _node(node, 0), _name(node)
+    first = len(_shape(source)) - int(next(letter for letter in name if letter.isdigit()))
+    labels = [label for label in walk.of(source) if label.axis < first]
+    walk.lock((label for label in walk.of(source) if label.axis >= first), f"reduced by {name}")
+    if name == "grid_sampler_2d":
+        walk.lock(walk.of(node.args[1]), "positions to sample at")
+    walk.pieces[node] = [labels, labels]
+    return labels
 
 
 @rule("view", "_unsafe_view", "reshape")
@@ -464,33 +610,190 @@ def _move(walk: _Walk, node: fx.Node) -> list[Label]:
 
 @rule("cat")
 def _cat(walk: _Walk, node: fx.Node) -> list[Label]:
-    tensors = _nodes(node.args[0])
-    rank = tensors[0].meta["val"].ndim
-    axis: Any = node.args[1] if len(node.args) > 1 else 0
-    axis %= rank
-    walk.lock((label for label in walk.of(tensors) if label.axis != axis), "concatenated across another axis")
-    pieces = []
-    for tensor in tensors:
-        ids = walk.along(tensor, axis)
-        if not ids:  # what it is paired with downstream may not be cut either
-            ids = [walk.fresh(tensor.meta["val"].shape[axis])]
-            walk.lock([Label(axis, ids[0])], "concatenated with a tensor without channels")
-        for extra in ids[1:]:
-            walk.tie(ids[0], extra)
-        pieces.append(ids[0])
-    return [Label(axis, np.concatenate(pieces))]
+    """One after the other along an axis; along the others position pairs with position."""
+    tensors, axis = _nodes(node.args[0]), _axis(node, 1, 0)
+    result = []
+    for along in range(len(_shape(node))):
+        runs = []
+        for tensor in tensors:
+            ids = walk.along(tensor, along)
+            if not ids:  # what it is paired with downstream may not be cut either
+                ids = [walk.fresh(_shape(tensor)[along])]
+                walk.lock([Label(along, ids[0])], "concatenated with a tensor without channels")
+            for extra in ids[1:]:
+                walk.tie(ids[0], extra)
+            runs.append(ids[0])
+        if along == axis:
+            result.append(Label(along, np.concatenate(runs)))
+        elif any(walk.along(tensor, along) for tensor in tensors):
+            result.append(_together(walk, along, runs))
+    return result
+
+
+@rule("stack")
+def _stack(walk: _Walk, node: fx.Node) -> list[Label]:
+    """A new axis; along the others position pairs with position."""
+    tensors, axis = _nodes(node.args[0]), _axis(node, 1, 0)
+    result = []
+    for along in range(len(_shape(tensors[0]))):
+        runs = [walk.along(tensor, along) for tensor in tensors]
+        label = _together(walk, along + (along >= axis), [ids for run in runs for ids in run])
+        if not all(runs):
+            walk.lock([label], "stacked with a tensor without channels")
+        result.append(label)
+    return [label for label in result if len(label.ids)]
+
+
+def _together(walk: _Walk, axis: int, runs: Sequence[Ids]) -> Label:
+    for ids in runs[1:]:
+        walk.tie(runs[0], ids)
+    return Label(axis, np.max(runs, axis=0) if runs else np.array([], dtype=np.int64))
+
+
+BY_NUMBERS = "part of the channels is picked by numbers in code"
 
 
 @rule("slice")
 def _slice(walk: _Walk, node: fx.Node) -> list[Label]:
-    """Positions outside the channel axis may be picked; picking part of the channels locks them."""
+    """Positions may be picked; so may the channels before or after a number that the issuing module holds."""
+    source, axis = _node(node, 0), _axis(node, 1, 0)
+    size = _shape(source)[axis]
+    numbers: Any = [*node.args[2:], *(None, None, None)[len(node.args) - 2 :]]
+    start, stop, step = numbers[0] or 0, size if numbers[1] is None else min(numbers[1], size), numbers[2] or 1
+    result = [label for label in walk.of(source) if label.axis != axis]
+    for ids in walk.along(source, axis):
+        whole = (start, stop, step) == (0, size, 1)
+        if not whole and (
+            min(start, stop) < 0 or step != 1 or not all(walk.counted(node, ids[:end]) for end in (start, stop) if 0 < end < size)
+        ):
+            walk.lock([Label(axis, ids)], BY_NUMBERS)
+        result.append(Label(axis, ids[start:stop:step]))
+    return result
+
+
+@rule("split", "split_with_sizes")
+def _split(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Even pieces go position by position, uneven ones as they like, where their sizes are known to follow."""
+    source, axis = _node(node, 0), _axis(node, 2, 0)
+    sizes: Any = node.args[1]
+    total = _shape(source)[axis]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
+    ends = np.cumsum(sizes)[:-1].tolist()
+    walk.pieces[node] = [[label for label in walk.of(source) if label.axis != axis] for _ in sizes]
+    for ids in walk.along(source, axis):
+        runs = np.split(ids, ends)
+        if not _sizes_follow(walk, node, ids, runs):
+            walk.lock([Label(axis, ids)], BY_NUMBERS)
+        for piece, run in zip(walk.pieces[node], runs, strict=True):
+            piece.append(Label(axis, run))
+    return []
+
+
+def _sizes_follow(walk: _Walk, node: fx.Node, ids: Ids, runs: Sequence[Ids]) -> bool:
+    if len(runs) == 1:
+        return False
+    if _name(node) == "split_with_sizes" and node not in walk.graph.chunks:
+        return all(walk.counted(node, run) for run in runs)
+    if len({len(run) for run in runs}) > 1:
+        return False
+    for run in runs:
+        walk.tie(runs[0], run)
+    return node in walk.graph.chunks or walk.counted(node, runs[0]) or walk.counted(node, ids)
+
+
+@rule("unbind")
+def _unbind(walk: _Walk, node: fx.Node) -> list[Label]:
+    labels = _picked(walk, node, _axis(node, 1, 0))
+    walk.pieces[node] = [labels] * _shape(_node(node, 0))[_axis(node, 1, 0)]
+    return []
+
+
+@rule("select")
+def _select(walk: _Walk, node: fx.Node) -> list[Label]:
+    return _picked(walk, node, _axis(node, 1, 0))
+
+
+def _picked(walk: _Walk, node: fx.Node, axis: int) -> list[Label]:
+    """What is left where one axis is taken apart."""
+    labels = walk.of(node.args[0])
+    walk.lock((label for label in labels if label.axis == axis), BY_NUMBERS)
+    return [Label(label.axis - (label.axis > axis), label.ids) for label in labels if label.axis != axis]
+
+
+@rule("index", "index_select")
+def _index(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Positions may be picked; what holds channels, and is not picked by one vector, is locked."""
+    if _name(node) == "index_select":
+        axes, indices = [_axis(node, 1, 0)], _nodes(node.args[2])
+    else:
+        given: Any = node.args[1]
+        axes, indices = [axis for axis, index in enumerate(given) if index is not None], _nodes(given)
+    walk.lock(walk.of(indices), "used as indices")
+    labels = walk.of(node.args[0])
+    simple = len(indices) == 1 and len(_shape(indices[0])) == 1 and indices[0].meta["val"].dtype == torch.int64
+    walk.lock((label for label in labels if not simple or label.axis in axes), BY_NUMBERS)
+    return [label for label in labels if label.axis not in axes] if simple else []
+
+
+@rule("roll", "flip")
+def _roll(walk: _Walk, node: fx.Node) -> list[Label]:
+    """A reversal takes the ids along; a shift by a number in code locks them."""
     source = _node(node, 0)
-    axis: Any = node.args[1] if len(node.args) > 1 else 0
-    if source.meta["val"].shape == node.meta["val"].shape:
-        return walk.of(source)
-    axis %= source.meta["val"].ndim
-    walk.lock((label for label in walk.of(source) if label.axis == axis), "part of the channels is picked by numbers in code")
-    return [label for label in walk.of(source) if label.axis != axis]
+    rank = len(_shape(source))
+    given: Any = node.args[2 if _name(node) == "roll" else 1] if len(node.args) > 1 + (_name(node) == "roll") else range(rank)
+    dims = {d % rank for d in given} or set(range(rank))
+    if _name(node) == "flip":
+        return [Label(label.axis, label.ids[::-1] if label.axis in dims else label.ids) for label in walk.of(source)]
+    walk.lock((label for label in walk.of(source) if label.axis in dims), "channels shifted by a number in code")
+    return walk.of(source)
+
+
+@rule("repeat")
+def _repeat(walk: _Walk, node: fx.Node) -> list[Label]:
+    """The ids again and again; one channel spread over many is locked."""
+    times: Any = node.args[1]
+    new = len(times) - len(_shape(_node(node, 0)))
+    labels = walk.of(node.args[0])
+    walk.lock(
+        (label for label in labels if len(label.ids) == 1 < times[new + label.axis]), "one channel spread over many by repeat"
+    )
+    return [Label(new + label.axis, np.tile(label.ids, times[new + label.axis])) for label in labels]
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "native_channel_shuffle", "channel_shuffle", "glu")
+def _regroup(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Several positions of the channel axis become one channel, or one several: they go together."""
+    source, name = _node(node, 0), _name(node)
+    arguments: Any = node.args
+    axis = _axis(node, 1, -1) if name == "glu" else len(_shape(source)) - (2 if name in ("im2col", "col2im") else 3)
+    if name == "im2col":
+        axis -= 1
+    walk.lock((label for label in walk.of(source) if label.axis > axis and name != "glu"), f"a position moved by {name}")
+    result = [label for label in walk.of(source) if label.axis < axis or (name == "glu" and label.axis != axis)]
+    for ids in walk.along(source, axis):
+        match name:
+            case "pixel_shuffle":
+                ids = _tied_rows(walk, ids.reshape(-1, arguments[1] ** 2))
+            case "col2im":
+                ids = _tied_rows(walk, ids.reshape(-1, math.prod(arguments[2])))
+            case "glu":
+                ids = _tied_rows(walk, ids.reshape(2, -1).T)
+            case "pixel_unshuffle":
+                ids = np.repeat(ids, arguments[1] ** 2)
+            case "im2col":
+                ids = np.repeat(ids, math.prod(arguments[1]))
+            case _:  # the number of groups stays
+                groups = arguments[1]
+                ids = np.repeat(_tied_rows(walk, ids.reshape(groups, -1).T), groups)
+        result.append(Label(axis, ids))
+    return result
+
+
+def _tied_rows(walk: _Walk, members: Ids) -> Ids:
+    """The first of every row, tied to the rest of it."""
+    walk.tie(members[:, :1], members)
+    return members[:, 0]
 
 
 @rule("constant_pad_nd")
@@ -503,6 +806,10 @@ def _pad(walk: _Walk, node: fx.Node) -> list[Label]:
     for label in walk.of(source):
         at = 2 * (rank - 1 - label.axis)
         before, after = amounts[at : at + 2] or (0, 0)
+        if min(before, after) < 0:  # cropped
+            walk.lock([label], BY_NUMBERS)
+            label = Label(label.axis, label.ids[max(-before, 0) : len(label.ids) + min(after, 0)])
+            before, after = max(before, 0), max(after, 0)
         ids = [_padding(walk, node, "before", before), label.ids, _padding(walk, node, "after", after)]
         result.append(Label(label.axis, np.concatenate(ids)))
     return result
@@ -510,9 +817,8 @@ def _pad(walk: _Walk, node: fx.Node) -> list[Label]:
 
 def _padding(walk: _Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
     ids = walk.fresh(amount)
-    module = walk.graph.owners[node]
-    if getattr(walk.model.get_submodule(module), attribute, None) == amount:
-        walk.slots.append(Slot(module, attribute, ids))
+    if walk.held(node, attribute, amount):
+        walk.slot(walk.graph.owners[node], attribute, ids)
     else:
         walk.lock([Label(0, ids)], "the number of padded channels is written in code")
     return ids
@@ -528,6 +834,19 @@ def _node(node: fx.Node, index: int) -> fx.Node:
     value = node.args[index]
     assert isinstance(value, fx.Node)
     return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of a node's value, of the first if there are several."""
+    made = value.meta["val"]
+    return tuple((made[0] if isinstance(made, (tuple, list)) else made).shape)
+
+
+def _axis(node: fx.Node, index: int, default: int) -> int:
+    """The axis that an argument names, counted from the first of the tensor, or of the first one's result for a list."""
+    value: Any = node.args[index] if len(node.args) > index else default
+    rank = len(_shape(node)) if _name(node) in ("cat", "stack") else len(_shape(_node(node, 0)))
+    return int(value) % rank
 
 
 def _nodes(tree: Any) -> list[fx.Node]:

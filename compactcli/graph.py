@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from .errors import CompactError
 
@@ -26,6 +27,7 @@ class Graph:
     owners: dict[fx.Node, str]  # node -> path of the module whose forward issued it
     constants: dict[fx.Node, Tensor]  # tensors that the code holds beside parameters and buffers
     image: fx.Node  # the placeholder of the input
+    chunks: frozenset[fx.Node]  # splits whose pieces are counted in code, not their sizes
 
 
 def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, batch: int = BATCH) -> Graph:
@@ -47,14 +49,15 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, 
         return torch.func.functional_call(shadow, dict(zip(names, values, strict=True)), (image,))
 
     try:
-        with _silent(), _owners(shadow) as owners, torch.no_grad():
+        calls = _Calls()
+        with _silent(), _notes(shadow, calls) as (owners, chunks), torch.no_grad(), calls:
             module = make_fx(run, tracing_mode="real")(values, image)
     except (RuntimeError, ValueError) as problem:  # shape errors and data-dependent control flow alike
         raise CompactError(f"the network does not run on images of shape {tuple(input_shape)}: {_first_line(problem)}") from None
     nodes = tuple(module.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     constants = {node: getattr(module, str(node.target)) for node in nodes if node.op == "get_attr"}
-    return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners, constants, placeholders[-1])
+    return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners, constants, placeholders[-1], frozenset(chunks))
 
 
 def run_fake(
@@ -112,10 +115,24 @@ def _silent() -> Iterator[None]:
         logging.disable(before)
 
 
+class _Calls(TorchFunctionMode):
+    """The function of torch that runs: its operations no longer say whether a split was a chunk."""
+
+    running: str = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before, self.running = self.running, getattr(func, "__name__", "")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.running = before
+
+
 @contextmanager
-def _owners(model: nn.Module) -> Iterator[dict[fx.Node, str]]:
-    """Note for every node created inside which module's forward was running."""
+def _notes(model: nn.Module, calls: _Calls) -> Iterator[tuple[dict[fx.Node, str], set[fx.Node]]]:
+    """Note for every node created inside which module's forward was running; and which nodes a chunk made."""
     owners: dict[fx.Node, str] = {}
+    chunks: set[fx.Node] = set()
     stack = [""]
     handles = []
     for name, module in model.named_modules():
@@ -132,11 +149,13 @@ def _owners(model: nn.Module) -> Iterator[dict[fx.Node, str]]:
     def create_node(self: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = original(self, *args, **kwargs)
         owners[node] = stack[-1]
+        if calls.running == "chunk":
+            chunks.add(node)
         return node
 
     fx.Tracer.create_node = create_node  # type: ignore[method-assign]
     try:
-        yield owners
+        yield owners, chunks
     finally:
         fx.Tracer.create_node = original  # type: ignore[method-assign]
         for handle in handles:

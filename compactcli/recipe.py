@@ -11,8 +11,11 @@ from .errors import CompactError
 
 FORMAT = 1  # major version of the recipe; a newer one is refused
 
+# Numbers that a module's own code may split or slice its channels by: of a piece, of the first ones, or of all.
+COUNTS = ("width", "expand_chs", "num_1x1_c", "in_channels", "dim_conv3", "dim_untouched", "c")
+
 # The numbers a module's own code holds that an edit may change.
-SETTABLE = frozenset({"groups", "before", "after"})
+SETTABLE = frozenset({"groups", "num_groups", "before", "after", *COUNTS})
 
 
 @dataclass(frozen=True)

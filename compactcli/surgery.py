@@ -236,8 +236,10 @@ def _targets(model: nn.Module, edit: Keep) -> list[tuple[nn.Module, str, int]]:
     if isinstance(module, _ConvNd | nn.Linear):
         transposed = isinstance(module, _ConvTransposeNd)
         weight: list[tuple[nn.Module, str, int]] = [(module, "weight", 1 - edit.axis if transposed else edit.axis)]
+        if isinstance(module, _ConvNd) and transposed and module.groups > 1 and edit.axis == 0:
+            weight = []  # its outputs go with the inputs of their group
         return weight + ([(module, "bias", 0)] if edit.axis == 0 and module.bias is not None else [])
-    if isinstance(module, _NormBase | nn.PReLU) and edit.axis == 0:
+    if isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU) and edit.axis == 0:
         names = ("weight", "bias", "running_mean", "running_var")
         return [(module, name, 0) for name in names if getattr(module, name, None) is not None]
     raise CompactError(f"the recipe cuts axis {edit.axis} of {edit.module!r}, a {type(module).__name__}, which has no such axis")
@@ -282,7 +284,7 @@ def _keep_(model: nn.Module, edit: Keep, done: dict[tuple[int, int], tuple[int, 
 def _set_(model: nn.Module, edit: Set) -> None:
     module = _submodule(model, edit.module)
     old = getattr(module, edit.attribute, None)
-    least = 1 if edit.attribute == "groups" else 0
+    least = 1 if edit.attribute in ("groups", "num_groups") else 0
     if edit.attribute not in SETTABLE or not isinstance(old, int) or not least <= edit.value <= old:
         raise CompactError(f"the recipe sets {edit.attribute} of {edit.module!r} to {edit.value}; it is {old!r}")
     setattr(module, edit.attribute, edit.value)
@@ -318,6 +320,9 @@ def _refresh_(module: nn.Module) -> None:
         for tensor in (module.running_mean, module.weight):
             if tensor is not None:
                 module.num_features = len(tensor)
+    elif isinstance(module, nn.GroupNorm):
+        if module.weight is not None:
+            module.num_channels = len(module.weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 

@@ -23,9 +23,9 @@ CLASSES = 5
 
 
 class Code(nn.Module):
-    """A forward pass given as a function of the module and its input; layers and parameters by name."""
+    """A forward pass given as a function of the module and its input; layers, parameters and numbers by name."""
 
-    def __init__(self, run: Callable[["Code", Tensor], object], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(self, run: Callable[["Code", Tensor], object], **parts: nn.Module | nn.Parameter | int) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():
@@ -230,6 +230,183 @@ def reads_its_input() -> nn.Module:
     return nn.Sequential(run, nn.ReLU(), conv(8, 6), *head(6))
 
 
+def chunked() -> nn.Module:
+    run = Code(lambda s, x: torch.cat([s.layer(x.chunk(2, 1)[1]), x.chunk(2, 1)[0]], 1), layer=conv(4, 5))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), run, conv(9, 6), *head(6))
+
+
+def split_by_width() -> nn.Module:
+    """The pieces' size is an attribute; a piece more each time, as in Res2Net."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        a, b, c = torch.split(x, s.width, 1)
+        return torch.cat([a, s.first(b), s.second(c + s.first(b))], 1)
+
+    layers = Code(run, first=conv(4, 4), second=conv(4, 4), width=4)
+    return nn.Sequential(conv(3, 12), nn.Sigmoid(), layers, conv(12, 6), *head(6))
+
+
+def split_by_half() -> nn.Module:
+    """The size of both pieces together is an attribute."""
+    run = Code(lambda s, x: torch.cat(x.split(s.expand_chs // 2, 1)[::-1], 1), expand_chs=8)
+    return nn.Sequential(conv(3, 8), nn.ReLU(), run, conv(8, 6), *head(6))
+
+
+def split_unevenly() -> nn.Module:
+    """Each size is an attribute: partial convolution."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        a, b = torch.split(x, [s.dim_conv3, s.dim_untouched], 1)
+        return torch.cat([s.layer(a), b], 1)
+
+    return nn.Sequential(conv(3, 8), nn.ReLU(), Code(run, layer=conv(3, 3), dim_conv3=3, dim_untouched=5), conv(8, 6), *head(6))
+
+
+def split_by_number() -> nn.Module:
+    run = Code(lambda s, x: torch.cat(x.split(3, 1)[::-1], 1))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), run, conv(6, 5), *head(5))
+
+
+def first_channels() -> nn.Module:
+    """A shortcut onto the first channels alone; their number is an attribute."""
+    run = Code(
+        lambda s, x: torch.cat([s.layer(x)[:, : s.in_channels] + x, s.layer(x)[:, s.in_channels :]], 1),
+        layer=conv(5, 8),
+        in_channels=5,
+    )
+    return nn.Sequential(conv(3, 5), nn.ReLU(), run, conv(8, 6), *head(6))
+
+
+def reversed_channels() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), Code(lambda s, x: x.flip(1) + s.scale, scale=parameter(8, 1, 1)), *head(8))
+
+
+def layer_norm() -> nn.Module:
+    mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    run = Code(lambda s, x: x + s.mlp(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), mlp=mlp)
+    return nn.Sequential(conv(3, 8), run, conv(8, 5), *head(5))
+
+
+def layer_norm_of_positions() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.LayerNorm((8, 8)), nn.ReLU(), conv(8, 5), *head(5))
+
+
+def group_norm_of_all() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.GroupNorm(1, 6), conv(6, 5), *head(5))
+
+
+def wide_groups() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), conv(8, 12, groups=2), nn.Sigmoid(), conv(12, 5), *head(5))
+
+
+def transposed_depthwise() -> nn.Module:
+    up = nn.ConvTranspose2d(8, 16, 2, 2, groups=8, bias=False)
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), up, nn.Sigmoid(), conv(16, 5), *head(5))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose kernel is normalised per output, with a gain beside the weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.gain = parameter(outputs, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        kernel = F.batch_norm(flat, None, None, self.gain.view(-1), training=True).reshape_as(self.weight)
+        return F.conv2d(x, kernel, self.bias, padding=1)
+
+
+def standardised() -> nn.Module:
+    return nn.Sequential(conv(3, 9), nn.ReLU(), conv(9, 6), Standardised(6, 8), nn.ReLU(), conv(8, 5), *head(5))
+
+
+def neighbours() -> nn.Module:
+    """Efficient channel attention: each channel's gate reads its neighbours, and a removed one would change them."""
+    run = Code(
+        lambda s, x: x * s.layer(x.mean((2, 3)).unsqueeze(1)).sigmoid().view(len(x), -1, 1, 1), layer=nn.Conv1d(1, 1, 3, 1, 1)
+    )
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), run, conv(6, 5), *head(5))
+
+
+def selected() -> nn.Module:
+    """Two branches, weighed against each other channel by channel: selective kernels."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        both = torch.stack([s.a(x), s.b(x)], 1)
+        weights = s.gate(both.sum(1).mean((2, 3), keepdim=True)).view(len(x), 2, -1, 1, 1)
+        return (both * weights.softmax(1)).sum(1)
+
+    return nn.Sequential(conv(3, 8), nn.ReLU(), Code(run, a=conv(8, 6), b=conv(8, 6), gate=conv(6, 12, 1)), conv(6, 5), *head(5))
+
+
+def softmax_of_channels() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.Softmax(1), conv(6, 5), *head(5))
+
+
+def largest_channel() -> nn.Module:
+    """Spatial attention: a mask from the mean and the maximum over channels."""
+    run = Code(lambda s, x: x * s.mask(torch.cat([x.mean(1, True), x.max(1, True)[0]], 1)).sigmoid(), mask=conv(2, 1))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), run, conv(6, 5), *head(5))
+
+
+def attention() -> nn.Module:
+    def run(s: Code, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return (F.scaled_dot_product_attention(s.q(tokens), s.k(tokens), tokens)).transpose(1, 2).reshape(x.shape)
+
+    layers = Code(run, q=nn.Linear(6, 6), k=nn.Linear(6, 6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), layers, conv(6, 5), *head(5))
+
+
+def pixels() -> nn.Module:
+    fine, coarse = nn.PixelShuffle(2), nn.PixelUnshuffle(2)
+    return nn.Sequential(conv(3, 12), nn.ReLU(), fine, conv(3, 4), nn.Sigmoid(), coarse, conv(16, 5), *head(5))
+
+
+def shuffle_module() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.ReLU(), nn.ChannelShuffle(2), conv(8, 6), *head(6))
+
+
+def unpooled() -> nn.Module:
+    run = Code(lambda s, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
+
+
+def edges() -> nn.Module:
+    """Padding, moving and resampling positions leaves the channels alone."""
+    run = Code(
+        lambda s, x: F.interpolate(
+            F.pad(F.pad(F.pad(x, (1, 1, 1, 1), "reflect"), (2, 0, 1, 1)), (1, 1, 0, 0), "replicate"), (8, 8)
+        ).roll(3, -1)
+    )
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
+
+
+def linear_unit() -> nn.Module:
+    return nn.Sequential(conv(3, 8), nn.GLU(1), conv(4, 6), *head(6))
+
+
+def unfolded() -> nn.Module:
+    run = Code(
+        lambda s, x: s.layer(F.unfold(x, 2, stride=2).transpose(1, 2)).transpose(1, 2).reshape(len(x), -1, 4, 4),
+        layer=nn.Linear(32, 6),
+    )
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(6, 5), *head(5))
+
+
+def taken_apart() -> nn.Module:
+    """Rows, pieces of positions and both ends put together: the channels stay."""
+    run = Code(lambda s, x: torch.cat([*(row.unsqueeze(2) for row in x.unbind(2)), x[:, :, 0:1], x[:, :, 2].unsqueeze(2)], 2))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
+
+
+def picked() -> nn.Module:
+    run = Code(lambda s, x: x.index_select(1, s.order).index_select(2, s.order))
+    run.register_buffer("order", torch.tensor([3, 1, 0, 2, 5, 4]))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), run, conv(6, 5), *head(5))
+
+
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
     function.__name__: function
     for function in (
@@ -238,6 +415,10 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(pad_code, cumulated, rolled, group_norm, instance_norm, part_of_channels, expanded, power_of_two),
         *(clamp_per_channel, power_per_channel, weight_norm, transposed_grouped, tied_parameter),
         *(several_outputs, reads_its_input),
+        *(chunked, split_by_width, split_by_half, split_unevenly, split_by_number, first_channels, reversed_channels),
+        *(layer_norm, layer_norm_of_positions, group_norm_of_all, wide_groups, transposed_depthwise, standardised, neighbours),
+        *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
+        *(unfolded, taken_apart, picked),
     )
 }
 

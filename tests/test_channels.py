@@ -7,7 +7,7 @@ from networks import AWKWARD, SHAPE, named, removable
 from torch import nn
 
 from compactcli import channels
-from compactcli.channels import Channels
+from compactcli.channels import BY_NUMBERS, Channels
 from compactcli.graph import trace
 from compactcli.recipe import Keep, Set
 
@@ -128,9 +128,17 @@ PADDED = "the number of padded channels is written in code"
 LOCKED = [
     ("pad_code", "4.weight", 1, PADDED),
     ("cumulated", "2.weight", 0, "no rule for the operation cumsum"),
-    ("rolled", "2.weight", 0, "no rule for the operation roll"),
-    ("group_norm", "2.weight", 0, "no rule for the operation native_group_norm"),
-    ("part_of_channels", "2.weight", 0, "part of the channels is picked by numbers in code"),
+    ("rolled", "2.weight", 0, "channels shifted by a number in code"),
+    ("part_of_channels", "2.weight", 0, BY_NUMBERS),
+    ("split_by_number", "2.weight", 0, BY_NUMBERS),
+    ("picked", "2.weight", 0, BY_NUMBERS),
+    ("layer_norm", "0.weight", 0, "channels that a layer normalisation takes statistics over"),
+    ("group_norm_of_all", "2.weight", 0, "channels that a group normalisation takes statistics over"),
+    ("standardised", "2.weight", 0, "a position that goes into the statistics of a batch normalisation"),
+    ("neighbours", "2.weight", 0, "a position read by a convolution"),
+    ("softmax_of_channels", "2.weight", 0, "compared across channels by softmax"),
+    ("largest_channel", "2.weight", 0, "reduced over channels by mean"),
+    ("attention", "2.weight", 0, "activations multiplied with activations (attention)"),
     ("convolution_as_classifier", "2.weight", 0, OUTPUT),
     ("reads_its_input", "0.norm.weight", 0, "normalises the network's input"),
     ("several_outputs", "2.aux.weight", 0, OUTPUT),
@@ -200,8 +208,14 @@ FREE_IN_AWKWARD = {
     **{"depthwise_multiplier": 6 + 5, "grouped": 4 + 5, "flattened": 7 + 9, "shuffled": 4 + 6, "prelu": 8 + 6 + 6 + 1},
     **{"transposed": 8 + 6 + 7, "one_channel": 1 + 1 + 8, "twice": 8 + 6, "functional": 8 + 6 + 5, "borrowed": 8 + 6 + 5},
     **{"product": 8 + 6, "tokens": 8 + 6 + 5, "convolution_as_classifier": 8, "layer_scale": 8 + 5 + 2, "pad_module": 4 + 4 + 5},
-    **{"pad_code": 6 + 4 + 5 + 5, "cumulated": 8 + 5, "rolled": 8 + 5, "group_norm": 8 + 5, "part_of_channels": 8 + 5},
-    **{"power_of_two": 8 + 5, "several_outputs": 8},
+    **{"pad_code": 6 + 4 + 5 + 5, "cumulated": 8 + 5, "rolled": 8 + 5, "group_norm": 8 + 2 + 5, "part_of_channels": 8 + 5},
+    **{"power_of_two": 8 + 5, "several_outputs": 8, "instance_norm": 8 + 6 + 5, "transposed_grouped": 6 + 2 + 5},
+    **{"chunked": 4 + 5 + 6, "split_by_width": 4 + 4 + 6, "split_by_half": 4 + 6, "split_unevenly": 3 + 5 + 3 + 6},
+    **{"split_by_number": 8 + 5, "first_channels": 5 + 3 + 6, "reversed_channels": 8 + 2, "layer_norm": 12 + 5},
+    **{"layer_norm_of_positions": 8 + 5, "group_norm_of_all": 8 + 5, "wide_groups": 4 + 6 + 5, "transposed_depthwise": 8 + 5},
+    **{"standardised": 9 + 8 + 5 + 3, "neighbours": 8 + 5, "selected": 8 + 6 + 5, "softmax_of_channels": 8 + 5},
+    **{"largest_channel": 8 + 5 + 1, "attention": 8 + 5, "pixels": 3 + 4 + 5, "shuffle_module": 4 + 6, "unpooled": 8 + 6},
+    **{"edges": 8 + 6, "linear_unit": 4 + 6, "unfolded": 8 + 6 + 5, "taken_apart": 8 + 6, "picked": 8 + 5},
 }
 
 
