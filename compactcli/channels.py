@@ -261,24 +261,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     *("clone", "alias", "detach", "_to_copy", "lift_fresh_copy", "copy", "copy_", "fill", "fill_", "zero_"),
     *("neg", "abs", "sign", "exp", "log", "log1p", "expm1", "sin", "cos", "erf", "floor", "ceil", "round", "reciprocal"),
     *("sqrt", "rsqrt", "pow", "clamp", "clamp_", "clamp_min", "clamp_max", "rsub", "lerp", "where", "masked_fill"),
-    *(
-        "bernoulli",
-        "bernoulli_",
-        "uniform_",
-        "normal_",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-        "remainder",
-        "fmod",
-        "atan2",
-    ),
+    *("bernoulli", "bernoulli_", "uniform_", "normal_", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("logical_and", "logical_or", "logical_not", "remainder", "fmod", "atan2"),
 )
 def _pointwise(walk: _Walk, node: fx.Node) -> list[Label]:
     """Each element depends on its own predecessors. f(0) need not be 0: consumers are what is masked."""

@@ -25,10 +25,7 @@ def test_it_accounts_for_every_channel(name):
             groups, numbers = tree[side], channels.axes[layer.weight, at].tolist()
             own = {"tensor": layer.weight, "side": side}
             taken = [
-                group["sets"] * each["channels"]
-                for group in groups
-                for each in group["together"]
-                if own.items() <= each.items()
+                group["sets"] * each["channels"] for group in groups for each in group["together"] if own.items() <= each.items()
             ]
             assert sum(taken) == len(numbers)
             assert sum(group["sets"] for group in groups) == len(set(numbers))
