@@ -312,9 +312,10 @@ def test_awkward_networks_are_made_smaller_under_the_law(name, mode):
     torch.manual_seed(0)
     model = randomise_(AWKWARD[name]())
     task, sets = plan(model, 0.8, networks.SHAPE, nearest=True)
+    before = macs(model, networks.SHAPE)
     edits = Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None)
     assert surgery.apply_checked_(model, edits, sets.consumed, networks.SHAPE) < 1e-9
-    assert macs(model, networks.SHAPE) <= task.original
+    assert macs(model, networks.SHAPE) <= before
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 8, 3), nn.BatchNorm2d(8)], ids=str)

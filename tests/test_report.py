@@ -229,7 +229,7 @@ def test_the_suggestion_works():
 def test_tables_of_an_analysis_say_why():
     given = own(randomise_(networks.rolled()))
     text = text_of(report.analysis_tables(report.analysis(given)))
-    assert "no rule for the operation roll" in text
+    assert "channels shifted by a number in code" in text
     assert "the network's output" in text
     assert "try: compactcli compress own --method hinge --ratio" in text
 
