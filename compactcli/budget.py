@@ -7,11 +7,12 @@ network's output; the cost follows from the widths and ranks alone. Minimising
     sum of errors + threshold * cost
 
 over all dials, one after the other until none moves, gives one candidate per threshold, and
-bisection finds the threshold whose candidate meets the budget.
+bisection finds the threshold whose candidate meets the budget. The cost that is minimised may be the
+one that the budget counts, or an estimate of the time that the network takes.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,11 @@ from .errors import CompactError
 from .graph import BATCH, Graph
 
 Of = Literal["macs", "params"]
+Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
+
+# The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
+OUTPUT_TIME = 200  # to write one output and take it through normalisation and activation
+WEIGHT_TIME = 50  # to fetch one weight for one image
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -37,6 +43,7 @@ class Layer:
     groups: int
     transposed: bool
     called: bool  # by its own module's forward, not by another that borrows the weight
+    norm: str | None  # the batch normalisation that alone reads its output
 
     @property
     def out_axis(self) -> int:
@@ -76,10 +83,19 @@ def layers(graph: Graph) -> list[Layer]:
         if name in found:
             positions += found[name].positions
         groups = arguments[8] if convolution else 1
-        found[name] = Layer(
-            name.rpartition(".")[0], name, positions, shape, groups, transposed, graph.owners[node] == name.rpartition(".")[0]
-        )
+        module = name.rpartition(".")[0]
+        norm = norm_behind(graph, node)
+        found[name] = Layer(module, name, positions, shape, groups, transposed, graph.owners[node] == module, norm and norm[0])
     return list(found.values())
+
+
+def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:
+    """The batch normalisation that alone reads the node, and the node of its operation; None if there is none."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is None or "batch_norm" not in _operation(reader):
+        return None
+    mean: Any = reader.args[3]
+    return (graph.tensors[mean].rpartition(".")[0], reader) if mean in graph.tensors else None
 
 
 def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
@@ -201,13 +217,30 @@ class Budget:
         plain = along[..., self._sides].prod(-1).sum(-1)
         return np.asarray(plain + (layer - out * into).sum(-1))
 
-    def solve(self, dials: Sequence[Dial]) -> list[int]:
+    def time(self, along: Floats, ranks: Floats) -> Floats:
+        """An estimate of the time of one image at each state, in multiply-accumulates that take as long."""
+        out, into = along[..., self._out], along[..., self._in] * self._kernel
+        whole = np.isinf(ranks)
+        rank = np.where(whole, 0.0, ranks)
+        weights = np.where(whole, out * into, rank * (out + into))
+        return np.asarray((weights + OUTPUT_TIME * (out + rank)) @ self._positions + WEIGHT_TIME * weights.sum(-1))
+
+    def most_rank(self, layer: int, along: Floats) -> float:
+        """The largest rank at which a layer is no slower decomposed than whole, by the estimate."""
+        out, into, positions = along[self._out[layer]], along[self._in[layer]] * self._kernel[layer], self._positions[layer]
+        each = positions + WEIGHT_TIME  # the time of one weight
+        return float(each * out * into / (each * (out + into) + positions * OUTPUT_TIME))
+
+    def solve(self, dials: Sequence[Dial], price: Price = "cost") -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.
+
+        Among candidates of equal cost, `price` "time" takes faster ones, at more error. A layer is
+        decomposed only where that makes it faster (`most_rank`).
 
         Raises CompactError naming the nearest reachable ratio where even the least that the dials
         allow costs more (unless `nearest`).
         """
-        state = _State(self, dials)
+        state = _State(self, dials, self.time if price == "time" else self.cost)
         least = state.settle(np.inf)
         if least > self.target and not self.nearest:
             reachable = np.ceil(1000 * least / self.original) / 1000
@@ -232,8 +265,8 @@ class Budget:
 class _State:
     """The present setting of every dial, and what moving one of them alone would cost."""
 
-    def __init__(self, budget: Budget, dials: Sequence[Dial]) -> None:
-        self.budget, self.dials = budget, dials
+    def __init__(self, budget: Budget, dials: Sequence[Dial], price: Callable[[Floats, Floats], Floats]) -> None:
+        self.budget, self.dials, self.price = budget, dials, price
         self.settings = [dial.settings for dial in dials]
         self.errors = [dial.errors[settings] for dial, settings in zip(dials, self.settings, strict=True)]
         self.set([dial.full for dial in dials])
@@ -258,20 +291,29 @@ class _State:
             ranks[:, dial.layer] = np.where(values == dial.full, np.inf, values)
         return along, ranks
 
-    def costs(self, index: int) -> Floats:
-        """The cost at each setting of one dial.
+    def prices(self, index: int) -> Floats:
+        """The price at each setting of one dial; infinite for a rank that makes its layer slower.
 
         A width enters as a polynomial of degree two, a rank as one of degree one, so three settings
         tell all; the last setting of a rank is the whole layer and stands outside.
         """
         settings = self.settings[index]
         if len(settings) <= 4:
-            return self.budget.cost(*self.moved(index, settings))
-        points = settings[[0, len(settings) // 2, -2, -1]]
-        at = self.budget.cost(*self.moved(index, points))
-        curve = _parabola(points[:3].astype(float), at[:3], settings.astype(float))
-        curve[-1] = at[3]
+            curve = self.price(*self.moved(index, settings))
+        else:
+            points = settings[[0, len(settings) // 2, -2, -1]]
+            at = self.price(*self.moved(index, points))
+            curve = _parabola(points[:3].astype(float), at[:3], settings.astype(float))
+            curve[-1] = at[3]
+        curve[self.slower(index, settings)] = np.inf
         return curve
+
+    def slower(self, index: int, values: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which values decompose the dial's layer into what is slower than it was."""
+        dial = self.dials[index]
+        if dial.layer is None:
+            return np.zeros(len(values), dtype=bool)
+        return (values > self.budget.most_rank(dial.layer, self.along)) & (values < dial.full)
 
     def settle(self, threshold: float) -> float:
         """Minimise error + threshold * cost, one dial after the other, from the whole network; the cost there."""
@@ -279,8 +321,8 @@ class _State:
         for _ in range(8):  # three suffice as a rule
             before = list(self.values)
             for index in range(len(self.dials)):
-                costs = self.costs(index)
-                score = costs if np.isinf(threshold) else self.errors[index] + threshold * costs
+                prices = self.prices(index)
+                score = prices if np.isinf(threshold) else self.errors[index] + threshold * prices
                 self.move(index, int(self.settings[index][np.argmin(score)]))
             if self.values == before:
                 break
@@ -308,7 +350,7 @@ class _State:
         costs = self.budget.cost(*self.moved(index, np.array([self.values[index], *above])))
         extra = costs[1:] - costs[0]
         saved = errors[now] - errors[np.searchsorted(settings, above)]
-        fits = (extra <= slack) & (saved >= 0) & ((saved > 0) | (extra <= 0))
+        fits = (extra <= slack) & (saved >= 0) & ((saved > 0) | (extra <= 0)) & ~self.slower(index, above)
         if not fits.any():
             return None
         rate = np.where(fits, saved / np.maximum(extra, 1e-9), -np.inf)

@@ -365,12 +365,10 @@ def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:
 
 def _behind(graph: Graph, node: fx.Node) -> tuple[str | None, fx.Node | None]:
     """(the batch normalisation that alone reads the node, what is added right after), where there are such."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or "batch_norm" not in str(reader.target):
+    found = budget.norm_behind(graph, node)
+    if found is None:
         return None, None
-    mean = reader.args[3]
-    assert isinstance(mean, fx.Node)
-    norm = graph.tensors[mean].rpartition(".")[0]
+    norm, reader = found
     value = next((user for user in reader.users if user.args[1] == 0), None)
     after = next(iter(value.users)) if value is not None and len(value.users) == 1 else None
     if after is None or not str(after.target).startswith("aten.add") or after.kwargs:

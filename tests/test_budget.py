@@ -266,3 +266,45 @@ def test_settings_are_multiples_of_the_step_and_the_whole(full, step, floor, set
 def test_small_layers_are_not_rounded(round_to, width, step):
     task, _ = plan(networks.concatenation(), SHAPE, round_to=round_to)
     assert task.step(width) == step
+
+
+# Speed
+
+
+@pytest.mark.parametrize("name", ["cifar:resnet20", "cifar:vgg11", "cifar:mobilenet_v2"])
+def test_at_equal_cost_the_price_of_time_takes_a_candidate_that_is_no_slower(name):
+    model = named(name)
+    task, _ = plan(model, CIFAR_SHAPE)
+    dials = toy_dials(task)
+    times = {}
+    for price in ("cost", "time"):
+        state = budget._State(task, dials, task.cost)
+        state.set(task.solve(dials, price))
+        assert task.cost(state.along, state.ranks) <= task.target
+        times[price] = float(task.time(state.along, state.ranks))
+    assert times["time"] <= times["cost"]
+
+
+@pytest.mark.parametrize("name", ["cifar:resnet20", "cifar:vgg11", "resnet18"])
+def test_no_layer_is_decomposed_into_what_is_slower(name):
+    """The same network with one of its pairs merged again takes no less time, by the estimate."""
+    model, shape = named(name), (3, 64, 64) if name == "resnet18" else CIFAR_SHAPE
+    task, _ = plan(model, shape)
+    state = budget._State(task, dials := toy_dials(task), task.cost)
+    state.set(task.solve(dials))
+    assert np.isfinite(state.ranks).any()
+    for layer in np.flatnonzero(np.isfinite(state.ranks)):
+        merged = state.ranks.copy()
+        merged[layer] = np.inf
+        assert task.time(state.along, state.ranks) <= task.time(state.along, merged)
+        assert state.ranks[layer] <= task.most_rank(layer, state.along)
+
+
+def toy_dials(task: Budget) -> list[Dial]:
+    """A dial for every family, and for every layer that is not grouped."""
+    dials = [Dial(np.linspace(1, 0, len(each.sets) + 1), 1, 1, family=i) for i, each in enumerate(task.families)]
+    for index, layer in enumerate(task.layers[1:-1], 1):
+        if layer.groups == 1:
+            limit = min(layer.shape[0], layer.shape[1] * layer.kernel)
+            dials.append(Dial(np.append(0.1 * np.linspace(1, 0, limit + 1) ** 4, 0.0), 1, 1, layer=index))
+    return dials

@@ -14,7 +14,7 @@ from compactcli import channels, surgery
 from compactcli.budget import Budget, Dial
 from compactcli.errors import CompactError, UsageError
 from compactcli.graph import trace
-from compactcli.methods import get, parse_options
+from compactcli.methods import get, hinge, parse_options
 from compactcli.recipe import Edit, Keep, Replace, Set
 from compactcli.surgery import LAYERS
 
@@ -130,7 +130,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, model: nn.Module, shape: tuple[int
     """The dials that hinge would have the budget turn."""
     dials: list[Dial] = []
 
-    def whole(self: Budget, given: list[Dial]) -> list[int]:
+    def whole(self: Budget, given: list[Dial], price: str) -> list[int]:
         dials.extend(given)
         return [dial.full for dial in given]
 
@@ -165,14 +165,54 @@ def test_the_error_of_a_rank_is_the_share_of_energy_that_it_loses(monkeypatch):
 @pytest.mark.parametrize("name", ["cifar:resnet20", "cifar:densenet_bc40_36", "squeezenet1_1"])
 def test_errors_fall_from_all_to_nothing(monkeypatch, name):
     shape = (3, 64, 64) if ":" not in name else CIFAR_SHAPE
-    _, dials = captured(monkeypatch, named(name), shape, "auto")
+    task, dials = captured(monkeypatch, model := named(name), shape, "auto")
+    worth = hinge._worth(model, channels.find(trace(model, shape), model), task)
     assert any(dial.family is not None for dial in dials)
     assert any(dial.layer is not None for dial in dials)
     for dial in dials:
         assert (np.diff(dial.errors) <= 1e-15).all()
         assert dial.errors[-1] == 0
         if dial.layer is not None:
-            assert dial.errors[0] == pytest.approx(1)
+            assert dial.errors[0] == pytest.approx(worth[task.layers[dial.layer].name])
+
+
+def test_what_is_added_on_a_shortcut_counts_by_its_share_of_the_power():
+    """Worths of the layers that are added up sum to one; a layer before them has the worth of the one it feeds."""
+    model = named("cifar:resnet8", shortcut="conv")
+    randomise_(model)
+    task, sets = plan(model, 0.5)
+    worth = hinge._worth(model, sets, task)
+    for stage in (2, 3):
+        both = [f"layer{stage}.0.conv2", f"layer{stage}.0.shortcut.0"]
+        power = [float((norm.weight.square() + norm.bias.square()).mean().detach()) for norm in _norms(model, stage)]
+        assert [worth[name] for name in both] == pytest.approx([part / sum(power) for part in power])
+        assert worth[f"layer{stage}.0.conv1"] == worth[both[0]]
+    assert worth["linear"] == 1
+
+
+def _norms(model: nn.Module, stage: int) -> list[nn.BatchNorm2d]:
+    block = model.get_submodule(f"layer{stage}.0")
+    return [block.bn2, block.shortcut[1]]
+
+
+@pytest.mark.parametrize(("favour", "shared"), [("speed", True), ("accuracy", False)])
+def test_channels_that_a_shortcut_shares_are_offered_for_speed_alone(monkeypatch, favour, shared):
+    dials: list[Dial] = []
+    prices: list[str] = []
+
+    def whole(self: Budget, given: list[Dial], price: str) -> list[int]:
+        dials.extend(given)
+        prices.append(price)
+        return [dial.full for dial in given]
+
+    monkeypatch.setattr(Budget, "solve", whole)
+    model = named("cifar:resnet8", shortcut="conv")
+    task, sets = plan(model, 0.5)
+    Hinge(parse_options(Hinge, [f"favour={favour}"])).finish(model, sets, task, None)
+    trunk = {("layer2.0.conv2.weight", 0), ("layer2.0.shortcut.0.weight", 0)}
+    offered = [{axis for axis, _ in task.families[dial.family].axes} for dial in dials if dial.family is not None]
+    assert any(trunk <= axes for axes in offered) == shared
+    assert prices == ["time" if shared else "cost"]
 
 
 def test_the_filters_that_matter_least_go_first():
@@ -270,7 +310,7 @@ def test_a_layer_of_low_rank_is_reproduced_at_its_rank(layer, monkeypatch):
             randomise_(module)
     path = next(name for name, module in model.named_modules() if module is layer)
 
-    def at_rank(self: Budget, dials: list[Dial]) -> list[int]:
+    def at_rank(self: Budget, dials: list[Dial], price: str) -> list[int]:
         return [rank if self.layers[dial.layer].name == path else dial.full for dial in dials]
 
     monkeypatch.setattr(Budget, "solve", at_rank)
@@ -289,7 +329,7 @@ def test_a_pruned_layer_is_decomposed_from_what_is_left_of_it(monkeypatch):
     low_rank_(model.get_submodule(path), rank)
     _, sets = plan(model, 0.5)
 
-    def chosen(self: Budget, dials: list[Dial]) -> list[int]:
+    def chosen(self: Budget, dials: list[Dial], price: str) -> list[int]:
         """Every width cut to `width`, and one layer to `rank`, where the dials are there."""
         decomposed = [self.layers[dial.layer].name == path if dial.layer is not None else None for dial in dials]
         return [width if d is None else rank if d else dial.full for d, dial in zip(decomposed, dials, strict=True)]

@@ -33,6 +33,11 @@ class Options:
         Literal["auto", "prune", "decompose"], "prune filters, lower ranks, or whichever costs less error per layer"
     ] = "auto"
     floor: Annotated[float, "smallest share of its filters and of its rank that a layer keeps"] = 0.05
+    favour: Annotated[
+        Literal["auto", "accuracy", "speed"],
+        "of networks of equal cost take the more accurate, or the faster, which may prune channels that shortcuts share; "
+        "auto: accuracy with images, speed without",
+    ] = "auto"
 
     def __post_init__(self) -> None:
         if not 0 < self.floor <= 1:
@@ -46,14 +51,15 @@ class Hinge(Method):
 
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """The filters to remove and the layers to decompose, so that the budget is met."""
+        favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
         dials, orders = [], []
         if self.options.mode != "decompose":
-            for family, order, errors in _widths(model, channels, budget, moments):
+            for family, order, errors in _widths(model, channels, budget, moments, shared=favour == "speed"):
                 orders.append(order)
                 dials.append(self._dial(budget, errors, family=family))
         if self.options.mode != "prune":
             dials += [self._dial(budget, errors, layer=index) for index, errors in _ranks(model, channels, budget, moments)]
-        settings = budget.solve(dials)
+        settings = budget.solve(dials, "time" if favour == "speed" else "cost")
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         result = edits(channels, removed, model)
         ranks = [
@@ -71,39 +77,71 @@ class Hinge(Method):
 
 
 def _widths(
-    model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None
+    model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, shared: bool
 ) -> list[tuple[int, Ids, Floats]]:
-    """(family, its sets in the order in which to give them up, error by how many are kept) of what one layer alone produces."""
+    """(family, its sets in the order in which to give them up, error by how many are kept) of what one layer alone produces.
+
+    With `shared`, of what several layers produce together as well.
+    """
     result = []
+    worth = _worth(model, channels, budget) if moments is None else {}
     for index, family in enumerate(budget.families):
         axes = {axis for axis, _ in family.axes}
-        producers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.out_axis) in axes]
+        makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
+        producers = [layer for layer in makers if layer.groups == 1]
         consumers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
-        if len(producers) != 1 or len(family.sets) < 2:
+        if not producers or len(family.sets) < 2 or (len(producers) > 1 and not shared):
             continue
         if moments is not None and consumers and all(layer.name in moments for layer in consumers):
             order, lost = _eliminate(model, channels, family.sets, consumers, moments)
         else:
-            share = _shares(model, channels, family.sets, axes, producers[0], consumers)
+            power = _power(model, channels, family.sets, axes, makers)
+            share = power / max(float(power.sum()), 1e-30)
+            if consumers:
+                read = [worth.get(layer.name, 1.0) * _share(model, channels, family.sets, power, layer) for layer in consumers]
+                share = np.sum(read, axis=0)
             by_share = np.argsort(share, kind="stable")
             order, lost = family.sets[by_share], np.cumsum(share[by_share])
         result.append((index, order, np.concatenate([lost[::-1], [0.0]])))
     return result
 
 
-def _shares(
-    model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str, int]], producer: Layer, consumers: list[Layer]
-) -> Floats:
-    """Each set's share of what its consumers read from all of them: its power times the energy of the weights on it."""
-    if not consumers:
-        energy = _per_set(_energy(model, producer, producer.out_axis), channels.axes[producer.weight, producer.out_axis], sets)
-        return energy / max(float(energy.sum()), 1e-30)
-    power = _power(model, channels, sets, axes, producer)
-    total = np.zeros(len(sets))
-    for layer in consumers:
-        read = power * _per_set(_energy(model, layer, layer.in_axis), channels.axes[layer.weight, layer.in_axis], sets)
-        total += read / max(float(read.sum()), 1e-30)
-    return total
+def _share(model: nn.Module, channels: Channels, sets: Ids, power: Floats, consumer: Layer) -> Floats:
+    """Each set's share of what a consumer reads from all of them: its power times the energy of the weights on it."""
+    read = power * _per_set(_energy(model, consumer, consumer.in_axis), channels.axes[consumer.weight, consumer.in_axis], sets)
+    return read / max(float(read.sum()), 1e-30)
+
+
+def _worth(model: nn.Module, channels: Channels, budget: Budget) -> dict[str, float]:
+    """What a relative error in each layer's output does to the network's, as far as weights tell.
+
+    What is added to a shortcut counts by its share of the power of all that is; before that, an
+    error is handed on undiminished.
+    """
+    result: dict[str, float] = {}
+    readers: dict[int, list[Layer]] = {}  # set -> the layers that read it
+    writers: dict[int, list[Layer]] = {}
+    for layer in budget.layers:
+        for number in np.unique(channels.axes[layer.weight, layer.in_axis]).tolist():
+            readers.setdefault(number, []).append(layer)
+        if layer.groups == 1:
+            for number in np.unique(channels.axes[layer.weight, layer.out_axis]).tolist():
+                writers.setdefault(number, []).append(layer)
+    for layer in reversed(budget.layers):
+        first = int(channels.axes[layer.weight, layer.out_axis][0])
+        together = [other for other in writers.get(first, ()) if other.norm is not None]
+        if layer in together and len(together) > 1:
+            powers = [_output_power(model, other) for other in together]
+            result[layer.name] = powers[together.index(layer)] / max(sum(powers), 1e-30)
+        else:
+            result[layer.name] = max((result.get(reader.name, 1.0) for reader in readers.get(first, ())), default=1.0)
+    return result
+
+
+def _output_power(model: nn.Module, layer: Layer) -> float:
+    """The mean square of what comes out of the batch normalisation behind the layer."""
+    norm = _norm(model, layer)
+    return 1.0 if norm is None else float((norm.weight.detach().square() + norm.bias.detach().square()).mean())
 
 
 def _eliminate(
@@ -179,6 +217,7 @@ def _ranks(
 ) -> list[tuple[int, Floats]]:
     """(layer, error by rank) of the layers that may be decomposed: not the stem, not the classifier."""
     result = []
+    worth = _worth(model, channels, budget) if moments is None else {}
     for index, layer in enumerate(budget.layers):
         module = model.get_submodule(layer.name)
         ends = [channels.reason((layer.weight, axis)) for axis in (0, 1)]
@@ -193,9 +232,9 @@ def _ranks(
             energy = torch.linalg.eigvalsh((scaled.float() @ wide).double() @ scaled.T).clamp_min(0).flip(0).numpy()
             total = 1.0
         else:
-            energy = torch.linalg.eigvalsh(_gram(_row_scale(model, channels, layer)[:, None] * weight)).clamp_min(0)
+            energy = torch.linalg.eigvalsh(_gram(_row_scale(model, layer)[:, None] * weight)).clamp_min(0)
             energy = energy.flip(0)[: min(weight.shape)].numpy()
-            total = max(float(energy.sum()), 1e-30)
+            total = max(float(energy.sum()), 1e-30) / worth[layer.name]
         result.append((index, np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / total))
     return result
 
@@ -206,7 +245,7 @@ def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, re
     assert isinstance(module, nn.Conv2d | nn.Linear)
     out, into = (torch.from_numpy(~np.isin(channels.axes[layer.weight, axis], removed)) for axis in (0, 1))
     weight = module.weight.detach()[out][:, into]
-    scale = _row_scale(model, channels, layer)[out]
+    scale = _row_scale(model, layer)[out]
     scaled = scale[:, None] * weight.flatten(1).double()  # (o, i*k*k) = U S V
     _, vectors = torch.linalg.eigh(_gram(scaled))
     U = vectors.flip(1)[:, : min(rank, *scaled.shape)]  # (o, r)
@@ -228,9 +267,9 @@ def _gram(matrix: Tensor) -> Tensor:
     return (small @ small.T).double()
 
 
-def _row_scale(model: nn.Module, channels: Channels, layer: Layer) -> Tensor:
-    """|gamma| / sigma of the batch normalisation on the layer's outputs (o,); ones where there is none."""
-    norm = _norm(model, channels, channels.axes[layer.weight, 0])
+def _row_scale(model: nn.Module, layer: Layer) -> Tensor:
+    """|gamma| / sigma of the batch normalisation behind the layer (o,); ones where there is none."""
+    norm = _norm(model, layer)
     if norm is None:
         return torch.ones(layer.shape[0], dtype=torch.float64)
     assert norm.running_var is not None
@@ -238,32 +277,31 @@ def _row_scale(model: nn.Module, channels: Channels, layer: Layer) -> Tensor:
     return scale.clamp_min(1e-3 * float(scale.max()) or 1.0)
 
 
-def _norm(model: nn.Module, channels: Channels, sets: Ids) -> nn.BatchNorm2d | None:
-    """The batch normalisation whose channels are exactly these sets, in this order; the only one, or None."""
-    found = [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-        and module.affine
-        and module.track_running_stats
-        and np.array_equal(channels.axes.get((f"{path}.weight", 0), ()), sets)
-    ]
-    return found[0] if len(found) == 1 else None
+def _norm(model: nn.Module, layer: Layer) -> nn.BatchNorm2d | None:
+    """The batch normalisation behind the layer, where it scales and keeps statistics."""
+    norm = None if layer.norm is None else model.get_submodule(layer.norm)
+    return norm if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats else None
 
 
-def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str, int]], producer: Layer) -> Floats:
+def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str, int]], makers: list[Layer]) -> Floats:
     """The mean square of each channel as its consumers read it.
 
-    From the last batch normalisation on it, taken as normal behind a ReLU; without one, from the
-    norms of the filters that make it.
+    Batch normalisations tell it, taken as normal behind a ReLU: those behind the layers that are added up,
+    the one behind a depthwise layer on top of them, or another that lies on the channels; without one, the norms
+    of the filters do.
     """
-    for tensor, _ in sorted(axes, reverse=True):
-        module = model.get_submodule(tensor.rpartition(".")[0])
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            power = _rectified_power(module.weight.detach().double(), module.bias.detach().double())
-            return _per_set(power.numpy(), channels.axes[tensor, 0], sets)
-    side = producer.out_axis
-    return _per_set(_energy(model, producer, side), channels.axes[producer.weight, side], sets)
+    grouped = [layer for layer in makers if layer.groups > 1]
+    norms = [(f"{layer.norm}.weight", norm) for layer in grouped[-1:] or makers if (norm := _norm(model, layer)) is not None]
+    if not norms:
+        others = [(tensor, model.get_submodule(tensor.rpartition(".")[0])) for tensor, _ in sorted(axes, reverse=True)]
+        norms = [(tensor, module) for tensor, module in others if isinstance(module, nn.BatchNorm2d) and module.affine][:1]
+    if norms:
+        shift = sum(_per_set(norm.bias.detach().double().numpy(), channels.axes[tensor, 0], sets) for tensor, norm in norms)
+        square = [norm.weight.detach().double().square().numpy() for _, norm in norms]
+        spread = sum(_per_set(own, channels.axes[tensor, 0], sets) for own, (tensor, _) in zip(square, norms, strict=True))
+        return _rectified_power(torch.as_tensor(spread).sqrt(), torch.as_tensor(shift)).numpy()
+    side = makers[0].out_axis
+    return _per_set(_energy(model, makers[0], side), channels.axes[makers[0].weight, side], sets)
 
 
 def _rectified_power(gamma: Tensor, beta: Tensor) -> Tensor:
