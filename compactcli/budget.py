@@ -11,6 +11,7 @@ bisection finds the threshold whose candidate meets the budget. The cost that is
 one that the budget counts, or an estimate of the time that the network takes.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import fx, nn
+from torch.utils.flop_counter import flop_registry
 
 from .channels import Axis, Channels, Ids
 from .errors import CompactError
-from .graph import BATCH, Graph
+from .graph import Graph
 
 Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
@@ -68,34 +70,78 @@ class Layer:
 
 def layers(graph: Graph) -> list[Layer]:
     """The layers that cost multiply-accumulates, in the order in which they run, each once."""
+    return _costs(graph)[0]
+
+
+def _costs(graph: Graph) -> tuple[list[Layer], int]:
+    """(the layers, multiply-accumulates for one image of all else): those of torch's flop counter, halved."""
     found: dict[str, Layer] = {}
+    elsewhere = 0
+    per_image = _per_image(graph)
     for node in graph.nodes:
-        weight = weight_of(graph, node)
+        macs = _macs(node) // (graph.image.meta["val"].shape[0] if node in per_image else 1)
+        weight, direct = _weight(graph, node, per_image) if macs else (None, False)
         if weight is None:
+            elsewhere += macs
             continue
+        name, shape = graph.tensors[weight], tuple(weight.meta["val"].shape)
+        module, positions = name.rpartition(".")[0], macs // math.prod(shape)
         arguments: Any = node.args
         convolution = _operation(node) == "convolution"
-        shape = tuple(weight.meta["val"].shape)
-        name = graph.tensors[weight]
-        transposed = convolution and bool(arguments[6])
-        value = arguments[0].meta["val"] if transposed else node.meta["val"]
-        positions = value.shape[2:].numel() if convolution else value.numel() // value.shape[-1] // BATCH
-        if name in found:
-            positions += found[name].positions
-        groups = arguments[8] if convolution else 1
-        module = name.rpartition(".")[0]
+        transposed = bool(arguments[6]) if convolution else direct and weight in arguments[-1:]
         norm = norm_behind(graph, node)
-        found[name] = Layer(module, name, positions, shape, groups, transposed, graph.owners[node] == module, norm and norm[0])
-    return list(found.values())
+        found[name] = Layer(
+            name=module,
+            weight=name,
+            positions=positions + (found[name].positions if name in found else 0),
+            shape=shape,
+            groups=arguments[8] if convolution else 1,
+            transposed=transposed,
+            called=direct and graph.owners[node] == module,
+            norm=norm and norm[0],
+        )
+    return list(found.values()), elsewhere
 
 
-def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:
-    """The batch normalisation that alone reads the node, and the node of its operation; None if there is none."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or "batch_norm" not in _operation(reader):
-        return None
-    mean: Any = reader.args[3]
-    return (graph.tensors[mean].rpartition(".")[0], reader) if mean in graph.tensors else None
+def _macs(node: fx.Node) -> int:
+    """Multiply-accumulates of an operation."""
+    count = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if count is None:
+        return 0
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+    return int(count(*args, **kwargs, out_val=node.meta["val"])) // 2
+
+
+def _per_image(graph: Graph) -> set[fx.Node]:
+    """The nodes whose value depends on the images; the others are computed once for a batch."""
+    found = {graph.image}
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _weight(graph: Graph, node: fx.Node, per_image: set[fx.Node]) -> tuple[fx.Node | None, bool]:
+    """(the parameter that an operation multiplies with, whether it is read as it is); None where there is none.
+
+    A weight that is computed is known by the parameter of the same shape that it comes from.
+    """
+    direct = weight_of(graph, node)
+    if direct is not None:
+        return direct, True
+    arguments: Any = node.args
+    seen = (
+        [arguments[1]]
+        if _operation(node) == "convolution"
+        else [each for each in node.all_input_nodes if each.op != "placeholder"]
+    )
+    seen = [each for each in seen if each not in per_image]
+    shapes = [tuple(each.meta["val"].shape) for each in seen]
+    for each in seen:
+        if each in graph.tensors and tuple(each.meta["val"].shape) in [*shapes, *(shape[::-1] for shape in shapes)]:
+            return each, False
+        seen += [used for used in each.all_input_nodes if used not in seen]
+    return None, False
 
 
 def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
@@ -110,6 +156,15 @@ def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
 def _operation(node: fx.Node) -> str:
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet is not None else ""
+
+
+def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:
+    """The batch normalisation that alone reads the node, and the node of its operation; None if there is none."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    if reader is None or "batch_norm" not in _operation(reader):
+        return None
+    mean: Any = reader.args[3]
+    return (graph.tensors[mean].rpartition(".")[0], reader) if mean in graph.tensors else None
 
 
 @dataclass(frozen=True)
@@ -177,7 +232,7 @@ class Budget:
         nearest: bool = False,
     ) -> None:
         self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
-        self.layers = layers(graph)
+        self.layers, self._elsewhere = _costs(graph)
         self.families = families(channels)
         column = {axis: index for index, axis in enumerate(channels.axes)}
         self._full = np.array([*(len(sets) for sets in channels.axes.values()), 1], dtype=float)
@@ -213,7 +268,7 @@ class Budget:
         whole = np.isinf(ranks)
         layer = np.where(whole, out * into, np.where(whole, 0.0, ranks) * (out + into))
         if self.of == "macs":
-            return np.asarray(layer @ self._positions)
+            return np.asarray(layer @ self._positions + self._elsewhere)
         plain = along[..., self._sides].prod(-1).sum(-1)
         return np.asarray(plain + (layer - out * into).sum(-1))
 
