@@ -73,19 +73,25 @@ def layers(graph: Graph) -> list[Layer]:
     return _costs(graph)[0]
 
 
+def macs(graph: Graph) -> int:
+    """Multiply-accumulates of one image: what torch.utils.flop_counter counts, halved."""
+    found, elsewhere = _costs(graph)
+    return sum(layer.macs for layer in found) + elsewhere
+
+
 def _costs(graph: Graph) -> tuple[list[Layer], int]:
     """(the layers, multiply-accumulates for one image of all else): those of torch's flop counter, halved."""
     found: dict[str, Layer] = {}
     elsewhere = 0
     per_image = _per_image(graph)
     for node in graph.nodes:
-        macs = _macs(node) // (graph.image.meta["val"].shape[0] if node in per_image else 1)
-        weight, direct = _weight(graph, node, per_image) if macs else (None, False)
+        each = _macs(node) // (graph.image.meta["val"].shape[0] if node in per_image else 1)
+        weight, direct = _weight(graph, node, per_image) if each else (None, False)
         if weight is None:
-            elsewhere += macs
+            elsewhere += each
             continue
         name, shape = graph.tensors[weight], tuple(weight.meta["val"].shape)
-        module, positions = name.rpartition(".")[0], macs // math.prod(shape)
+        module, positions = name.rpartition(".")[0], each // math.prod(shape)
         arguments: Any = node.args
         convolution = _operation(node) == "convolution"
         transposed = bool(arguments[6]) if convolution else direct and weight in arguments[-1:]
@@ -293,17 +299,21 @@ class Budget:
         decomposed only where that makes it faster (`most_rank`).
 
         Raises CompactError naming the nearest reachable ratio where even the least that the dials
-        allow costs more (unless `nearest`).
+        allow costs more (unless `nearest`), and where there are none.
         """
-        state = _State(self, dials, self.time if price == "time" else self.cost)
-        least = state.settle(np.inf)
-        if least > self.target and not self.nearest:
+        if not dials:
+            raise CompactError("there is nothing here that this method can make smaller; `compactcli analyze` says why")
+        smallest = _State(self, dials, self.cost)
+        least = smallest.settle(np.inf)
+        if least > self.target:
+            if self.nearest:
+                return smallest.values
             reachable = np.ceil(1000 * least / self.original) / 1000
             raise CompactError(
                 f"--ratio {self.ratio:g} of {self.of} is out of reach: this method can keep no less than {reachable:g} here; "
                 f"try --ratio {reachable:g}, or --nearest"
             )
-        best = state.values
+        state, best = _State(self, dials, self.time if price == "time" else self.cost), smallest.values
         low, high = 0.0, 1e-6 / self.original  # errors are relative: this threshold gives up next to nothing
         while state.settle(high) > self.target and high < 1e6:
             low, high = high, 10 * high
@@ -313,7 +323,7 @@ class Budget:
                 low = middle
             else:
                 high, best = middle, state.values
-        state.set(best if least <= self.target else state.values)
+        state.set(best)
         return state.fill()
 
 

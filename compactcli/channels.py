@@ -62,13 +62,16 @@ class Channels:
 def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None) -> Channels:
     """The coupled sets of the traced network; `locked` names axes that may not be cut, and why.
 
-    Heads that run only in training are traced as well: they read channels of the trunk.
+    Heads that run only in training are traced as well: they read channels of the trunk. What a branch that was
+    not taken reads is not known, so nothing is free where there is one with parameters of its own.
     """
     walk = _Walk(graph, model)
     walk.run()
     if walk.unreached():
         walk.graph = trace(model, graph.image.meta["val"].shape[1:], train=True)
         walk.run()
+    if graph.baked and any(not name.endswith("num_batches_tracked") for name, _ in walk.unreached()):
+        walk.lock([Label(0, ids) for ids in walk.axes.values()], "a branch that depends on values may read it")
     for axis, reason in (locked or {}).items():
         walk.lock([Label(0, walk.axes[axis])], reason)
     return walk.result()

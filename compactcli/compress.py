@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from . import __version__, artefact, calibrate, measure, surgery
 from .artefact import Network
-from .budget import Budget, Of, families
-from .channels import Channels, find
-from .channels import edits as channel_edits
+from .budget import Budget, Of
+from .channels import Channels
 from .errors import CompactError, UsageError
-from .graph import Graph, run_fake, trace
 from .methods import Method
+from .plan import plan
 from .recipe import Edit, Measures, Step, without_tensors
 
 PROBES = 8  # random images on which the error of a step is measured where there are no real ones
@@ -66,13 +65,16 @@ def compress(
     if of not in method.of:
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     module, shape = network.module, network.input_shape
-    graph = trace(module, shape)
-    channels = runnable(graph, module, shape, log)
+    graph, channels = plan(module, shape, log)
     budget = Budget(graph, channels, module, ratio=target.ratio, of=of, round_to=target.round_to, nearest=target.nearest)
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
         error = _edited_(module, edits, channels, shape)
         log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
+    elif graph.baked:
+        raise CompactError(
+            f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
+        )
     else:
         batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
         names = [layer.name for layer in budget.layers]
@@ -88,37 +90,6 @@ def compress(
     step = Step("compress", name, options, without_tensors(edits), Measures(params, macs), error, __version__)
     network.recipe = network.recipe.then(step)
     return network
-
-
-def runnable(graph: Graph, module: nn.Module, shape: Sequence[int], log: Callable[[str], None]) -> Channels:
-    """The coupled sets, those locked whose removal would leave a number in the network's code wrong.
-
-    Found by running the network, on fake tensors, without the first set of every family at once; and
-    only where that fails, without the first set of each.
-    """
-    channels = find(graph, module)
-    groups = families(channels)
-    if _runs(module, channels, [int(family.sets[0]) for family in groups if len(family.sets) > 1], shape) is None:
-        return channels
-    locked = {}
-    for family in groups:
-        reason = _runs(module, channels, [int(family.sets[0])], shape) if len(family.sets) > 1 else None
-        if reason is not None:
-            axis = next(axis for axis, _ in family.axes)
-            locked[axis] = f"its number is written in code: {reason}"
-            log(f"{axis[0]}: left alone, {locked[axis]}")
-    return find(graph, module, locked)
-
-
-def _runs(module: nn.Module, channels: Channels, removed: Sequence[int], shape: Sequence[int]) -> str | None:
-    """Why the network without the sets does not run, in eval and in train mode; None if it does."""
-    edits = channel_edits(channels, removed, module)
-    for train in (False, True):
-        try:
-            run_fake(module, shape, train=train, change=lambda shadow: surgery.apply_(shadow, edits))
-        except CompactError as problem:
-            return str(problem)
-    return None
 
 
 def _edited_(module: nn.Module, edits: Sequence[Edit], channels: Channels, shape: Sequence[int]) -> float:

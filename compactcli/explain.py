@@ -10,9 +10,9 @@ from rich.table import Table
 
 from . import budget
 from .artefact import Network
-from .channels import Axis, Channels, find
+from .channels import Axis, Channels
 from .errors import UsageError
-from .graph import trace
+from .plan import plan
 
 Together = tuple[str | None, tuple[tuple[Axis, int], ...]]  # (why locked, what one set takes along each axis)
 
@@ -23,14 +23,14 @@ def explanation(network: Network, name: str) -> dict[str, Any]:
     Sets that take the same with them are given together. Raises UsageError, with what comes nearest,
     for a layer that the network does not have.
     """
-    graph = trace(network.module, network.input_shape)
+    graph, channels = plan(network.module, network.input_shape)
     layers = {layer.name: layer for layer in budget.layers(graph)}
     if name not in layers:
         near = get_close_matches(name, layers, 1)
         raise UsageError(
             f"--explain {name}: no such convolution or linear layer; " + (f"did you mean {near[0]}?" if near else "see analyze")
         )
-    layer, channels = layers[name], find(graph, network.module)
+    layer = layers[name]
     sides = {axis: side for each in layers.values() for axis, side in _sides(each)}
     return {
         "schema": "compactcli/explanation/1",

@@ -1,15 +1,19 @@
-"""A network as a list of ATen operations, traced with fake tensors: no memory, no arithmetic, no side effects."""
+"""A network as a list of ATen operations, traced with fake tensors: no memory, no arithmetic, no side effects.
+
+Code that asks for the values of tensors is run on random images instead; the branches that it takes
+are then part of the graph.
+"""
 
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -28,6 +32,7 @@ class Graph:
     constants: dict[fx.Node, Tensor]  # tensors that the code holds beside parameters and buffers
     image: fx.Node  # the placeholder of the input
     chunks: frozenset[fx.Node]  # splits whose pieces are counted in code, not their sizes
+    baked: bool  # the code depends on values: what it did on random images is what the graph says
 
 
 def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, batch: int = BATCH) -> Graph:
@@ -36,28 +41,33 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, 
     Sizes are baked in, the number of images among them.
 
     The model and its memory are untouched: a shadow copy on fake tensors is what runs.
-    Raises CompactError where the code depends on the values of tensors, or does not run.
+    Raises CompactError where the network does not run.
     """
-    shadow, mode = _shadow(model)
+    with _named_failure(f"on images of shape {tuple(input_shape)}"):
+        try:
+            return _trace(model, input_shape, train, batch, baked=False)
+        except DataDependentOutputException:
+            return _trace(model, input_shape, train, batch, baked=True)
+
+
+def _trace(model: nn.Module, input_shape: Sequence[int], train: bool, batch: int, *, baked: bool) -> Graph:
+    shadow, mode = _shadow(model, fake=not baked)
     shadow.train(train)
     names = [*dict(shadow.named_parameters()), *dict(shadow.named_buffers())]
     values = [*dict(shadow.named_parameters()).values(), *dict(shadow.named_buffers()).values()]
-    with mode:
-        image = torch.empty(batch, *input_shape)
 
     def run(values: list[Tensor], image: Tensor) -> Any:
         return torch.func.functional_call(shadow, dict(zip(names, values, strict=True)), (image,))
 
-    try:
-        calls = _Calls()
-        with _silent(), _notes(shadow, calls) as (owners, chunks), torch.no_grad(), calls:
-            module = make_fx(run, tracing_mode="real")(values, image)
-    except (RuntimeError, ValueError) as problem:  # shape errors and data-dependent control flow alike
-        raise CompactError(f"the network does not run on images of shape {tuple(input_shape)}: {_first_line(problem)}") from None
+    calls = _Calls()
+    with _silent(), _notes(shadow, calls) as (owners, chunks), torch.no_grad(), calls:
+        traced = make_fx(run, tracing_mode="real", _error_on_data_dependent_ops=not baked)
+        module = traced(values, _image(batch, input_shape, mode))
     nodes = tuple(module.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     constants = {node: getattr(module, str(node.target)) for node in nodes if node.op == "get_attr"}
-    return Graph(nodes, dict(zip(placeholders, names, strict=False)), owners, constants, placeholders[-1], frozenset(chunks))
+    tensors = dict(zip(placeholders, names, strict=False))
+    return Graph(nodes, tensors, owners, constants, placeholders[-1], frozenset(chunks), baked)
 
 
 def run_fake(
@@ -70,26 +80,52 @@ def run_fake(
 ) -> None:
     """Run the network on fake tensors, after a `change` to its shadow copy: nothing is computed, changed or allocated.
 
+    Code that depends on the values of tensors runs on random images, as in `trace`.
     Raises CompactError with the reason where it does not run.
     """
-    shadow, mode = _shadow(model)
+    with _named_failure(f"in {'train' if train else 'eval'} mode"):
+        try:
+            _run(model, input_shape, train, batch, change, fake=True)
+        except DataDependentOutputException:
+            _run(model, input_shape, train, batch, change, fake=False)
+
+
+def _run(
+    model: nn.Module, input_shape: Sequence[int], train: bool, batch: int, change: Callable[[nn.Module], None], *, fake: bool
+) -> None:
+    shadow, mode = _shadow(model, fake=fake)
+    with _silent(), mode, torch.no_grad():
+        change(shadow)
+        shadow.train(train)
+        shadow(_image(batch, input_shape, mode))
+
+
+@contextmanager
+def _named_failure(where: str) -> Iterator[None]:
+    """Shape errors and what else code raises, as one line."""
     try:
-        with _silent(), mode, torch.no_grad():
-            change(shadow)
-            shadow.train(train)
-            shadow(torch.empty(batch, *input_shape))
+        yield
     except (RuntimeError, ValueError, AttributeError) as problem:
-        where = "train" if train else "eval"
-        raise CompactError(f"the network does not run in {where} mode: {_first_line(problem)}") from None
+        raise CompactError(f"the network does not run {where}: {_first_line(problem)}") from None
 
 
-def _shadow(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
-    """A copy of `model` whose parameters and buffers are fake.
+def _image(batch: int, input_shape: Sequence[int], mode: Any) -> Tensor:
+    with mode:
+        return torch.randn(
+            batch, *input_shape, generator=None if isinstance(mode, FakeTensorMode) else torch.Generator().manual_seed(0)
+        )
+
+
+def _shadow(model: nn.Module, *, fake: bool) -> tuple[nn.Module, Any]:
+    """A copy of `model` and the mode to run it in: its parameters and buffers are fake, or buffers copied and values of parameters shared.
 
     Plain tensor attributes stay real: faked, they would meet code that reads their values.
     """
     if isinstance(model, nn.DataParallel):
         model = model.module
+    if not fake:
+        own = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in model.parameters()}
+        return copy.deepcopy(model, own), nullcontext()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo), mode

@@ -1,7 +1,7 @@
 """What a network is now, what it was, and how it got there: as JSON, and as tables for people."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import nn
 
 from . import architectures, artefact, budget, data, measure
 from .artefact import Network
-from .channels import Channels, find
+from .channels import Channels
 from .data import Split
 from .errors import CompactError
 from .graph import run_fake, trace
+from .plan import plan
 
 LATENCY_SECONDS = 1.0
 
@@ -188,18 +189,16 @@ def _params(module: nn.Module, layer: budget.Layer) -> int:
     return sum(parameter.numel() for parameter in module.get_submodule(layer.name).parameters(recurse=False))
 
 
-def analysis(network: Network, *, linear: bool = False) -> dict[str, Any]:
+def analysis(network: Network, *, linear: bool = False, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Where a network is redundant and what may be cut: schema compactcli/analysis/1.
 
     The redundancy is given for convolutions, and for linear layers too with `linear`.
     """
-    graph = trace(network.module, network.input_shape)
-    channels = find(graph, network.module)
+    graph, channels = plan(network.module, network.input_shape, log)
     layers = [_analysed(network.module, channels, layer, linear) for layer in budget.layers(graph)]
-    macs = sum(layer["macs"] for layer in layers)
     return {
         "schema": "compactcli/analysis/1",
-        "model": _described(network, macs),
+        "model": _described(network, budget.macs(graph)),
         "layers": layers,
         "suggestion": _suggestion(network, layers),
     }

@@ -407,6 +407,26 @@ def picked() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), run, conv(6, 5), *head(5))
 
 
+def scaled_by_a_value() -> nn.Module:
+    """The code reads a number out of a tensor."""
+    scale = Code(lambda s, x: s.conv(x) * float(x.amax()), conv=conv(8, 6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), scale, conv(6, 5), nn.ReLU(), conv(5, 7), *head(7))
+
+
+def branching() -> nn.Module:
+    """Which way the code takes depends on the image; both use the same layer."""
+    run = Code(lambda s, x: s.conv(x) if x.mean() > 0 else s.conv(x.relu()), conv=conv(8, 6))
+    return nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), run, conv(6, 5), nn.ReLU(), conv(5, 7), *head(7))
+
+
+def branching_apart() -> nn.Module:
+    """Each way has a layer of its own: what the one that was not taken reads is not known."""
+    run = Code(lambda s, x: s.a(x) if x.mean() > 0 else s.b(x), a=conv(8, 6), b=conv(8, 6))
+    return nn.Sequential(conv(3, 8), nn.ReLU(), run, conv(6, 5), *head(5))
+
+
+VALUE_DEPENDENT = {function.__name__: function for function in (scaled_by_a_value, branching, branching_apart)}
+
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
     function.__name__: function
     for function in (

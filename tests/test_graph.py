@@ -100,11 +100,9 @@ def test_nothing_is_allocated():
     ("model", "message"),
     [
         (nn.Sequential(networks.conv(3, 4), networks.conv(5, 4)), "expected input.* to have 5 channels, but got 4"),
-        (networks.Code(lambda s, x: x if x.mean() > 0 else -x), "does not run"),
-        (networks.Code(lambda s, x: x * float(x.max())), "does not run"),
         (nn.Sequential(nn.Flatten(), nn.Linear(100, 2)), "mat1 and mat2|reduction dim"),
     ],
-    ids=["widths", "branch", "value", "input"],
+    ids=["widths", "input"],
 )
 def test_what_does_not_run_is_said_in_one_line(work, model, message):
     create_node = fx.Tracer.create_node
@@ -140,3 +138,17 @@ def test_the_callers_logging_stays_as_it_was():
         assert logging.root.manager.disable == logging.INFO
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("name", networks.VALUE_DEPENDENT)
+@pytest.mark.parametrize("train", [False, True])
+def test_code_that_depends_on_values_runs_on_random_images_and_leaves_the_network_as_it_was(name, train):
+    model = randomise_(networks.VALUE_DEPENDENT[name]())
+    before, values = snapshot(model), copy.deepcopy(model.state_dict())
+    graph = trace(model, SHAPE, train=train)
+    run_fake(model, SHAPE, train=train)
+    assert graph.baked
+    assert not trace(networks.concatenation(), SHAPE).baked
+    assert [str(node.target) for node in graph.nodes] == [str(node.target) for node in trace(model, SHAPE, train=train).nodes]
+    assert snapshot(model) == before
+    assert all(torch.equal(tensor, values[key]) for key, tensor in model.state_dict().items())

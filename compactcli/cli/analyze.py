@@ -1,5 +1,6 @@
 """`compactcli analyze`."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -43,7 +44,8 @@ def command(
         common.note(f"warning: {network.name}: {name} holds NaN or Inf; compress will refuse it", quiet)
     for name in variances:
         common.note(f"warning: {network.name}: {name} holds Inf", quiet)
-    tree = report.analysis(network, linear=linear) if explain is None else explanation(network, explain)
+    note = partial(common.note, quiet=quiet)
+    tree = report.analysis(network, linear=linear, log=note) if explain is None else explanation(network, explain)
     if json:
         common.write_json(tree)
     else:

@@ -1,0 +1,51 @@
+"""What of a network may be cut: its coupled sets, confirmed by running the network without some of them."""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from . import surgery
+from .budget import Family, families
+from .channels import Channels, edits, find
+from .errors import CompactError
+from .graph import Graph, run_fake, trace
+
+
+def plan(module: nn.Module, shape: Sequence[int], log: Callable[[str], None] = lambda line: None) -> tuple[Graph, Channels]:
+    """The traced network and its coupled sets, those locked whose removal would leave a number in the network's code wrong.
+
+    Found by running the network, on fake tensors, without the first set of every family at once, and where that
+    fails of fewer and fewer. `log` gets a line for each family that is locked so.
+    """
+    graph = trace(module, shape)
+    if graph.baked:
+        log("the network's code depends on the values of tensors: what it did on random images is taken for what it does")
+    channels = find(graph, module)
+    groups = [family for family in families(channels) if len(family.sets) > 1]
+    locked = {}
+    for family, reason in _stuck(module, channels, groups, shape):
+        axis = next(axis for axis, _ in family.axes)
+        locked[axis] = f"its number is written in code: {reason}"
+        log(f"{axis[0]}: left alone, {locked[axis]}")
+    return graph, find(graph, module, locked) if locked else channels
+
+
+def _stuck(module: nn.Module, channels: Channels, groups: Sequence[Family], shape: Sequence[int]) -> list[tuple[Family, str]]:
+    """The families that may not be cut, and why: halves of those that fail together, again and again."""
+    reason = _runs(module, channels, [int(family.sets[0]) for family in groups], shape)
+    if reason is None:
+        return []
+    middle = len(groups) // 2
+    found = [each for half in (groups[:middle], groups[middle:]) if middle for each in _stuck(module, channels, half, shape)]
+    return found or [(family, reason) for family in groups]  # the only one, or those that fail only together
+
+
+def _runs(module: nn.Module, channels: Channels, removed: Sequence[int], shape: Sequence[int]) -> str | None:
+    """Why the network without the sets does not run, in eval and in train mode; None if it does."""
+    changes = edits(channels, removed, module)
+    for train in (False, True):
+        try:
+            run_fake(module, shape, train=train, change=lambda shadow: surgery.apply_(shadow, changes))
+        except CompactError as problem:
+            return str(problem)
+    return None
