@@ -301,7 +301,7 @@ class Budget:
         Raises CompactError naming the nearest reachable ratio where even the least that the dials
         allow costs more (unless `nearest`), and where there are none.
         """
-        if not dials:
+        if not dials and not self.nearest:
             raise CompactError("there is nothing here that this method can make smaller; `compactcli analyze` says why")
         smallest = _State(self, dials, self.cost)
         least = smallest.settle(np.inf)

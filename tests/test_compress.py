@@ -113,8 +113,7 @@ def test_out_of_reach_names_a_ratio_that_works():
     whole = macs(network(width=8).module, (3, 32, 32))
     reached = macs(compress(network(width=8), "hinge", hinge("prune"), Target(nearest)).module, (3, 32, 32))
     taken = macs(compress(network(width=8), "hinge", hinge("prune"), Target(0.003, nearest=True)).module, (3, 32, 32))
-    assert reached == taken
-    assert nearest - 0.001 < reached / whole <= nearest
+    assert nearest - 0.001 < taken / whole <= reached / whole <= nearest
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.5, float("nan"), float("inf")])
