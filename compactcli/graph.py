@@ -117,7 +117,7 @@ def _image(batch: int, input_shape: Sequence[int], mode: Any) -> Tensor:
 
 
 def _shadow(model: nn.Module, *, fake: bool) -> tuple[nn.Module, Any]:
-    """A copy of `model`, and the mode to run it in. Its tensors are fake; or else buffers are copied, and parameters share values.
+    """A copy of `model`, and the mode to run it in. Its tensors are fake; or else buffers are copied, parameters share values.
 
     Plain tensor attributes stay real: faked, they would meet code that reads their values.
     """
