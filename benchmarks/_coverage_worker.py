@@ -26,9 +26,10 @@ from compactcli import architectures, artefact, channels, measure, surgery
 from compactcli.architectures import Architecture
 from compactcli.budget import Budget, Layer, layers
 from compactcli.channels import Channels
-from compactcli.compress import Target, compress, runnable
-from compactcli.graph import Graph, trace
+from compactcli.compress import Target, compress
+from compactcli.graph import Graph
 from compactcli.methods import get
+from compactcli.plan import plan
 from compactcli.recipe import Recipe
 from compactcli.vision import torchvision
 
@@ -180,8 +181,7 @@ def ours(row: Row, name: str) -> None:
     analysed: list[tuple[Graph, Channels]] = []
 
     def analyse() -> Found:
-        graph = trace(model, shape)
-        analysed.append((graph, runnable(graph, model, shape, lambda line: None)))
+        analysed.append(plan(model, shape))
         return {}
 
     if not row.stage("analysis", analyse):
