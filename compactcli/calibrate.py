@@ -86,7 +86,8 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
     images, total, square = 0, torch.zeros(()), torch.zeros(())
     with _recorded(model, {layers[name]: own for name, own in sums.items()}):
         for batch in batches:
-            logits = outputs(model(batch.requires_grad_()))[0]
+            image = batch.detach().requires_grad_().clone()  # no leaf: the network may work in place
+            logits = outputs(model(image))[0]
             values = logits.detach().double()
             images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
             (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
