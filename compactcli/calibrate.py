@@ -99,7 +99,7 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
 
 
 def _trim() -> None:
-    """Give the memory that is free between blocks in use back to the system: 150 MB after resnet50's moments; glibc only."""
+    """Give the memory that is free between blocks in use back to the system, where the C library is glibc."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -348,10 +348,11 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
 
 
 def _regressible(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
-        return plain and _width(layer) <= WIDEST
-    return isinstance(layer, nn.Linear) and _width(layer) <= WIDEST
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or _width(layer) > WIDEST:
+        return False
+    if isinstance(layer, nn.Linear):
+        return True
+    return layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
 
 
 def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:
