@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import cifar
-from .errors import CompactError
+from .errors import CompactError, shape_text
 from .recipe import Preprocessing
 from .vision import torchvision
 
@@ -260,7 +260,7 @@ def _differences(shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -
         if key not in shapes:
             differences.append(f"{key} is missing")
         elif shapes[key] != shape:
-            differences.append(f"{key} is {_size(shapes[key])}, not {_size(shape)}")
+            differences.append(f"{key} is {shape_text(shapes[key])}, not {shape_text(shape)}")
     return differences + [f"{_brief(key)} is unexpected" for key in shapes if key not in definition]
 
 
@@ -428,10 +428,6 @@ def _or_none(near: list[str]) -> str:
 def _title(name: str, kwargs: Kwargs) -> str:
     told = ", ".join(f"{key}={value}" for key, value in kwargs.items())
     return f"{name} ({told})" if told else name
-
-
-def _size(shape: Shape) -> str:
-    return _brief("x".join(map(str, shape))) or "a single number"
 
 
 def _brief(text: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import architectures, checkpoint, measure, methods, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
-from .errors import CompactError
+from .errors import CompactError, shape_text
 from .graph import run_fake
 from .recipe import Measures, Recipe, Replace, Share, Source
 
@@ -281,12 +281,8 @@ def _mismatch(
 ) -> str:
     if wrong:
         name = wrong[0]
-        what = f"{name} is {_size(given[name])}, the architecture's {_size(own[name])}"
+        what = f"{name} is {shape_text(given[name].shape)}, the architecture's {shape_text(own[name].shape)}"
     else:
         what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the architecture"
     more = len(missing) + len(unexpected) + len(wrong) - 1
     return f"the weights do not fit the architecture: {what}" + (f", and {more} more differ" if more else "")
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"

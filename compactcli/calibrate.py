@@ -86,7 +86,8 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
     images, total, square = 0, torch.zeros(()), torch.zeros(())
     with _recorded(model, {layers[name]: own for name, own in sums.items()}):
         for batch in batches:
-            logits = outputs(model(batch.requires_grad_()))[0]
+            image = batch.detach().requires_grad_().clone()  # no leaf: the network may work in place
+            logits = outputs(model(image))[0]
             values = logits.detach().double()
             images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
             (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
@@ -98,7 +99,7 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
 
 
 def _trim() -> None:
-    """Give the memory that is free between blocks in use back to the system: 150 MB after resnet50's moments; glibc only."""
+    """Give the memory that is free between blocks in use back to the system, where the C library is glibc."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -347,10 +348,11 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
 
 
 def _regressible(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
-        return plain and _width(layer) <= WIDEST
-    return isinstance(layer, nn.Linear) and _width(layer) <= WIDEST
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or _width(layer) > WIDEST:
+        return False
+    if isinstance(layer, nn.Linear):
+        return True
+    return layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
 
 
 def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:

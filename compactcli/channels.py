@@ -192,7 +192,9 @@ class _Walk:
         elif node.op == "call_function":
             self.reached.update(self.graph.tensors[n] for n in _nodes(node.args) if n in self.graph.tensors)
             known = RULES.get(_name(node))
-            if known is not None:
+            if "out" in node.kwargs:
+                self.lock(self.of((node.args, node.kwargs)), f"written into a given tensor by {_name(node)}")
+            elif known is not None:
                 self.labels[node] = known(self, node)
             else:
                 self.lock(self.of((node.args, node.kwargs)), f"no rule for the operation {_name(node)}")
@@ -266,6 +268,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     *("sqrt", "rsqrt", "pow", "clamp", "clamp_", "clamp_min", "clamp_max", "rsub", "lerp", "where", "masked_fill"),
     *("bernoulli", "bernoulli_", "uniform_", "normal_", "eq", "ne", "lt", "le", "gt", "ge"),
     *("logical_and", "logical_or", "logical_not", "remainder", "fmod", "atan2"),
+    *("neg_", "abs_", "exp_", "sqrt_", "rsqrt_", "pow_", "clamp_min_", "clamp_max_", "lerp_", "masked_fill_"),
 )
 def _pointwise(walk: _Walk, node: fx.Node) -> list[Label]:
     """Each element depends on its own predecessors. f(0) need not be 0: consumers are what is masked."""
@@ -445,7 +448,7 @@ def _group_norm(walk: _Walk, node: fx.Node) -> list[Label]:
 @rule("_prelu_kernel", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "addcdiv", "maximum", "minimum")
 def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
     """Position pairs with position. An operand of size one along an axis pairs with nothing there."""
-    shape = node.meta["val"].shape
+    shape = _shape(node)
     result = []
     for axis, size in enumerate(shape):
         met: list[Ids] = []

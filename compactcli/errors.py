@@ -1,5 +1,7 @@
 """Errors a user can cause: one line with what, where, was, wanted, and what to try."""
 
+from collections.abc import Sequence
+
 
 class CompactError(Exception):
     """The input cannot be served. The command line prints the message and exits with `exit_code`."""
@@ -11,3 +13,9 @@ class UsageError(CompactError):
     """The command was given wrongly: a flag, an option or a value that does not exist."""
 
     exit_code = 2
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as messages and tables show it, e.g. 3x32x32."""
+    text = "x".join(map(str, shape)) or "a single number"
+    return text if len(text) <= 100 else f"{text[:99]}…"

@@ -15,7 +15,7 @@ from . import architectures, artefact, budget, data, measure
 from .artefact import Network
 from .channels import Channels
 from .data import Split
-from .errors import CompactError
+from .errors import CompactError, shape_text
 from .graph import run_fake, trace
 from .plan import plan
 
@@ -237,7 +237,7 @@ def _suggestion(network: Network, layers: Sequence[Mapping[str, Any]]) -> dict[s
 def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> RenderableType:
     """The report as Rich tables: the measures, the history, and with `layers` each layer that changed."""
     model, first = tree["model"], tree["baseline"] or {}
-    summary = Table(title=f"{model['arch']}, input {'x'.join(map(str, model['input_shape']))}", title_justify="left")
+    summary = Table(title=f"{model['arch']}, input {shape_text(model['input_shape'])}", title_justify="left")
     for name in ("", "original", "now", "kept"):
         summary.add_column(name, justify="left" if not name else "right")
     for label, key, unit in (
@@ -287,7 +287,7 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
         before, after = layer["before"], layer["after"]
         if before != after:
             kept = _ratio(after["macs"], before["macs"])
-            shapes = (" + ".join("x".join(map(str, shape)) for shape in part["weight_shapes"]) for part in (before, after))
+            shapes = (" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after))
             table.add_row(layer["name"], *shapes, "-" if kept is None else f"{100 * kept:.1f} %")
     return table
 
@@ -295,8 +295,7 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
 def analysis_tables(tree: Mapping[str, Any]) -> RenderableType:
     """The analysis as Rich tables."""
     model = tree["model"]
-    shape = "x".join(map(str, model["input_shape"]))
-    title = f"{model['arch']}: {model['params']:,} parameters, {model['macs']:,} MACs, input {shape}"
+    title = f"{model['arch']}: {model['params']:,} parameters, {model['macs']:,} MACs, input {shape_text(model['input_shape'])}"
     table = Table(title=title, title_justify="left")
     for name in ("layer", "weight", "params", "MACs", "free sets", "max corr", "mean corr", "eff. rank", "rank 99 %", "locked"):
         table.add_column(name, justify="left" if name in ("layer", "weight", "locked") else "right")
@@ -306,9 +305,8 @@ def analysis_tables(tree: Mapping[str, Any]) -> RenderableType:
         if redundancy:
             figures = [f"{redundancy['max_abs_corr']:.2f}", f"{redundancy['mean_abs_corr']:.2f}"]
             figures += [f"{redundancy['effective_rank']:.1f}", f"{100 * redundancy['rank_ratio_99']:.0f} %"]
-        shape = "x".join(map(str, layer["weight_shape"]))
-        row = (layer["name"], shape, _number(layer["params"]), _number(layer["macs"]), str(layer["sets"]), *figures)
-        table.add_row(*row, layer["locked"] or "")
+        sizes = (shape_text(layer["weight_shape"]), _number(layer["params"]), _number(layer["macs"]))
+        table.add_row(layer["name"], *sizes, str(layer["sets"]), *figures, layer["locked"] or "")
     return Group(table, f"try: {tree['suggestion']['command']}")
 
 
@@ -341,7 +339,7 @@ def bench(
     shape = list(input_shape or networks[0].input_shape)
     other = next((each for each in networks if input_shape is None and list(each.input_shape) != shape), None)
     if other is not None:
-        sizes = f"takes {_size(other.input_shape)}, {networks[0].name} {_size(shape)}"
+        sizes = f"takes {shape_text(other.input_shape)}, {networks[0].name} {shape_text(shape)}"
         raise CompactError(f"{other.name}: {sizes}; give both one with --input-shape CxHxW")
     models: list[dict[str, Any]] = [
         {"name": each.name, "model": _benched(each, shape, batches), "latency": []} for each in networks
@@ -381,7 +379,7 @@ def _benched(network: Network, shape: Sequence[int], batches: Sequence[int]) -> 
 
 def bench_table(tree: Mapping[str, Any]) -> RenderableType:
     """The latencies as a Rich table: for each setting a row per model, with the ratio to the first."""
-    title = f"latency of a batch, input {_size(tree['input_shape'])}, {tree['processor']}, torch {tree['torch']}"
+    title = f"latency of a batch, input {shape_text(tree['input_shape'])}, {tree['processor']}, torch {tree['torch']}"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "spread: interquartile range; ratio: to the first model"
     memory = any(own["peak_memory_bytes"] for model in tree["models"] for own in model["latency"])
@@ -396,10 +394,6 @@ def bench_table(tree: Mapping[str, Any]) -> RenderableType:
             table.add_row(*row, *[_number(own["peak_memory_bytes"], " B")] * memory)
         table.add_section()
     return table
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -427,6 +427,104 @@ def branching_apart() -> nn.Module:
 
 VALUE_DEPENDENT = {function.__name__: function for function in (scaled_by_a_value, branching, branching_apart)}
 
+
+def log_sigmoid() -> nn.Module:
+    """An operation with two results, the first of which is used."""
+    return nn.Sequential(conv(3, 8), nn.LogSigmoid(), conv(8, 6), *head(6))
+
+
+def condition() -> nn.Module:
+    """Operands, masks and weights of every kind go with the channels that they meet."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        first = torch.where(s.mask(x) > s.floor, s.a(x), s.b(x))
+        second = torch.lerp(s.c(x), first, s.weight).masked_fill(s.d(x) < s.floor, 0.5)
+        return second.remainder(s.weight.abs() + 1) + torch.rsub(second, s.floor)
+
+    layers = {name: conv(8, 6) for name in ("mask", "a", "b", "c", "d")}
+    run_ = Code(run, **layers, floor=parameter(6, 1, 1), weight=parameter(6, 1, 1))
+    return nn.Sequential(conv(3, 8), nn.SiLU(), run_, conv(6, 5), *head(5))
+
+
+def in_place() -> nn.Module:
+    """A chain of operations that overwrite their first operand."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        y = s.a(x).add_(s.b(x)).mul_(s.scale).clamp_min_(0.1)
+        return y.masked_fill_(s.c(x) > 0.2, 0.3).lerp_(s.d(x), 0.5)
+
+    layers = {name: conv(8, 6) for name in ("a", "b", "c", "d")}
+    return nn.Sequential(conv(3, 8), nn.SiLU(), Code(run, **layers, scale=parameter(6, 1, 1)), conv(6, 5), *head(5))
+
+
+def copied() -> nn.Module:
+    """What is written over another tensor keeps its channels, and goes with those that it meets."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        y = s.a(x)
+        y.copy_(s.b(x).flip(1))
+        z = torch.zeros_like(y)
+        z.copy_(s.scale)
+        return y + z
+
+    layers = Code(run, a=conv(8, 6), b=conv(8, 6), scale=parameter(6, 1, 1))
+    return nn.Sequential(conv(3, 8), nn.SiLU(), layers, conv(6, 5), *head(5))
+
+
+def written_through_views() -> nn.Module:
+    """Each view is overwritten and the tensor under it is read: its pieces, its rows, flat, turned and detached."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        y = s.a(x)
+        y[:, : s.in_channels].add_(s.first)
+        y[:, s.in_channels :] *= 0.5
+        y.flatten(2).mul_(s.gain)
+        y.permute(0, 2, 3, 1).add_(s.shift)
+        y[:, :, 2].copy_(s.b(x)[:, :, 1])
+        y.detach().mul_(s.scale)
+        return y
+
+    layers = {"a": conv(8, 6), "b": conv(8, 6), "in_channels": 4, "first": parameter(4, 1, 1)}
+    vectors = {"gain": parameter(6, 1), "shift": parameter(6), "scale": parameter(6, 1, 1)}
+    return nn.Sequential(conv(3, 8), nn.SiLU(), Code(run, **layers, **vectors), conv(6, 5), *head(5))
+
+
+def written_in_pieces() -> nn.Module:
+    """Two branches are copied into a tensor that has another's channels."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        y[:, : s.in_channels] = s.a(x)
+        y[:, s.in_channels :] = s.b(x)
+        return y
+
+    return nn.Sequential(conv(3, 8), nn.SiLU(), Code(run, a=conv(8, 5), b=conv(8, 3), in_channels=5), conv(8, 6), *head(6))
+
+
+def written_into_zeros() -> nn.Module:
+    """Two branches are copied into a tensor whose width is in the code."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), 8, *x.shape[2:])
+        y[:, :4], y[:, 4:] = s.a(x), s.b(x)
+        return y
+
+    return nn.Sequential(conv(3, 7), nn.SiLU(), Code(run, a=conv(7, 4), b=conv(7, 4)), conv(8, 6), *head(6))
+
+
+def written_to_out() -> nn.Module:
+    """The result goes into a view of a tensor with other channels, which is what is read."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        with torch.no_grad():
+            torch.cat([s.a(x), s.b(x)], 1, out=y.view(x.shape))
+        return s.c(y + x)
+
+    layers = Code(run, a=conv(8, 4), b=conv(8, 4), c=conv(8, 7))
+    return nn.Sequential(conv(3, 8), nn.SiLU(), layers, conv(7, 6), nn.ReLU(), conv(6, 6), *head(6))
+
+
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
     function.__name__: function
     for function in (
@@ -439,6 +537,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(layer_norm, layer_norm_of_positions, group_norm_of_all, wide_groups, transposed_depthwise, standardised, neighbours),
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
         *(unfolded, taken_apart, picked),
+        *(log_sigmoid, condition, in_place, copied, written_through_views, written_in_pieces, written_into_zeros, written_to_out),
     )
 }
 

@@ -86,6 +86,17 @@ def test_moments_leave_the_network_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("first", [nn.Identity(), nn.ReLU(inplace=True)], ids=["plain", "in place"])
+def test_moments_leave_the_images_as_they_were(first):
+    """Given as plain tensors, whatever the network does to its input."""
+    model = nn.Sequential(first, nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    given = batches()
+    before = [batch.clone() for batch in given]
+    calibrate.moments(model, ["1"], given)
+    assert not any(batch.requires_grad or batch.grad is not None for batch in given)
+    assert all(torch.equal(batch, old) for batch, old in zip(given, before, strict=True))
+
+
 def full_rank(model: nn.Module, name: str) -> Replace:
     graph = trace(model, SHAPE)
     layer = next(layer for layer in budget.layers(graph) if layer.name == name)

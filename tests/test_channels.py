@@ -142,6 +142,8 @@ LOCKED = [
     ("convolution_as_classifier", "2.weight", 0, OUTPUT),
     ("reads_its_input", "0.norm.weight", 0, "normalises the network's input"),
     ("several_outputs", "2.aux.weight", 0, OUTPUT),
+    ("written_into_zeros", "2.a.weight", 0, "met by a tensor without channels"),
+    ("written_to_out", "2.a.weight", 0, "written into a given tensor by cat"),
 ]
 
 
@@ -216,6 +218,9 @@ FREE_IN_AWKWARD = {
     **{"standardised": 9 + 8 + 5 + 3, "neighbours": 8 + 5, "selected": 8 + 6 + 5, "softmax_of_channels": 8 + 5},
     **{"largest_channel": 8 + 5 + 1, "attention": 8 + 5, "pixels": 3 + 4 + 5, "shuffle_module": 4 + 6, "unpooled": 8 + 6},
     **{"edges": 8 + 6, "linear_unit": 4 + 6, "unfolded": 8 + 6 + 5, "taken_apart": 8 + 6, "picked": 8 + 5},
+    **{"log_sigmoid": 8 + 6, "condition": 8 + 6 + 5 + 4, "in_place": 8 + 6 + 5 + 2, "copied": 8 + 6 + 5 + 2},
+    **{"written_through_views": 8 + 6 + 5 + 5, "written_in_pieces": 8 + 6, "written_into_zeros": 7 + 6},
+    **{"written_to_out": 7 + 6 + 6},
 }
 
 

@@ -227,8 +227,10 @@ def _ranks(
         weight = module.weight.detach().flatten(1).double()
         if moments is not None and layer.name in moments:
             known = moments[layer.name]
-            narrow, wide = (known.worth, known.inputs) if len(weight) <= weight.shape[1] else (known.inputs, known.worth)
-            scaled = _root(narrow) @ (weight if narrow is known.worth else weight.T)
+            narrow, wide = known.worth, known.inputs
+            if len(weight) > weight.shape[1]:  # the same energies, from the shorter side
+                weight, narrow, wide = weight.T, known.inputs, known.worth
+            scaled = _root(narrow) @ weight
             energy = torch.linalg.eigvalsh((scaled.float() @ wide).double() @ scaled.T).clamp_min(0).flip(0).numpy()
             total = 1.0
         else:
