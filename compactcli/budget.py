@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .channels import Axis, Channels, Ids
 from .errors import CompactError
-from .graph import Graph
+from .graph import Graph, per_image
 
 Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
@@ -83,17 +83,17 @@ def _costs(graph: Graph) -> tuple[list[Layer], int]:
     """(the layers, multiply-accumulates for one image of all else): those of torch's flop counter, halved."""
     found: dict[str, Layer] = {}
     elsewhere = 0
-    per_image = _per_image(graph)
+    moving = per_image(graph)
     for node in graph.nodes:
-        each = _macs(node) // (graph.image.meta["val"].shape[0] if node in per_image else 1)
-        weight, direct = _weight(graph, node, per_image) if each else (None, False)
+        each = _macs(node) // (graph.image.meta["val"].shape[0] if node in moving else 1)
+        weight, direct = _weight(graph, node, moving) if each else (None, False)
         if weight is None:
             elsewhere += each
             continue
         name, shape = graph.tensors[weight], tuple(weight.meta["val"].shape)
         module, positions = name.rpartition(".")[0], each // math.prod(shape)
         arguments: Any = node.args
-        convolution = _operation(node) == "convolution"
+        convolution = operation(node) == "convolution"
         transposed = bool(arguments[6]) if convolution else direct and weight in arguments[-1:]
         norm = norm_behind(graph, node)
         found[name] = Layer(
@@ -118,16 +118,7 @@ def _macs(node: fx.Node) -> int:
     return int(count(*args, **kwargs, out_val=node.meta["val"])) // 2
 
 
-def _per_image(graph: Graph) -> set[fx.Node]:
-    """The nodes whose value depends on the images; the others are computed once for a batch."""
-    found = {graph.image}
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _weight(graph: Graph, node: fx.Node, per_image: set[fx.Node]) -> tuple[fx.Node | None, bool]:
+def _weight(graph: Graph, node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node | None, bool]:
     """(the parameter that an operation multiplies with, whether it is read as it is); None where there is none.
 
     A weight that is computed is known by the parameter of the same shape that it comes from.
@@ -138,10 +129,10 @@ def _weight(graph: Graph, node: fx.Node, per_image: set[fx.Node]) -> tuple[fx.No
     arguments: Any = node.args
     seen = (
         [arguments[1]]
-        if _operation(node) == "convolution"
+        if operation(node) == "convolution"
         else [each for each in node.all_input_nodes if each.op != "placeholder"]
     )
-    seen = [each for each in seen if each not in per_image]
+    seen = [each for each in seen if each not in moving]
     shapes = [tuple(each.meta["val"].shape) for each in seen]
     for each in seen:
         if each in graph.tensors and tuple(each.meta["val"].shape) in [*shapes, *(shape[::-1] for shape in shapes)]:
@@ -152,14 +143,15 @@ def _weight(graph: Graph, node: fx.Node, per_image: set[fx.Node]) -> tuple[fx.No
 
 def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
     """The parameter that a convolution or matrix product multiplies with, where it is one."""
-    at = {"convolution": 1, "addmm": 2, "mm": 1}.get(_operation(node))
+    at = {"convolution": 1, "addmm": 2, "mm": 1}.get(operation(node))
     weight: Any = None if at is None else node.args[at]
-    if weight is not None and weight not in graph.tensors and _operation(weight) == "t":
+    if weight is not None and weight not in graph.tensors and operation(weight) == "t":
         weight = weight.args[0]
     return weight if weight in graph.tensors else None
 
 
-def _operation(node: fx.Node) -> str:
+def operation(node: fx.Node) -> str:
+    """The name of its ATen operation, without namespace and overload; "" if it is none."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet is not None else ""
 
@@ -167,7 +159,7 @@ def _operation(node: fx.Node) -> str:
 def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:
     """The batch normalisation that alone reads the node, and the node of its operation; None if there is none."""
     reader = next(iter(node.users)) if len(node.users) == 1 else None
-    if reader is None or "batch_norm" not in _operation(reader):
+    if reader is None or "batch_norm" not in operation(reader):
         return None
     mean: Any = reader.args[3]
     return (graph.tensors[mean].rpartition(".")[0], reader) if mean in graph.tensors else None

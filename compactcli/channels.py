@@ -537,6 +537,9 @@ def _view(walk: _Walk, node: fx.Node) -> list[Label]:
         old, new = next(block for block in _blocks(before, after) if block[0].start <= label.axis < block[0].stop)
         spread = _spread(label.ids, label.axis - old.start, old.stop - old.start)
         full = np.broadcast_to(spread, before[old]).reshape(after[new])
+        if len(label.ids) == 1 < full.size:
+            walk.lock([label], "one channel spread over many")
+            continue
         varying = [axis for axis in range(full.ndim) if (full != np.take(full, [0], axis)).any()]
         axis = max(varying or range(full.ndim), key=lambda axis: full.shape[axis])
         lead = full[tuple(slice(None) if other == axis else 0 for other in range(full.ndim))]
@@ -716,6 +719,8 @@ def _index(walk: _Walk, node: fx.Node) -> list[Label]:
     """Positions may be picked; what holds channels, and is not picked by one vector, is locked."""
     if _name(node) == "index_select":
         axes, indices = [_axis(node, 1, 0)], _nodes(node.args[2])
+        if walk.of(indices):
+            return _picked_by(walk, node, axes[0])
     else:
         given: Any = node.args[1]
         axes, indices = [axis for axis, index in enumerate(given) if index is not None], _nodes(given)
@@ -724,6 +729,28 @@ def _index(walk: _Walk, node: fx.Node) -> list[Label]:
     simple = len(indices) == 1 and len(_shape(indices[0])) == 1 and indices[0].meta["val"].dtype == torch.int64
     walk.lock((label for label in labels if not simple or label.axis in axes), BY_NUMBERS)
     return [label for label in labels if label.axis not in axes] if simple else []
+
+
+def _picked_by(walk: _Walk, node: fx.Node, axis: int) -> list[Label]:
+    """Positions picked by a buffer that holds one number per channel: they go with the channels of the buffer."""
+    walk.lock((label for label in walk.of(node.args[0]) if label.axis == axis), BY_NUMBERS)
+    others = [label for label in walk.of(node.args[0]) if label.axis != axis]
+    return others + [Label(axis, ids) for ids in walk.along(node.args[2], 0)]
+
+
+@rule("index_copy")
+def _put(walk: _Walk, node: fx.Node) -> list[Label]:
+    """Channels put in places that a buffer names, one number per channel: where they are gone there is zero."""
+    into, axis, index, source = node.args[0], _axis(node, 1, 0), node.args[2], node.args[3]
+    walk.lock((label for label in walk.of(into) if label.axis == axis), BY_NUMBERS)
+    arriving, places = walk.along(source, axis), walk.along(index, 0)
+    if not arriving or not places:
+        walk.lock(walk.of((index, source)), BY_NUMBERS)
+    for ids in arriving:
+        walk.consume(ids)
+        for other in places:
+            walk.tie(ids, other)
+    return [label for label in [*walk.of(into), *walk.of(source)] if label.axis != axis]
 
 
 @rule("roll", "flip")

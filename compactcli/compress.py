@@ -13,6 +13,7 @@ from .budget import Budget, Of
 from .channels import Channels
 from .errors import CompactError, UsageError
 from .methods import Method
+from .plain import plain_
 from .plan import plan
 from .recipe import Edit, Measures, Step, without_tensors
 
@@ -65,6 +66,7 @@ def compress(
     if of not in method.of:
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     module, shape = network.module, network.input_shape
+    plain = plain_(module, shape)
     graph, channels = plan(module, shape, log)
     budget = Budget(graph, channels, module, ratio=target.ratio, of=of, round_to=target.round_to, nearest=target.nearest)
     if calibration is None:
@@ -87,7 +89,7 @@ def compress(
     log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
     images = None if calibration is None else len(calibration.images)
     options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **asdict(method.options)}
-    step = Step("compress", name, options, without_tensors(edits), Measures(params, macs), error, __version__)
+    step = Step("compress", name, options, without_tensors([*plain, *edits]), Measures(params, macs), error, __version__)
     network.recipe = network.recipe.then(step)
     return network
 

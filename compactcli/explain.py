@@ -12,6 +12,7 @@ from . import budget
 from .artefact import Network
 from .channels import Axis, Channels
 from .errors import UsageError
+from .plain import plained
 from .plan import plan
 
 Together = tuple[str | None, tuple[tuple[Axis, int], ...]]  # (why locked, what one set takes along each axis)
@@ -23,7 +24,7 @@ def explanation(network: Network, name: str) -> dict[str, Any]:
     Sets that take the same with them are given together. Raises UsageError, with what comes nearest,
     for a layer that the network does not have.
     """
-    graph, channels = plan(network.module, network.input_shape)
+    graph, channels = plan(plained(network.module, network.input_shape), network.input_shape)
     layers = {layer.name: layer for layer in budget.layers(graph)}
     if name not in layers:
         near = get_close_matches(name, layers, 1)

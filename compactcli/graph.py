@@ -70,6 +70,15 @@ def _trace(model: nn.Module, input_shape: Sequence[int], train: bool, batch: int
     return Graph(nodes, tensors, owners, constants, placeholders[-1], frozenset(chunks), baked)
 
 
+def per_image(graph: Graph) -> set[fx.Node]:
+    """The nodes whose value depends on the images; the others are computed once for a batch."""
+    found = {graph.image}
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def run_fake(
     model: nn.Module,
     input_shape: Sequence[int],

@@ -17,6 +17,7 @@ from .channels import Channels
 from .data import Split
 from .errors import CompactError, shape_text
 from .graph import run_fake, trace
+from .plain import plained
 from .plan import plan
 
 LATENCY_SECONDS = 1.0
@@ -194,8 +195,9 @@ def analysis(network: Network, *, linear: bool = False, log: Callable[[str], Non
 
     The redundancy is given for convolutions, and for linear layers too with `linear`.
     """
-    graph, channels = plan(network.module, network.input_shape, log)
-    layers = [_analysed(network.module, channels, layer, linear) for layer in budget.layers(graph)]
+    module = plained(network.module, network.input_shape)
+    graph, channels = plan(module, network.input_shape, log)
+    layers = [_analysed(module, channels, layer, linear) for layer in budget.layers(graph)]
     return {
         "schema": "compactcli/analysis/1",
         "model": _described(network, budget.macs(graph)),

@@ -73,7 +73,7 @@ def apply_checked_(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[
     Raises CompactError where the law is broken or the smaller network does not run in eval and in
     train mode. The model is then in an undefined state: write nothing.
     """
-    image = torch.randn(BATCH, *input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image = _probe(input_shape)
     worst = 0.0
     for replacing, group in groupby(edits, key=lambda edit: isinstance(edit, Replace)):
         stage = list(group)
@@ -91,6 +91,21 @@ def apply_checked_(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[
     return worst
 
 
+def apply_same_(model: nn.Module, edits: Sequence[Edit], input_shape: Sequence[int]) -> None:
+    """Change `model` in place by edits that leave its function as it is.
+
+    Raises CompactError where they do not, by more than rounding in float64. The model is then in an undefined state.
+    """
+    image = _probe(input_shape)
+    expected = run_double(model, image)
+    apply_(model, edits)
+    _compare(model, image, expected)
+
+
+def _probe(input_shape: Sequence[int]) -> Tensor:
+    return torch.randn(BATCH, *input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def _compare(model: nn.Module, image: Tensor, expected: list[Tensor]) -> float:
     actual = run_double(model, image)
     error = difference(actual, expected)
@@ -98,7 +113,7 @@ def _compare(model: nn.Module, image: Tensor, expected: list[Tensor]) -> float:
         noise = difference(run_double(model, image * (1 + 1e-15)), actual)
         if not (math.isfinite(error) and error <= NOISE_FACTOR * noise):
             raise CompactError(
-                f"the smaller network differs from the masked one by {error:.1e}; nothing was written, please report this"
+                f"the changed network differs from what it must equal by {error:.1e}; nothing was written, please report this"
             )
     return error
 

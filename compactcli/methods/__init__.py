@@ -106,10 +106,12 @@ def get(name: str) -> type[Method]:
 
 
 def register_layers(layers: Sequence[str]) -> None:
-    """Import the methods that the layer kinds ("method.kind") of a recipe come from."""
-    for method in {layer.partition(".")[0] for layer in layers}:
-        if method in names():
-            get(method)
+    """Import what the layer kinds of a recipe come from: the methods ("method.kind"), and `plain`."""
+    for source in {layer.partition(".")[0] for layer in layers}:
+        if source in names():
+            get(source)
+        elif source == "plain":
+            import_module("..plain", __name__)
 
 
 @dataclass(frozen=True)

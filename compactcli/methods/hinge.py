@@ -236,7 +236,7 @@ def _ranks(
         else:
             energy = torch.linalg.eigvalsh(_gram(_row_scale(model, layer)[:, None] * weight)).clamp_min(0)
             energy = energy.flip(0)[: min(weight.shape)].numpy()
-            total = max(float(energy.sum()), 1e-30) / worth[layer.name]
+            energy, total = worth[layer.name] * energy, max(float(energy.sum()), 1e-30)
         result.append((index, np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / total))
     return result
 
