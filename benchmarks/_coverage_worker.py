@@ -139,9 +139,15 @@ def randomised(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def convolutions(graph: Graph) -> list[Layer]:
-    """The 2-D convolutions: what the share of free channels is taken of."""
-    return [layer for layer in layers(graph) if len(layer.shape) == 4]
+def shares(graph: Graph, counted: Callable[[Layer], tuple[int, int]]) -> Found:
+    """Output channels and how many of them are free: of 2-D convolutions, and of linear layers."""
+    found = Counter({"channels": 0, "free": 0, "linear_channels": 0, "linear_free": 0})
+    for layer in layers(graph):
+        kind = {4: "", 2: "linear_"}.get(len(layer.shape))
+        if kind is not None:
+            width, free = counted(layer)
+            found.update({f"{kind}channels": width, f"{kind}free": free})
+    return dict(found)
 
 
 def law(model: nn.Module, image: Tensor, error: float) -> Found:
@@ -216,11 +222,17 @@ def _bare(model: nn.Module, shape: Sequence[int]) -> Found:
 
 
 def _free(graph: Graph, sets: Channels) -> Found:
-    """How many of the convolutions' output channels may go, and why the others may not."""
-    out = [sets.axes[layer.weight, layer.out_axis] for layer in convolutions(graph)]
-    numbers = np.concatenate(out).tolist() if out else []
-    locks = Counter(sets.locked[number][:120] for number in numbers if number in sets.locked)
-    return {"channels": len(numbers), "free": len(numbers) - locks.total(), "locks": dict(locks.most_common())}
+    """How many of the layers' output channels may go, and why those of convolutions may not."""
+    locks: Counter[str] = Counter()
+
+    def counted(layer: Layer) -> tuple[int, int]:
+        numbers = sets.axes[layer.weight, layer.out_axis].tolist()
+        reasons = [sets.locked[number][:120] for number in numbers if number in sets.locked]
+        if len(layer.shape) == 4:
+            locks.update(reasons)
+        return len(numbers), len(numbers) - len(reasons)
+
+    return {**shares(graph, counted), "locks": dict(locks.most_common())}
 
 
 def _removable(sets: Channels, share: float) -> list[int]:
