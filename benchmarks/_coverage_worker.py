@@ -27,7 +27,7 @@ from compactcli.architectures import Architecture
 from compactcli.budget import Budget, Layer, layers
 from compactcli.channels import Channels
 from compactcli.compress import Target, compress, runnable
-from compactcli.graph import Graph, trace
+from compactcli.graph import Graph, run_fake, trace
 from compactcli.methods import get
 from compactcli.recipe import Recipe
 from compactcli.vision import torchvision
@@ -206,7 +206,10 @@ def ours(row: Row, name: str) -> None:
 
 
 def _detected(model: nn.Module) -> Found:
-    return {"name": architectures.detect(model.state_dict()).architecture.name, "equal": None}
+    """What the keys and shapes are recognised as; that it runs, without numbers."""
+    recognised = architectures.detect(model.state_dict()).architecture
+    run_fake(recognised.build(device="meta"), recognised.input_shape)
+    return {"name": recognised.name, "equal": None}
 
 
 def _bare(model: nn.Module, shape: Sequence[int]) -> Found:
