@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from compactcli import measure, surgery
+from compactcli.budget import Layer
 from compactcli.channels import Axis
 from compactcli.graph import trace
 
-from ._coverage_worker import GIANTS, SHARE, Found, Row, architecture, convolutions, law, randomised, train_step
+from ._coverage_worker import GIANTS, SHARE, Found, Row, architecture, law, randomised, shares, train_step
 
 Masks = dict[Axis, set[int]]
 
@@ -101,7 +102,7 @@ class _Pruning:
     def remove(self, masks: Masks, axis: Axis, beside: list[str], positions: list[int]) -> None:
         """Mask the positions, counted as of now, along the tensor's axis and those of the vectors beside it."""
         left = self.left.setdefault(axis, list(range(self.shapes[axis[0]][axis[1]])))
-        gone = {left[position] for position in positions}
+        gone = {left[position] for position in positions if position < len(left)}
         self.left[axis] = [position for position in left if position not in gone]
         for place in (axis, *((name, 0) for name in beside if name in self.shapes)):
             masks.setdefault(place, set()).update(gone)
@@ -137,16 +138,18 @@ def _exact(original: nn.Module, pruned: nn.Module, pruning: _Pruning, shape: tup
 
 
 def _free(original: nn.Module, shape: tuple[int, int, int], ignored: list[str]) -> Found:
-    """How many of the convolutions' output channels are in groups that it would prune."""
+    """How many of the layers' output channels are in groups that it would prune."""
     graph = tp.DependencyGraph().build_dependency(original, example_inputs=torch.randn(1, *shape))
     names = {id(module): name for name, module in original.named_modules()}
     free = set()
     for group in graph.get_all_groups(ignored_layers=[original.get_submodule(name) for name in ignored]):
         for dependency, positions in group:
-            target = dependency.target.module
-            if isinstance(target, nn.Conv2d | nn.ConvTranspose2d) and graph.is_out_channel_pruning_fn(dependency.handler):
-                free.update((f"{names[id(target)]}.weight", position) for position in positions)
-    counted = convolutions(trace(original, shape))
-    weights = {layer.weight for layer in counted}
-    total = sum(layer.shape[1] * layer.groups if layer.transposed else layer.shape[0] for layer in counted)
-    return {"channels": total, "free": sum(weight in weights for weight, _ in free)}
+            name = names.get(id(dependency.target.module))
+            if name is not None and graph.is_out_channel_pruning_fn(dependency.handler):
+                free.update((f"{name}.weight", position) for position in positions)
+
+    def counted(layer: Layer) -> tuple[int, int]:
+        width = layer.shape[1] * layer.groups if layer.transposed else layer.shape[0]
+        return width, sum((layer.weight, position) in free for position in range(width))
+
+    return shares(trace(original, shape), counted)

@@ -27,8 +27,9 @@ from compactcli.architectures import Architecture
 from compactcli.budget import Budget, Layer, layers
 from compactcli.channels import Channels
 from compactcli.compress import Target, compress
-from compactcli.graph import Graph
+from compactcli.graph import Graph, run_fake
 from compactcli.methods import get
+from compactcli.plain import plain_
 from compactcli.plan import plan
 from compactcli.recipe import Recipe
 from compactcli.vision import torchvision
@@ -140,9 +141,15 @@ def randomised(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def convolutions(graph: Graph) -> list[Layer]:
-    """The 2-D convolutions: what the share of free channels is taken of."""
-    return [layer for layer in layers(graph) if len(layer.shape) == 4]
+def shares(graph: Graph, counted: Callable[[Layer], tuple[int, int]]) -> Found:
+    """Output channels and how many of them are free: of 2-D convolutions, and of linear layers."""
+    found = Counter({"channels": 0, "free": 0, "linear_channels": 0, "linear_free": 0})
+    for layer in layers(graph):
+        kind = {4: "", 2: "linear_"}.get(len(layer.shape))
+        if kind is not None:
+            width, free = counted(layer)
+            found.update({f"{kind}channels": width, f"{kind}free": free})
+    return dict(found)
 
 
 def law(model: nn.Module, image: Tensor, error: float) -> Found:
@@ -181,8 +188,9 @@ def ours(row: Row, name: str) -> None:
     analysed: list[tuple[Graph, Channels]] = []
 
     def analyse() -> Found:
+        made_plain = plain_(model, shape)
         analysed.append(plan(model, shape))
-        return {}
+        return {"made_plain": len(made_plain)}
 
     if not row.stage("analysis", analyse):
         return
@@ -200,7 +208,10 @@ def ours(row: Row, name: str) -> None:
 
 
 def _detected(model: nn.Module) -> Found:
-    return {"name": architectures.detect(model.state_dict()).architecture.name, "equal": None}
+    """What the keys and shapes are recognised as; that it runs, without numbers."""
+    recognised = architectures.detect(model.state_dict()).architecture
+    run_fake(recognised.build(device="meta"), recognised.input_shape)
+    return {"name": recognised.name, "equal": None}
 
 
 def _bare(model: nn.Module, shape: Sequence[int]) -> Found:
@@ -216,11 +227,17 @@ def _bare(model: nn.Module, shape: Sequence[int]) -> Found:
 
 
 def _free(graph: Graph, sets: Channels) -> Found:
-    """How many of the convolutions' output channels may go, and why the others may not."""
-    out = [sets.axes[layer.weight, layer.out_axis] for layer in convolutions(graph)]
-    numbers = np.concatenate(out).tolist() if out else []
-    locks = Counter(sets.locked[number][:120] for number in numbers if number in sets.locked)
-    return {"channels": len(numbers), "free": len(numbers) - locks.total(), "locks": dict(locks.most_common())}
+    """How many of the layers' output channels may go, and why those of convolutions may not."""
+    locks: Counter[str] = Counter()
+
+    def counted(layer: Layer) -> tuple[int, int]:
+        numbers = sets.axes[layer.weight, layer.out_axis].tolist()
+        reasons = [sets.locked[number][:120] for number in numbers if number in sets.locked]
+        if len(layer.shape) == 4:
+            locks.update(reasons)
+        return len(numbers), len(numbers) - len(reasons)
+
+    return {**shares(graph, counted), "locks": dict(locks.most_common())}
 
 
 def _removable(sets: Channels, share: float) -> list[int]:

@@ -28,7 +28,7 @@ import torch
 from compactcli import architectures
 
 from ._common import RESULTS, ROOT, machine
-from ._coverage_worker import SEGMENTATION
+from ._coverage_worker import GIANTS, SEGMENTATION
 
 SECONDS = 600  # that one process may take
 TIMM = (
@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows there are, except those that ran out of time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     tools = [tool for tool, skip in (("ours", options.only_peer), ("peer", options.skip_peer)) if not skip]
     for name in options.networks:
         for tool in tools:
@@ -93,6 +94,9 @@ def measured(tool: str, name: str) -> Found:
             process.kill()
             output, errors = process.communicate()
             failed = f"time: more than {SECONDS} s"
+        except BaseException:  # this process is told to end
+            process.kill()
+            raise
     lines = [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
     row: Found = json.loads(lines[-1]) if lines else {}
     if not row.pop("finished", False):
@@ -196,8 +200,7 @@ def prefix(row: Found) -> str:
 
 
 def _ours(mine: dict[str, Found]) -> Found:
-    giants = {name for name, row in mine.items() if row.get("bare", {}).get("equal", 0) is None}
-    whole = {name: row for name, row in mine.items() if name not in giants}
+    whole = {name: row for name, row in mine.items() if name not in GIANTS}
     bare = [row for name, row in mine.items() if name not in SEGMENTATION]
     kept = {name: row["compress"]["kept"] for name, row in whole.items() if "kept" in row.get("compress", {})}
     return {
