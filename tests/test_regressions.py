@@ -63,7 +63,7 @@ def test_groups_are_cut_exactly(name):
     assert assert_law(awkward(name), SHAPE, 0.5) > 0
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0"])
 def test_mobile_networks_are_cut_exactly(name):
     """Depthwise layers and squeeze and excitation gates are cut apart from the channels that they belong to."""
     assert assert_law(named(name), (3, 32, 32), 0.3) > 100
