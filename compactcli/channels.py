@@ -192,7 +192,7 @@ class _Walk:
         elif node.op == "call_function":
             self.reached.update(self.graph.tensors[n] for n in _nodes(node.args) if n in self.graph.tensors)
             known = RULES.get(_name(node))
-            if "out" in node.kwargs:
+            if _has_out(node):
                 self.lock(self.of((node.args, node.kwargs)), f"written into a given tensor by {_name(node)}")
             elif known is not None:
                 self.labels[node] = known(self, node)
@@ -845,6 +845,12 @@ def _name(node: fx.Node) -> str:
     """The operation's name without namespace and overload: aten.add.Tensor -> add."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet.__name__ if packet is not None else str(node.target)
+
+
+def _has_out(node: fx.Node) -> bool:
+    """Whether the operation is given the tensors that its results go into (`out=`)."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.is_out for argument in schema.arguments)
 
 
 def _node(node: fx.Node, index: int) -> fx.Node:

@@ -17,6 +17,8 @@ from .plain import plain_
 from .plan import plan
 from .recipe import Edit, Measures, Step, without_tensors
 
+# `--round auto` for each type of device; None: 1 up to width 64, else 8. Fixed, so that one command gives one file everywhere.
+ROUND = {"cpu": 16, "cuda": None}
 PROBES = 8  # random images on which the error of a step is measured where there are no real ones
 
 

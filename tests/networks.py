@@ -513,15 +513,16 @@ def written_into_zeros() -> nn.Module:
 
 
 def written_to_out() -> nn.Module:
-    """The result goes into a view of a tensor with other channels, which is what is read."""
+    """The results go into views of tensors with other channels, which are what is read."""
 
     def run(s: Code, x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
+        y, z = torch.zeros_like(x), torch.zeros_like(x)
         with torch.no_grad():
             torch.cat([s.a(x), s.b(x)], 1, out=y.view(x.shape))
-        return s.c(y + x)
+            torch.sort(s.d(x), 2, out=(z.view(x.shape), torch.empty_like(x, dtype=torch.int64)))
+        return s.c(y + z + x)
 
-    layers = Code(run, a=conv(8, 4), b=conv(8, 4), c=conv(8, 7))
+    layers = Code(run, a=conv(8, 4), b=conv(8, 4), c=conv(8, 7), d=conv(8, 8))
     return nn.Sequential(conv(3, 8), nn.SiLU(), layers, conv(7, 6), nn.ReLU(), conv(6, 6), *head(6))
 
 

@@ -144,6 +144,7 @@ LOCKED = [
     ("several_outputs", "2.aux.weight", 0, OUTPUT),
     ("written_into_zeros", "2.a.weight", 0, "met by a tensor without channels"),
     ("written_to_out", "2.a.weight", 0, "written into a given tensor by cat"),
+    ("written_to_out", "2.d.weight", 0, "written into a given tensor by sort"),
 ]
 
 

@@ -24,6 +24,7 @@ import compactcli
 from compactcli import artefact, report
 from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
+from compactcli.compress import ROUND
 
 COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
 HINGE = ("--method", "hinge", "--ratio")
@@ -292,7 +293,9 @@ USAGE = [
     (("--method", "hinge", "--ratio", "0.5", "--set", "mode"), "compactcli: --set mode: give it as name=value"),
     (("--method", "hinge", "--ratio", "0.5", "--set", "mode=x"), "compactcli: --set mode=x: it is one of auto, prune, decompose"),
     (("--method", "hinge", "--ratio", "0.5", "--of", "time"), "compactcli: --of time: it is macs or params"),
-    (("--method", "hinge", "--ratio", "0.5", "--round", "0"), "--round"),
+    (("--method", "hinge", "--ratio", "0.5", "--round", "0"), "compactcli: --round 0: it is 1 or more"),
+    (("--method", "hinge", "--ratio", "0.5", "--round", "many"), "compactcli: --round many: give it as a whole number, or auto"),
+    (("--method", "hinge", "--ratio", "0.5", "--round", "1.5"), "compactcli: --round 1.5: give it as a whole number, or auto"),
     (("--method", "hinge", "--ratio", "0.5", "--input-shape", "32x32"), "compactcli: --input-shape 32x32: give it as CxHxW"),
     (("--method", "hinge", "--ratio", "0.5", "--mean", "a,b"), "compactcli: --mean a,b: give it as numbers with commas"),
     (("--method", "hinge", "--ratio", "0.5", "--arch-kwargs", "x"), "compactcli: --arch-kwargs x: give it as NAME=VALUE"),
@@ -380,6 +383,21 @@ def test_compress_writes_what_the_library_makes(net, tmp_path):
     assert piped.stdout_bytes == (tmp_path / "small.safetensors").read_bytes()
 
 
+def test_rounding_by_itself_is_a_fixed_number(tmp_path):
+    """On a CPU 16, whatever machine the command runs on; the file is the one that the number gives."""
+    torch.save(named("cifar:resnet8", width=32).state_dict(), tmp_path / "wide.pt")
+    files = [
+        run("compress", "-q", tmp_path / "wide.pt", *HINGE, "0.5", "--set", "mode=prune", "--round", value).stdout_bytes
+        for value in ("auto", "16", "8")
+    ]
+    assert files[0] == files[1] != files[2]
+    network = open_model(files[0])
+    assert network.recipe.steps[0].options["round"] == 16
+    widths = [module.out_channels for module in network.module.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert {width % 16 for width in widths} == {0}
+    assert ROUND == {"cpu": 16, "cuda": None}
+
+
 def test_settings_of_the_method_reach_it(net):
     def found(*flags: str) -> compactcli.artefact.Network:
         return open_model(run("compress", "-q", net, *HINGE, "0.7", *flags).stdout_bytes)
@@ -387,6 +405,7 @@ def test_settings_of_the_method_reach_it(net):
     recorded = found("--set", "mode=decompose", "--set", "floor=0.1", "--of", "params", "--round", "2").recipe.steps[0].options
     wanted = {"mode": "decompose", "floor": 0.1, "of": "params", "round": 2, "ratio": 0.7}
     assert recorded.items() >= wanted.items()
+    assert found("--round", "1").recipe.steps[0].options["round"] == 1
     described = found("--input-shape", "1x24x24", "--mean", "0.25", "--std", "0.5", "--arch-kwargs", "shortcut=append").recipe
     assert described.input_shape == (1, 24, 24)
     assert (described.preprocessing.mean, described.preprocessing.std) == ((0.25,), (0.5,))

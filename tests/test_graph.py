@@ -72,6 +72,25 @@ def test_every_tensor_is_a_placeholder():
         assert node.meta["val"].shape == model.state_dict()[name].shape
 
 
+@pytest.mark.parametrize("name", AWKWARD)
+def test_the_operations_compute_what_the_network_does(name):
+    """What is written in place, through views as well, is among them: calibration runs them one by one."""
+    model = randomise_(AWKWARD[name]()).eval()
+    graph = trace(model, SHAPE)
+    image = torch.randn(graph.image.meta["val"].shape)
+    values = {**graph.constants, graph.image: image.clone()}
+    values.update({node: model.state_dict(keep_vars=True)[tensor] for node, tensor in graph.tensors.items()})
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "call_function":
+                values[node] = node.target(*fx.node.map_arg(node.args, values.get), **fx.node.map_arg(node.kwargs, values.get))
+    results = [values[node] for node in graph.nodes[-1].all_input_nodes]
+    expected = outputs(model, image)
+    assert len(results) == len(expected)
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+
+
 def test_the_mode_is_the_one_asked_for():
     model = nn.Sequential(networks.conv(3, 4), nn.Dropout(0.5))
     for module_mode in (True, False):

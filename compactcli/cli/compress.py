@@ -21,7 +21,10 @@ def command(
         str | None, typer.Option(metavar="macs|params", help="What the ratio is of. [default: the method's own]")
     ] = None,
     round: Annotated[
-        int | None, typer.Option(metavar="N", help="Channel counts are multiples of N. [default: 1 up to width 64, else 8]")
+        str | None,
+        typer.Option(
+            metavar="N|auto", help="Channel counts are multiples of N; auto: of 16, for CPUs. [default: 1 up to width 64, else 8]"
+        ),
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the method; may be repeated.")] = None,
@@ -54,7 +57,7 @@ def command(
     from ..compress import Calibration, Target, compress
 
     chosen = kind(methods.parse_options(kind, set or ()))
-    target = Target(ratio, of, round, nearest)  # type: ignore[arg-type]
+    target = Target(ratio, of, _rounding(round), nearest)  # type: ignore[arg-type]
     source = "-" if fresh else streams.model_source(model)
     destination = streams.model_target(output, arch.rpartition(":")[2] if fresh and arch else source, f"{method}-{ratio:g}")
     network = open_network(
@@ -75,3 +78,15 @@ def command(
         compress(network, method, chosen, target, calibration=images, seed=seed, log=said, progress=advance)
     size = artefact.save(network, destination)
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+
+
+def _rounding(text: str | None) -> int | None:
+    """The number of --round; None for the default. The compression runs on the CPU, and `auto` is what that has."""
+    from ..compress import ROUND
+
+    if text is None or text == "auto":
+        return None if text is None else ROUND["cpu"]
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--round {text}: give it as a whole number, or auto") from None
