@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from compactcli import architectures
+from compactcli import detection
 
 
 def text(tree: dict[str, list[object]]) -> str:
@@ -13,4 +13,4 @@ def text(tree: dict[str, list[object]]) -> str:
 
 
 if __name__ == "__main__":
-    Path(architectures.__file__).with_name("signatures.json").write_text(text(architectures.index()))
+    Path(detection.__file__).with_name("signatures.json").write_text(text(detection.index()))
