@@ -171,21 +171,20 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> Architecture:
 
 
 def _timm(name: str, kwargs: dict[str, Any]) -> Architecture:
-    if importlib.util.find_spec("timm") is None:
+    if not has_timm():
         raise CompactError(f"timm:{name} needs timm; pip install compactcli[timm]")
-    torchvision()  # timm imports it, without the cure
-    timm = importlib.import_module("timm")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    models = timm()
+    if not models.is_model(name):
+        near = difflib.get_close_matches(name, models.list_models(), n=3)
         raise CompactError(f"timm has no model {brief(repr(name))}{_or_none(near)}")
     _check_kwargs(f"timm:{name}", kwargs, _TIMM_KWARGS)
     try:
-        own = timm.get_pretrained_cfg(name)
+        own = models.get_pretrained_cfg(name)
     except RuntimeError as problem:
         raise CompactError(brief(str(problem))) from problem
     resize = math.floor(own.input_size[-1] / own.crop_pct)
     preprocessing = Preprocessing(tuple(own.mean), tuple(own.std), resize, own.interpolation)
-    factory = functools.partial(timm.create_model, name, pretrained=False)
+    factory = functools.partial(models.create_model, name, pretrained=False)
     architecture = Architecture(f"timm:{name}", kwargs, tuple(own.input_size), preprocessing, factory)
     size = kwargs.get("img_size", own.input_size[-1])
     return _with_input(architecture, (kwargs.get("in_chans", own.input_size[0]), size, size))
@@ -227,6 +226,17 @@ def torchvision_names() -> list[str]:
     models = torchvision().models
     listed: list[str] = models.list_models(module=models)
     return listed
+
+
+def has_timm() -> bool:
+    """Whether timm is installed."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def timm() -> ModuleType:
+    """timm, where it is installed."""
+    torchvision()  # timm imports it, without the cure
+    return importlib.import_module("timm")
 
 
 def _user_module(source: str) -> ModuleType:

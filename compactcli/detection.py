@@ -1,31 +1,16 @@
 """The name of a network from its tensors' keys and shapes."""
 
-import functools
-import hashlib
-import itertools
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
 from . import cifar
-from .architectures import LARGEST, Architecture, Kwargs, brief, get, parameters, title, torchvision_names
+from .architectures import LARGEST, Architecture, Kwargs, brief, get, has_timm, parameters, title
 from .errors import CompactError
+from .signatures import Entry, Shape, count, fingerprint, ours, patterns_of, shapes_of, signature, timms
 from .vision import torchvision
-
-Shape = tuple[int, ...]
-
-_TORCHVISION_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "googlenet": ({"aux_logits": True},),
-    "inception_v3": ({"aux_logits": False},),
-    "vit_b_16": ({"image_size": 384},),
-    "vit_l_16": ({"image_size": 512},),
-    "vit_h_14": ({"image_size": 518},),
-}
 
 
 @dataclass(frozen=True)
@@ -39,94 +24,89 @@ class Detection:
 def detect(tensors: Mapping[str, Tensor]) -> Detection:
     """The architecture whose definition has exactly these keys and shapes. Class count and width are read off them.
 
-    Looks at keys and shapes only, so meta tensors will do. Raises CompactError naming the nearest
-    architecture and the first tensor in which it differs.
+    Of several the CIFAR networks come first, then torchvision's, then timm's. Looks at keys and shapes
+    only, so meta tensors will do. Raises CompactError naming the nearest architecture and the first tensor
+    in which it differs, or timm where that is missing.
     """
-    shapes = _shapes(tensors)
+    shapes = shapes_of(tensors)
     if not shapes:
         raise CompactError("there are no tensors to recognise a network by")
-    signature = _signature(shapes)
-    known = [network for network in _index()["networks"] if network["signature"] == signature]
-    for network in known:
-        architecture, differences = _fit(network["name"], network["kwargs"], shapes)
-        if not differences:
-            return Detection(architecture, _notes(architecture))
-    raise CompactError(f"cannot name the architecture; {_nearest(shapes, known)}; try --arch NAME")
+    keys = signature(shapes)
+    for entry in ours():
+        if entry.signature == keys and (found := _exactly(entry, shapes)):
+            twins = [] if entry.name.startswith("cifar:") else _fingerprinted(shapes, keys)
+            return Detection(found, _notes(found) + _twins_note(entry, found, twins))
+    fitting = _fingerprinted(shapes, keys)
+    if fitting and not has_timm():
+        raise CompactError(f"these are the tensors of {fitting[0].name}; pip install compactcli[timm]")
+    for entry in fitting:
+        if found := _exactly(entry, shapes):
+            return Detection(found, _twins_note(entry, found, fitting))
+    return Detection(_otherwise(shapes), ())
 
 
-def index() -> dict[str, Any]:
-    """What `signatures.json` holds: a hash of the keys of every known network, and their patterns."""
-    patterns: list[list[str]] = []
-    networks = []
-    for name, kwargs in _indexed():
-        shapes = _shapes(get(name, kwargs).build(device="meta").state_dict())
-        pattern = sorted(_patterns(shapes))
-        if pattern not in patterns:
-            patterns.append(pattern)
-        entry = {"name": name, "kwargs": kwargs, "signature": _signature(shapes), "tensors": len(shapes)}
-        networks.append(entry | {"patterns": patterns.index(pattern)})
-    return {"patterns": patterns, "networks": networks}
+class _Fit(NamedTuple):
+    """An architecture beside given shapes."""
+
+    architecture: Architecture
+    differences: list[str]
 
 
-def _indexed() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every network by name, and the arguments that change its keys."""
-    for name, factory in cifar.NETWORKS.items():
-        choices: list[list[dict[str, Any]]] = []
-        if "keys" in parameters(factory):
-            choices = [[{}, {"keys": "csg"}], [{}, {"shortcut": "conv"}], [{}, {"stem_bias": True}]]
-        for chosen in itertools.product(*choices):
-            yield f"cifar:{name}", {key: value for choice in chosen for key, value in choice.items()}
-    for name in torchvision_names():
-        for kwargs in ({}, *_TORCHVISION_VARIANTS.get(name, ())):
-            yield name, kwargs
+def _fingerprinted(shapes: Mapping[str, Shape], keys: str) -> list[Entry]:
+    """timm's networks with these shapes, by its index."""
+    same = [entry for entry in timms() if entry.signature == keys]
+    return [entry for entry in same if entry.fingerprint == fingerprint(shapes, entry.classes, entry.channels)]
 
 
-@functools.cache
-def _index() -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(Path(__file__).with_name("signatures.json").read_text())
-    return tree
+def _exactly(entry: Entry, shapes: Mapping[str, Shape]) -> Architecture | None:
+    fit = _fit(entry, shapes)
+    return fit.architecture if fit and not fit.differences else None
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Key -> shape, without the counters that older files do not have."""
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+def _fit(entry: Entry, shapes: Mapping[str, Shape]) -> _Fit | None:
+    """The architecture with the arguments read off the shapes where that brings it nearer, and what still differs.
 
-
-def _signature(shapes: Mapping[str, Shape]) -> str:
-    return hashlib.sha256("\n".join(sorted(shapes)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _patterns(shapes: Mapping[str, Shape]) -> set[str]:
-    """The keys with numbers taken out: nearly the same for all networks of a family."""
-    return {re.sub(r"\d+", "#", key) for key in shapes}
-
-
-def _fit(name: str, kwargs: Kwargs, shapes: Mapping[str, Shape]) -> tuple[Architecture, list[str]]:
-    """The architecture with the arguments read off the shapes where that brings it nearer, and what still differs."""
-    architecture = get(name, kwargs)
-    definition = _shapes(architecture.build(device="meta").state_dict())
+    None if it cannot be built: without timm, or with another version of it.
+    """
+    try:
+        architecture, definition = _built(entry.name, entry.kwargs)
+    except CompactError:
+        return None
     differences = _differences(shapes, definition)
-    read = _read(name, shapes, definition)
+    read = _read(entry, shapes, definition)
     if differences and read:
-        nearer = get(name, {**kwargs, **read})
-        fewer = _differences(shapes, _shapes(nearer.build(device="meta").state_dict()))
+        nearer, definition = _built(entry.name, {**entry.kwargs, **read})
+        fewer = _differences(shapes, definition)
         if len(fewer) < len(differences):
-            return nearer, fewer
-    return architecture, differences
+            return _Fit(nearer, fewer)
+    return _Fit(architecture, differences)
 
 
-def _read(name: str, shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -> dict[str, int]:
-    """The class count, and for our own networks the input channels and the width, that the shapes tell of."""
-    weights = [key for key, shape in definition.items() if len(shape) > 1]
-    places = {"num_classes": (weights[-1], 0), "in_channels": (weights[0], 1), "width": (weights[0], 0)}
-    library, _, own = name.partition(":")
-    takes = parameters(cifar.NETWORKS[own]) if library == "cifar" else {"num_classes"}
+def _built(name: str, kwargs: Kwargs) -> tuple[Architecture, dict[str, Shape]]:
+    architecture = get(name, kwargs)
+    return architecture, shapes_of(architecture.build(device="meta").state_dict())
+
+
+def _read(entry: Entry, shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -> dict[str, int]:
+    """The class count, the input channels where they may be chosen, and the width of our own, that the shapes tell of."""
     read = {}
-    for argument, (key, axis) in places.items():
-        shape, usual = shapes.get(key, ()), definition[key]
-        if argument in takes and len(shape) == len(usual) and shape[axis] != usual[axis] and 1 <= shape[axis] <= LARGEST:
+    for argument, (key, axis) in _places(entry, definition).items():
+        shape, usual = shapes.get(key, ()), definition.get(key, ())
+        if len(shape) == len(usual) > axis and shape[axis] != usual[axis] and 1 <= shape[axis] <= LARGEST:
             read[argument] = shape[axis]
     return read
+
+
+def _places(entry: Entry, definition: Mapping[str, Shape]) -> dict[str, tuple[str, int]]:
+    """Argument -> a tensor and the axis of it that has that size."""
+    library, _, own = entry.name.partition(":")
+    if library == "timm":
+        ends = {"num_classes": (entry.classes, 0), "in_chans": (entry.channels, 1)}
+        return {argument: (keys[0], axis) for argument, (keys, axis) in ends.items() if keys}
+    weights = [key for key, shape in definition.items() if len(shape) > 1]
+    places = {"num_classes": (weights[-1], 0), "in_channels": (weights[0], 1), "width": (weights[0], 0)}
+    takes = parameters(cifar.NETWORKS[own]) if library == "cifar" else {"num_classes"}
+    return {argument: place for argument, place in places.items() if argument in takes}
 
 
 def _differences(shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -> list[str]:
@@ -140,20 +120,56 @@ def _differences(shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -
     return differences + [f"{brief(key)} is unexpected" for key in shapes if key not in definition]
 
 
-def _nearest(shapes: Mapping[str, Shape], known: list[dict[str, Any]]) -> str:
-    """The clause that names the network with the most key patterns in common and what differs in it."""
-    patterns = _patterns(shapes)
-    families = [set(family) for family in _index()["patterns"]]
-    likeness = [len(family & patterns) / len(family | patterns) for family in families]
-    if not known and max(likeness) == 0:
-        return f"no known network has keys like {brief(repr(next(iter(shapes))))}"
-    best = likeness.index(max(likeness))
-    family = [network for network in _index()["networks"] if network["patterns"] == best]
-    near = known or sorted(family, key=lambda network: abs(network["tensors"] - len(shapes)))[:4]
-    architecture, differences = min((_fit(n["name"], n["kwargs"], shapes) for n in near), key=lambda fit: len(fit[1]))
-    usual = get(architecture.name).kwargs
-    told = {key: value for key, value in architecture.kwargs.items() if usual.get(key) != value}
-    return f"nearest is {title(architecture.name, told)}, but {differences[0]}"
+def _otherwise(shapes: Mapping[str, Shape]) -> Architecture:
+    """The nearest network if nothing differs in it: timm is then of another version than its index.
+
+    Else raises CompactError with what differs.
+    """
+    near = _near(shapes)
+    fits = [fit for entry in near if (fit := _fit(entry, shapes))]
+    if fits:
+        architecture, differences = min(fits, key=lambda fit: len(fit.differences))
+        if not differences:
+            return architecture
+        usual = get(architecture.name).kwargs
+        told = {key: value for key, value in architecture.kwargs.items() if usual.get(key) != value}
+        nearest = f"nearest is {title(architecture.name, told)}, but {differences[0]}"
+    elif near:
+        why = "this version of timm cannot build" if has_timm() else "only timm can compare (pip install compactcli[timm])"
+        nearest = f"nearest is {near[0].name}, which {why}"
+    else:
+        nearest = f"no known network has keys like {brief(repr(next(iter(shapes))))}"
+    raise CompactError(f"cannot name the architecture; {nearest}; try --arch NAME")
+
+
+def _near(shapes: Mapping[str, Shape]) -> list[Entry]:
+    """The networks to compare with: those with the same keys, else some of those with the most key patterns in common."""
+    keys, patterns, numbers = signature(shapes), patterns_of(shapes), count(shapes)
+
+    def distance(entry: Entry) -> tuple[int, int]:
+        return abs(entry.tensors - len(shapes)), abs(entry.numbers - numbers)
+
+    same = [[entry for entry in entries if entry.signature == keys] for entries in (ours(), timms())]
+    if any(same):
+        return same[0] + sorted(same[1], key=distance)[:4]
+    families = dict.fromkeys(entry.patterns for entry in (*ours(), *timms()))
+    likeness = {family: len(family & patterns) / len(family | patterns) for family in families}
+    best = max(likeness, key=lambda family: likeness[family])
+    if likeness[best] == 0:
+        return []
+    family = [[entry for entry in entries if entry.patterns == best] for entries in (ours(), timms())]
+    return [entry for entries in family for entry in sorted(entries, key=distance)[:4]]
+
+
+def _twins_note(chosen: Entry, found: Architecture, twins: list[Entry]) -> tuple[str, ...]:
+    """A note on timm's networks that make something else of the same tensors."""
+    others = {entry.forward: entry.name for entry in reversed(twins) if entry.forward != chosen.forward}
+    if not others:
+        return ()
+    named = ", ".join(others[forward] for forward in sorted(others)[:3])
+    read = [f"{argument}={found.kwargs[argument]}" for argument in ("num_classes", "in_chans") if argument in found.kwargs]
+    how = " ".join(["--arch", *(f"--arch-kwargs {argument}" for argument in read)])
+    return (f"taken as {chosen.name}; the same tensors fit {named}: choose with {how}",)
 
 
 def _notes(architecture: Architecture) -> tuple[str, ...]:

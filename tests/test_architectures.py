@@ -161,7 +161,8 @@ def test_a_users_factory_is_never_found_by_name(tmp_path: Path, monkeypatch: pyt
 
 
 def test_timm_by_name() -> None:
-    pytest.importorskip("timm")
+    if not architectures.has_timm():
+        pytest.skip("timm is not installed")
     found = architectures.get("timm:resnet18.a1_in1k", {"num_classes": 5, "in_chans": 1})
     assert found.input_shape == (1, 224, 224)
     assert found.preprocessing.interpolation == "bicubic"

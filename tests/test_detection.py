@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactcli import architectures, detection
+from compactcli import architectures, detection, signatures
 from compactcli.errors import CompactError
 
 CHECKPOINTS = Path(__file__).parents[2] / "shared" / "checkpoints"
@@ -30,7 +30,7 @@ def refusal(state: dict[str, Tensor]) -> str:
 
 
 def test_the_index_is_that_of_the_definitions() -> None:
-    assert detection.index() == SHIPPED, "run scripts/index_architectures.py"
+    assert signatures.index() == SHIPPED, "run scripts/index_architectures.py"
     assert {network["name"] for network in SHIPPED["networks"]} == set(architectures.names())
 
 

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"errors", "recipe", "distributed", "vision"},
     {"graph", "data", "streams", "cifar"},
-    {"architectures", "detection", "checkpoint", "channels", "surgery", "budget", "calibrate"},
+    {"architectures", "signatures", "detection", "checkpoint", "channels", "surgery", "budget", "calibrate"},
     {"methods", "measure"},
     {"artefact", "train"},
     {"compress", "finetune", "report", "explain", "export"},
