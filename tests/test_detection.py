@@ -85,8 +85,12 @@ def test_published_files_are_recognised(file: str, name: str, keys: str, shortcu
 def test_notes_name_only_what_is_open() -> None:
     assert detection.detect(tensors("cifar:resnet20", shortcut="conv")).notes == ()
     assert detection.detect(tensors("cifar:vgg16")).notes == ()
-    assert detection.detect(tensors("resnet18")).notes == ()
-    (note,) = detection.detect(tensors("resnet50")).notes
+    assert detection.detect(tensors("resnet34")).notes == ()
+    (twins,) = detection.detect(tensors("resnet18")).notes
+    assert twins == "taken as resnet18; the same tensors fit timm:resnetblur18: choose with --arch"
+    (twins,) = detection.detect(tensors("resnet18", num_classes=3)).notes
+    assert twins.endswith("choose with --arch --arch-kwargs num_classes=3")
+    note, _ = detection.detect(tensors("resnet50")).notes
     assert note.startswith("preprocessing taken from ResNet50_Weights.IMAGENET1K_V2 (resize to 232)")
     (note,) = detection.detect(tensors("googlenet")).notes
     assert "--arch-kwargs transform_input=false" in note
