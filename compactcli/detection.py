@@ -152,13 +152,17 @@ def _near(shapes: Mapping[str, Shape]) -> list[Entry]:
     same = [[entry for entry in entries if entry.signature == keys] for entries in (ours(), timms())]
     if any(same):
         return same[0] + sorted(same[1], key=distance)[:4]
-    families = dict.fromkeys(entry.patterns for entry in (*ours(), *timms()))
-    likeness = {family: len(family & patterns) / len(family | patterns) for family in families}
-    best = max(likeness, key=lambda family: likeness[family])
-    if likeness[best] == 0:
+    best = max(dict.fromkeys(entry.patterns for entry in (*ours(), *timms())), key=lambda family: _likeness(family, patterns))
+    if best.isdisjoint(patterns):
         return []
     family = [[entry for entry in entries if entry.patterns == best] for entries in (ours(), timms())]
     return [entry for entries in family for entry in sorted(entries, key=distance)[:4]]
+
+
+def _likeness(family: frozenset[str], patterns: frozenset[str]) -> float:
+    """The share of all patterns that are common, without a union: there may be a million patterns."""
+    common = len(family & patterns)
+    return common / (len(family) + len(patterns) - common)
 
 
 def _twins_note(chosen: Entry, found: Architecture, twins: list[Entry]) -> tuple[str, ...]:
