@@ -49,7 +49,7 @@ def test_a_sample_of_the_index_is_that_of_the_definitions(timm: Any) -> None:
         pytest.skip(f"the index is of timm {INDEX['version'][0]}")
     names = timm.list_models()
     assert {entry.name for entry in signatures.timms()} <= {f"timm:{name}" for name in names}
-    for name in names[7::120]:
+    for name in names[7::180]:
         described = signatures.describe(name)
         assert described == [replace(entry, forward=0) for entry in shipped(name)], "run scripts/index_architectures.py --timm"
 
@@ -86,7 +86,7 @@ def test_a_bare_file_opens_as_the_network_it_is(timm: Any, name: str, tmp_path: 
         torch.testing.assert_close(found.module(image), network(image))
 
 
-@pytest.mark.parametrize("name", ["densenet121", "inception_v3", "dpn68", "ghostnetv2_100", "fastvit_t8", "resnet50_clip_gap"])
+@pytest.mark.parametrize("name", ["densenet121", "inception_v3", "dpn68", "fastvit_t8", "resnet50_clip_gap"])
 def test_class_counts_and_input_channels_are_read_off(timm: Any, name: str) -> None:
     kwargs = {"num_classes": 7, "in_chans": 1}
     expected = tensors(name, **kwargs)
