@@ -70,7 +70,7 @@ class Architecture:
             else:
                 with _Uninitialised("meta" if device == "meta" else "cpu"):
                     network = self.factory(**self.kwargs)
-        except (TypeError, ValueError, RuntimeError) as problem:
+        except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
             raise CompactError(f"{title(self.name, self.kwargs)} cannot be built: {brief(str(problem))}") from problem
         if not isinstance(network, nn.Module):
             raise CompactError(f"{self.name} returns a {type(network).__name__}, not a torch.nn.Module")

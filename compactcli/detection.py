@@ -68,23 +68,25 @@ def _fit(entry: Entry, shapes: Mapping[str, Shape]) -> _Fit | None:
 
     None if it cannot be built: without timm, or with another version of it.
     """
+    usual = _built(entry.name, entry.kwargs)
+    if usual is None:
+        return None
+    differences = _differences(shapes, usual[1])
+    read = _read(entry, shapes, usual[1])
+    if differences and read and (nearer := _built(entry.name, {**entry.kwargs, **read})):
+        fewer = _differences(shapes, nearer[1])
+        if len(fewer) < len(differences):
+            return _Fit(nearer[0], fewer)
+    return _Fit(usual[0], differences)
+
+
+def _built(name: str, kwargs: Kwargs) -> tuple[Architecture, dict[str, Shape]] | None:
+    """The architecture and its shapes; None if it is not there or refuses the arguments."""
     try:
-        architecture, definition = _built(entry.name, entry.kwargs)
+        architecture = get(name, kwargs)
+        return architecture, shapes_of(architecture.build(device="meta").state_dict())
     except CompactError:
         return None
-    differences = _differences(shapes, definition)
-    read = _read(entry, shapes, definition)
-    if differences and read:
-        nearer, definition = _built(entry.name, {**entry.kwargs, **read})
-        fewer = _differences(shapes, definition)
-        if len(fewer) < len(differences):
-            return _Fit(nearer, fewer)
-    return _Fit(architecture, differences)
-
-
-def _built(name: str, kwargs: Kwargs) -> tuple[Architecture, dict[str, Shape]]:
-    architecture = get(name, kwargs)
-    return architecture, shapes_of(architecture.build(device="meta").state_dict())
 
 
 def _read(entry: Entry, shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -> dict[str, int]:
@@ -144,10 +146,10 @@ def _otherwise(shapes: Mapping[str, Shape]) -> Architecture:
 
 def _near(shapes: Mapping[str, Shape]) -> list[Entry]:
     """The networks to compare with: those with the same keys, else some of those with the most key patterns in common."""
-    keys, patterns, numbers = signature(shapes), patterns_of(shapes), count(shapes)
+    keys, patterns = signature(shapes), patterns_of(shapes)
 
     def distance(entry: Entry) -> tuple[int, int]:
-        return abs(entry.tensors - len(shapes)), abs(entry.numbers - numbers)
+        return abs(entry.tensors - len(shapes)), abs(entry.numbers - count(shapes, {*entry.classes, *entry.channels}))
 
     same = [[entry for entry in entries if entry.signature == keys] for entries in (ours(), timms())]
     if any(same):

@@ -130,6 +130,16 @@ def test_detection_is_fast(timm: Any) -> None:
         assert time.process_time() - start < 1
 
 
+@pytest.mark.parametrize("name", ["regnetx_002", "levit_128", "vgg11"])
+@pytest.mark.parametrize(("axis", "size"), [(0, 0), (0, 1 << 40), (1, 0), (1, 1 << 40)])
+def test_absurd_ends_are_refused(timm: Any, name: str, axis: int, size: int) -> None:
+    state = tensors(name)
+    for key in (shipped(name)[0].classes, shipped(name)[0].channels)[axis]:
+        shape = list(state[key].shape)
+        state[key] = torch.empty([*shape[:axis], size, *shape[axis + 1 :]], device="meta")
+    assert f"nearest is timm:{name}, but " in refusal(state)
+
+
 IMAGINARY = {"stem.kernel": torch.empty(4, 3, 3, 3), "top.kernel": torch.empty(10, 4)}
 
 
