@@ -1,34 +1,29 @@
-"""Networks by name, and the name of a network from its tensors' keys and shapes.
+"""Networks by name.
 
 torchvision and timm are imported on demand.
 """
 
 import difflib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
-import itertools
-import json
 import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import cifar
-from .errors import CompactError, shape_text
+from .errors import CompactError
 from .recipe import Preprocessing
 from .vision import torchvision
 
-Shape = tuple[int, ...]
 Kwargs = Mapping[str, Any]
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -44,19 +39,12 @@ _CIFAR_PREPROCESSING = {
 # The arguments that describe a network. Others load weights, name files or need objects.
 _TORCHVISION_KWARGS = frozenset({"num_classes", "aux_logits", "transform_input", "image_size", "width_mult", "dropout"})
 _TIMM_KWARGS = frozenset({"num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate", "global_pool"})
-_LARGEST = 1 << 20  # no class count, width or image size is larger
+LARGEST = 1 << 20  # no class count, width or image size is larger
 
 # As torchvision builds these two for its own weights, which expect the inputs rescaled.
 _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "transform_input": True},
     "inception_v3": {"transform_input": True},
-}
-_TORCHVISION_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "googlenet": ({"aux_logits": True},),
-    "inception_v3": ({"aux_logits": False},),
-    "vit_b_16": ({"image_size": 384},),
-    "vit_l_16": ({"image_size": 512},),
-    "vit_h_14": ({"image_size": 518},),
 }
 
 
@@ -82,8 +70,8 @@ class Architecture:
             else:
                 with _Uninitialised("meta" if device == "meta" else "cpu"):
                     network = self.factory(**self.kwargs)
-        except (TypeError, ValueError, RuntimeError) as problem:
-            raise CompactError(f"{_title(self.name, self.kwargs)} cannot be built: {_brief(str(problem))}") from problem
+        except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
+            raise CompactError(f"{title(self.name, self.kwargs)} cannot be built: {brief(str(problem))}") from problem
         if not isinstance(network, nn.Module):
             raise CompactError(f"{self.name} returns a {type(network).__name__}, not a torch.nn.Module")
         return network.to(device)
@@ -115,7 +103,7 @@ class _Uninitialised(TorchFunctionMode):
 
 def names() -> list[str]:
     """Every name that `get` takes, except timm's (`timm:` and a name of `timm.list_models()`)."""
-    return [*(f"cifar:{name}" for name in cifar.NETWORKS), *_torchvision_names()]
+    return [*(f"cifar:{name}" for name in cifar.NETWORKS), *torchvision_names()]
 
 
 def get(name: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, int] | None = None) -> Architecture:
@@ -129,10 +117,10 @@ def get(name: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, in
         architecture = _cifar(own, kwargs)
     elif library == "timm" and colon:
         architecture = _timm(own, kwargs)
-    elif name in _torchvision_names():
+    elif name in torchvision_names():
         architecture = _torchvision(name, kwargs)
     else:
-        raise CompactError(f"unknown architecture {_brief(repr(name))}{_suggestion(name)}")
+        raise CompactError(f"unknown architecture {brief(repr(name))}{_suggestion(name)}")
     return architecture if input_shape is None else _with_input(architecture, input_shape)
 
 
@@ -152,169 +140,12 @@ def user(spec: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, i
     return _with_input(Architecture(bare, dict(kwargs or {}), (3, *input_shape[1:]), IMAGENET, factory), input_shape)
 
 
-@dataclass(frozen=True)
-class Detection:
-    """What a set of tensors was recognised as, and the choices made where they do not tell."""
-
-    architecture: Architecture
-    notes: tuple[str, ...]
-
-
-def detect(tensors: Mapping[str, Tensor]) -> Detection:
-    """The architecture whose definition has exactly these keys and shapes. Class count and width are read off them.
-
-    Looks at keys and shapes only, so meta tensors will do. Raises CompactError naming the nearest
-    architecture and the first tensor in which it differs.
-    """
-    shapes = _shapes(tensors)
-    if not shapes:
-        raise CompactError("there are no tensors to recognise a network by")
-    signature = _signature(shapes)
-    known = [network for network in _index()["networks"] if network["signature"] == signature]
-    for network in known:
-        architecture, differences = _fit(network["name"], network["kwargs"], shapes)
-        if not differences:
-            return Detection(architecture, _notes(architecture))
-    raise CompactError(f"cannot name the architecture; {_nearest(shapes, known)}; try --arch NAME")
-
-
-def index() -> dict[str, Any]:
-    """What `signatures.json` holds: a hash of the keys of every known network, and their patterns."""
-    patterns: list[list[str]] = []
-    networks = []
-    for name, kwargs in _indexed():
-        shapes = _shapes(get(name, kwargs).build(device="meta").state_dict())
-        pattern = sorted(_patterns(shapes))
-        if pattern not in patterns:
-            patterns.append(pattern)
-        entry = {"name": name, "kwargs": kwargs, "signature": _signature(shapes), "tensors": len(shapes)}
-        networks.append(entry | {"patterns": patterns.index(pattern)})
-    return {"patterns": patterns, "networks": networks}
-
-
-def _indexed() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every network by name, and the arguments that change its keys."""
-    for name, factory in cifar.NETWORKS.items():
-        choices: list[list[dict[str, Any]]] = []
-        if "keys" in _parameters(factory):
-            choices = [[{}, {"keys": "csg"}], [{}, {"shortcut": "conv"}], [{}, {"stem_bias": True}]]
-        for chosen in itertools.product(*choices):
-            yield f"cifar:{name}", {key: value for choice in chosen for key, value in choice.items()}
-    for name in _torchvision_names():
-        for kwargs in ({}, *_TORCHVISION_VARIANTS.get(name, ())):
-            yield name, kwargs
-
-
-@functools.cache
-def _index() -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(Path(__file__).with_name("signatures.json").read_text())
-    return tree
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """Key -> shape, without the counters that older files do not have."""
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
-
-
-def _signature(shapes: Mapping[str, Shape]) -> str:
-    return hashlib.sha256("\n".join(sorted(shapes)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _patterns(shapes: Mapping[str, Shape]) -> set[str]:
-    """The keys with numbers taken out: nearly the same for all networks of a family."""
-    return {re.sub(r"\d+", "#", key) for key in shapes}
-
-
-def _fit(name: str, kwargs: Kwargs, shapes: Mapping[str, Shape]) -> tuple[Architecture, list[str]]:
-    """The architecture with the arguments read off the shapes where that brings it nearer, and what still differs."""
-    architecture = get(name, kwargs)
-    definition = _shapes(architecture.build(device="meta").state_dict())
-    differences = _differences(shapes, definition)
-    read = _read(name, shapes, definition)
-    if differences and read:
-        nearer = get(name, {**kwargs, **read})
-        fewer = _differences(shapes, _shapes(nearer.build(device="meta").state_dict()))
-        if len(fewer) < len(differences):
-            return nearer, fewer
-    return architecture, differences
-
-
-def _read(name: str, shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -> dict[str, int]:
-    """The class count, and for our own networks the input channels and the width, that the shapes tell of."""
-    weights = [key for key, shape in definition.items() if len(shape) > 1]
-    places = {"num_classes": (weights[-1], 0), "in_channels": (weights[0], 1), "width": (weights[0], 0)}
-    library, _, own = name.partition(":")
-    takes = _parameters(cifar.NETWORKS[own]) if library == "cifar" else {"num_classes"}
-    read = {}
-    for argument, (key, axis) in places.items():
-        shape, usual = shapes.get(key, ()), definition[key]
-        if argument in takes and len(shape) == len(usual) and shape[axis] != usual[axis] and 1 <= shape[axis] <= _LARGEST:
-            read[argument] = shape[axis]
-    return read
-
-
-def _differences(shapes: Mapping[str, Shape], definition: Mapping[str, Shape]) -> list[str]:
-    """What keeps the shapes from being those of the definition, one clause per tensor."""
-    differences = []
-    for key, shape in definition.items():
-        if key not in shapes:
-            differences.append(f"{key} is missing")
-        elif shapes[key] != shape:
-            differences.append(f"{key} is {shape_text(shapes[key])}, not {shape_text(shape)}")
-    return differences + [f"{_brief(key)} is unexpected" for key in shapes if key not in definition]
-
-
-def _nearest(shapes: Mapping[str, Shape], known: list[dict[str, Any]]) -> str:
-    """The clause that names the network with the most key patterns in common and what differs in it."""
-    patterns = _patterns(shapes)
-    families = [set(family) for family in _index()["patterns"]]
-    likeness = [len(family & patterns) / len(family | patterns) for family in families]
-    if not known and max(likeness) == 0:
-        return f"no known network has keys like {_brief(repr(next(iter(shapes))))}"
-    best = likeness.index(max(likeness))
-    family = [network for network in _index()["networks"] if network["patterns"] == best]
-    near = known or sorted(family, key=lambda network: abs(network["tensors"] - len(shapes)))[:4]
-    architecture, differences = min((_fit(n["name"], n["kwargs"], shapes) for n in near), key=lambda fit: len(fit[1]))
-    usual = get(architecture.name).kwargs
-    told = {key: value for key, value in architecture.kwargs.items() if usual.get(key) != value}
-    return f"nearest is {_title(architecture.name, told)}, but {differences[0]}"
-
-
-def _notes(architecture: Architecture) -> tuple[str, ...]:
-    """The choices that keys and shapes leave open, and how to choose otherwise."""
-    how = {
-        "pad": "every second position, zero channels on both sides",
-        "append": "every second position, zero channels behind",
-        "pool": "2x2 average pooling, zero channels on both sides",
-    }
-    chosen = architecture.kwargs.get("shortcut")
-    if chosen in how:
-        others = " or ".join(f"shortcut={kind}" for kind in how if kind != chosen)
-        return (f'shortcut taken as "{chosen}" ({how[chosen]}); if accuracy is off try --arch-kwargs {others}',)
-    if architecture.kwargs.get("transform_input"):
-        return (
-            "transform_input taken as true, as torchvision's own weights need it; else try --arch-kwargs transform_input=false",
-        )
-    return _weights_note(architecture)
-
-
-def _weights_note(architecture: Architecture) -> tuple[str, ...]:
-    """A note where torchvision's weights for one network were made with different preprocessing."""
-    if architecture.name.startswith("cifar:") or architecture.kwargs.get("num_classes", 1000) != 1000:
-        return ()
-    weights = torchvision().models.get_model_weights(architecture.name)
-    if len({str(entry.transforms()) for entry in weights}) == 1:
-        return ()
-    chosen = f"{weights.__name__}.{weights.DEFAULT.name}"
-    return (f"preprocessing taken from {chosen} (resize to {architecture.preprocessing.resize}); its other weights differ",)
-
-
 def _cifar(name: str, kwargs: dict[str, Any]) -> Architecture:
     factory = cifar.NETWORKS[name]
-    parameters = _parameters(factory)
-    _check_kwargs(f"cifar:{name}", kwargs, parameters)
+    allowed = parameters(factory)
+    _check_kwargs(f"cifar:{name}", kwargs, allowed)
     preprocessing = _CIFAR_PREPROCESSING.get(name, CIFAR)
-    if "keys" in parameters:
+    if "keys" in allowed:
         keys = kwargs.setdefault("keys", "akamaster")
         kwargs.setdefault("shortcut", cifar.DEFAULT_SHORTCUT.get(keys))
         preprocessing = IMAGENET if keys == "akamaster" else CIFAR
@@ -335,26 +166,25 @@ def _torchvision(name: str, kwargs: dict[str, Any]) -> Architecture:
     )
     size = transforms.crop_size[0]
     architecture = Architecture(name, kwargs, (3, size, size), preprocessing, builder)
-    own_size = kwargs.get("image_size", size)
+    own_size = kwargs.get("image_size", 224 if name.startswith("vit_") else size)  # vit_h_14's best weights are of 518
     return _with_input(architecture, (3, own_size, own_size))
 
 
 def _timm(name: str, kwargs: dict[str, Any]) -> Architecture:
-    if importlib.util.find_spec("timm") is None:
+    if not has_timm():
         raise CompactError(f"timm:{name} needs timm; pip install compactcli[timm]")
-    torchvision()  # timm imports it, without the cure
-    timm = importlib.import_module("timm")
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise CompactError(f"timm has no model {_brief(repr(name))}{_or_none(near)}")
+    models = timm()
+    if not models.is_model(name):
+        near = difflib.get_close_matches(name, models.list_models(), n=3)
+        raise CompactError(f"timm has no model {brief(repr(name))}{_or_none(near)}")
     _check_kwargs(f"timm:{name}", kwargs, _TIMM_KWARGS)
     try:
-        own = timm.get_pretrained_cfg(name)
+        own = models.get_pretrained_cfg(name)
     except RuntimeError as problem:
-        raise CompactError(_brief(str(problem))) from problem
+        raise CompactError(brief(str(problem))) from problem
     resize = math.floor(own.input_size[-1] / own.crop_pct)
     preprocessing = Preprocessing(tuple(own.mean), tuple(own.std), resize, own.interpolation)
-    factory = functools.partial(timm.create_model, name, pretrained=False)
+    factory = functools.partial(models.create_model, name, pretrained=False)
     architecture = Architecture(f"timm:{name}", kwargs, tuple(own.input_size), preprocessing, factory)
     size = kwargs.get("img_size", own.input_size[-1])
     return _with_input(architecture, (kwargs.get("in_chans", own.input_size[0]), size, size))
@@ -377,24 +207,36 @@ def _check_kwargs(name: str, kwargs: Kwargs, allowed: Collection[str]) -> None:
     """Raises CompactError for an argument that is not allowed or not a plain value of sensible size."""
     for key, value in kwargs.items():
         if key not in allowed:
-            raise CompactError(f"{name} does not take the argument {_brief(repr(key))}, only {', '.join(sorted(allowed))}")
+            raise CompactError(f"{name} does not take the argument {brief(repr(key))}, only {', '.join(sorted(allowed))}")
         if not isinstance(value, bool | int | float | str | None) or (
-            isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= _LARGEST
+            isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= LARGEST
         ):
-            raise CompactError(f"{name} cannot take {key}={_brief(repr(value))}")
+            raise CompactError(f"{name} cannot take {key}={brief(repr(value))}")
 
 
-def _parameters(factory: Callable[..., Any]) -> frozenset[str]:
+def parameters(factory: Callable[..., Any]) -> frozenset[str]:
     """The keyword-only arguments of a factory: the ones a user may give."""
-    parameters = inspect.signature(factory).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    own = inspect.signature(factory).parameters.values()
+    return frozenset(p.name for p in own if p.kind is p.KEYWORD_ONLY)
 
 
 @functools.cache
-def _torchvision_names() -> list[str]:
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification models."""
     models = torchvision().models
     listed: list[str] = models.list_models(module=models)
     return listed
+
+
+def has_timm() -> bool:
+    """Whether timm is installed."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def timm() -> ModuleType:
+    """timm, where it is installed."""
+    torchvision()  # timm imports it, without the cure
+    return importlib.import_module("timm")
 
 
 def _user_module(source: str) -> ModuleType:
@@ -402,7 +244,7 @@ def _user_module(source: str) -> ModuleType:
         try:
             return importlib.import_module(source)
         except (ModuleNotFoundError, ValueError) as problem:
-            raise CompactError(f"cannot import {source!r}: {_brief(str(problem))}") from problem
+            raise CompactError(f"cannot import {source!r}: {brief(str(problem))}") from problem
     if not Path(source).is_file():
         raise CompactError(f"there is no file {source}")
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
@@ -425,12 +267,13 @@ def _or_none(near: list[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _title(name: str, kwargs: Kwargs) -> str:
+def title(name: str, kwargs: Kwargs) -> str:
+    """The name and the arguments beside it, for a line of text."""
     told = ", ".join(f"{key}={value}" for key, value in kwargs.items())
     return f"{name} ({told})" if told else name
 
 
-def _brief(text: str) -> str:
+def brief(text: str) -> str:
     """One line of at most 100 printable characters."""
     line = " ".join(text.split())
     line = "".join(character if character.isprintable() else "?" for character in line)

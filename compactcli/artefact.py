@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import architectures, checkpoint, measure, methods, streams, surgery
+from . import architectures, checkpoint, detection, measure, methods, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text
@@ -180,15 +180,15 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
             f"timm:{file.config['architecture']}", {**kwargs, **(wishes.arch_kwargs or {})}, wishes.input_shape
         )
     else:
-        detection = architectures.detect(tensors)
-        architecture = detection.architecture
+        found = detection.detect(tensors)
+        architecture = found.architecture
         if wishes.arch_kwargs or wishes.input_shape:
             architecture = architectures.get(
                 architecture.name,
                 {**architecture.kwargs, **(wishes.arch_kwargs or {})},
                 wishes.input_shape or architecture.input_shape,
             )
-        notes += [f"recognised as {architecture.name}", *(() if wishes.arch_kwargs else detection.notes)]
+        notes += [f"recognised as {architecture.name}", *(() if wishes.arch_kwargs else found.notes)]
     module = architecture.build()
     _load_(module, tensors)
     recipe = _first_recipe(architecture, module, file)

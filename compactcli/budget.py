@@ -325,7 +325,7 @@ class _State:
     def __init__(self, budget: Budget, dials: Sequence[Dial], price: Callable[[Floats, Floats], Floats]) -> None:
         self.budget, self.dials, self.price = budget, dials, price
         self.settings = [dial.settings for dial in dials]
-        self.errors = [dial.errors[settings] for dial, settings in zip(dials, self.settings, strict=True)]
+        self.errors = [_sloped(dial) for dial in dials]
         self.set([dial.full for dial in dials])
 
     def set(self, values: Sequence[int]) -> None:
@@ -413,6 +413,11 @@ class _State:
         rate = np.where(fits, saved / np.maximum(extra, 1e-9), -np.inf)
         chosen = int(np.argmax(rate))
         return float(rate[chosen]), index, int(above[chosen])
+
+
+def _sloped(dial: Dial) -> Floats:
+    """The error of each setting, and next to nothing more for each that is smaller: a budget is used where no error tells."""
+    return np.asarray(dial.errors[dial.settings] + 1e-9 * (1 - dial.settings / dial.full) ** 2)
 
 
 def _parabola(x: Floats, y: Floats, at: Floats) -> Floats:

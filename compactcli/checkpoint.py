@@ -46,6 +46,7 @@ WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "base_model.")
+INNER = ("features.", "module.")  # a part wrapped in DataParallel, as torchvision's old training script does
 # What else lies beside weights: numbers of the training run, and what thop and AveragedModel leave behind.
 NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step", "n_averaged"})
 COUNTERS = frozenset({"total_ops", "total_params"})
@@ -717,7 +718,19 @@ def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"dropped {len(table) - len(entries)} counters that thop left behind (total_ops, total_params)")
     if prefix := _shared_prefix(list(entries)):
         notes.append(f"stripped the prefix {prefix} from all {len(entries)} names")
-    return {name.removeprefix(prefix): value for name, value in entries.items()}, notes
+    entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    if wrapped := _wrapped(list(entries)):
+        notes.append(f"took module. out of {len(wrapped)} names that begin with {''.join(INNER)}")
+    return {wrapped.get(name, name): value for name, value in entries.items()}, notes
+
+
+def _wrapped(names: list[str]) -> dict[str, str]:
+    """The names in a part that is wrapped as a whole, and what they are without the wrapper."""
+    outer, inner = INNER
+    inside = [name for name in names if name.startswith(outer)]
+    if not all(name.startswith(outer + inner) and name != outer + inner for name in inside):
+        return {}
+    return {name: outer + name.removeprefix(outer + inner) for name in inside}
 
 
 def _shared_prefix(names: list[str]) -> str:

@@ -111,11 +111,13 @@ def _run(
 
 @contextmanager
 def _named_failure(where: str) -> Iterator[None]:
-    """Shape errors and what else code raises, as one line."""
+    """Whatever the network's code raises, as one line."""
     try:
         yield
-    except (RuntimeError, ValueError, AttributeError) as problem:
-        raise CompactError(f"the network does not run {where}: {_first_line(problem)}") from None
+    except CompactError:
+        raise
+    except Exception as problem:
+        raise CompactError(f"the network does not run {where}: {_first_line(problem)}") from problem
 
 
 def _image(batch: int, input_shape: Sequence[int], mode: Any) -> Tensor:

@@ -335,6 +335,21 @@ def test_a_prefix_of_some_names_stays(save, state):
         assert_same(read(save(mixed)).tensors, mixed)
 
 
+def test_a_part_in_data_parallel_is_taken_out_of_it(save):
+    state = {"features.module.0.weight": torch.ones(2), "features.module.0.bias": torch.zeros(2), "fc.weight": torch.ones(3)}
+    plain = {name.replace("module.", ""): tensor for name, tensor in state.items()}
+    for prefix in ("", "module."):
+        found = read(save({prefix + name: tensor for name, tensor in state.items()}))
+        assert_same(found.tensors, plain)
+        assert found.notes[-1] == "took module. out of 2 names that begin with features.module."
+
+
+@pytest.mark.parametrize("other", ["features.0.weight", "features.module."])
+def test_a_part_that_is_wrapped_by_half_stays(save, other):
+    mixed = {"features.module.0.weight": torch.ones(2), other: torch.ones(2), "fc.weight": torch.ones(3)}
+    assert_same(read(save(mixed)).tensors, mixed)
+
+
 def test_a_table_that_holds_itself(save, state):
     table = dict(state)
     table["model"] = table

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"errors", "recipe", "distributed", "vision"},
     {"graph", "data", "streams", "cifar"},
-    {"architectures", "checkpoint", "channels", "surgery", "budget", "calibrate", "plain", "plan"},
+    {"architectures", "signatures", "detection", "checkpoint", "channels", "surgery", "budget", "calibrate", "plain", "plan"},
     {"methods", "measure"},
     {"artefact", "train"},
     {"compress", "finetune", "report", "explain", "export"},
