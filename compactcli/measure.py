@@ -63,9 +63,17 @@ def params(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Multiply-accumulates of one image: what torch.utils.flop_counter counts, halved. On fake tensors."""
-    with FlopCounterMode(display=False) as counter:
-        run_fake(model, input_shape, batch=1)
+    """Multiply-accumulates of one image: what torch.utils.flop_counter counts, halved. On fake tensors.
+
+    Attention takes the path on which its products can be seen.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            run_fake(model, input_shape, batch=1)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2
 
 
