@@ -1,6 +1,5 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,6 +11,7 @@ from .artefact import Network
 from .budget import Budget, Of
 from .channels import Channels
 from .errors import CompactError, UsageError
+from .graph import copied
 from .methods import Method
 from .plain import plain_
 from .plan import plan
@@ -83,7 +83,7 @@ def compress(
         batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
         names = [layer.name for layer in budget.layers]
         edits = method.finish(module, channels, budget, calibrate.moments(module, names, batches, seed=seed))
-        original = copy.deepcopy(module)
+        original = copied(module)
         surgery.apply_checked_(module, edits, channels.consumed, shape)
         error = calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
         log(f"{name}: output error {error:.3f} on {len(calibration.images):,} images of {calibration.dataset}")

@@ -6,7 +6,7 @@ are then part of the graph.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -136,10 +136,17 @@ def _shadow(model: nn.Module, *, fake: bool) -> tuple[nn.Module, Any]:
         model = model.module
     if not fake:
         own = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in model.parameters()}
-        return copy.deepcopy(model, own), nullcontext()
+        return copied(model, own), nullcontext()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo), mode
+    return copied(model, memo), mode
+
+
+def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of modules that hold results of operations beside their parameters (weight_norm as a hook)."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    results = {id(value): value.detach() for value in held if not value.is_leaf}
+    return copy.deepcopy(model, {**results, **(memo or {})})
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -5,7 +5,6 @@ reads them; a plain convolution with the weight that comes out does not. A filte
 (ECA, Wang et al. 2020) knows them by position; with zeros in the places of those that are gone, any may go.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 from . import surgery
 from .budget import operation
 from .errors import CompactError
-from .graph import Graph, per_image, trace
+from .graph import Graph, copied, per_image, trace
 from .recipe import Edit, Replace
 from .surgery import LAYERS, LayerKind
 
@@ -44,7 +43,7 @@ def plained(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
     """The network itself, or a copy with plain layers where it has others."""
     if not any(map(_hides, model.modules())):
         return model
-    result = copy.deepcopy(model)
+    result = copied(model)
     plain_(result, input_shape)
     return result
 
