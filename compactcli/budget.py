@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .channels import Axis, Channels, Ids
 from .errors import CompactError
-from .graph import Graph, per_image
+from .graph import Graph, operation, per_image
 
 Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
@@ -148,12 +148,6 @@ def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
     if weight is not None and weight not in graph.tensors and operation(weight) == "t":
         weight = weight.args[0]
     return weight if weight in graph.tensors else None
-
-
-def operation(node: fx.Node) -> str:
-    """The name of its ATen operation, without namespace and overload; "" if it is none."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else ""
 
 
 def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:

@@ -70,6 +70,12 @@ def _trace(model: nn.Module, input_shape: Sequence[int], train: bool, batch: int
     return Graph(nodes, tensors, owners, constants, placeholders[-1], frozenset(chunks), baked)
 
 
+def operation(node: fx.Node) -> str:
+    """The name of a node's ATen operation without namespace and overload: aten.add.Tensor -> add."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else str(node.target)
+
+
 def per_image(graph: Graph) -> set[fx.Node]:
     """The nodes whose value depends on the images; the others are computed once for a batch."""
     found = {graph.image}

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import surgery
-from .budget import operation
 from .errors import CompactError
-from .graph import Graph, copied, per_image, trace
+from .graph import Graph, copied, operation, per_image, trace
 from .recipe import Edit, Replace
 from .surgery import LAYERS, LayerKind
 

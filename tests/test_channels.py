@@ -216,7 +216,7 @@ FREE_IN_AWKWARD = {
     **{"chunked": 4 + 5 + 6, "split_by_width": 4 + 4 + 6, "split_by_half": 4 + 6, "split_unevenly": 3 + 5 + 3 + 6},
     **{"split_by_number": 8 + 5, "first_channels": 5 + 3 + 6, "reversed_channels": 8 + 2, "layer_norm": 12 + 5},
     **{"layer_norm_of_positions": 8 + 5, "group_norm_of_all": 8 + 5, "wide_groups": 4 + 6 + 5, "transposed_depthwise": 8 + 5},
-    **{"standardised": 9 + 8 + 5 + 3, "neighbours": 8 + 5, "selected": 8 + 6 + 5, "softmax_of_channels": 8 + 5},
+    **{"standardised": 9 + 8 + 5, "neighbours": 8 + 5, "selected": 8 + 6 + 5, "softmax_of_channels": 8 + 5},
     **{"largest_channel": 8 + 5 + 1, "attention": 8 + 5, "pixels": 3 + 4 + 5, "shuffle_module": 4 + 6, "unpooled": 8 + 6},
     **{"edges": 8 + 6, "linear_unit": 4 + 6, "unfolded": 8 + 6 + 5, "taken_apart": 8 + 6, "picked": 8 + 5},
     **{"log_sigmoid": 8 + 6, "condition": 8 + 6 + 5 + 4, "in_place": 8 + 6 + 5 + 2, "copied": 8 + 6 + 5 + 2},

@@ -1,251 +1,16 @@
-"""Which channels must go together: ids carried through every operation of the graph.
-
-Every axis of every parameter gets fresh ids, one per position. Each tensor of the graph carries
-labels: an axis and the ids along it, which say what channel an element belongs to. An operation
-that pairs positions ties their ids together; one that moves positions moves ids; one that nobody
-wrote a rule for locks the ids it touches, with its name as the reason. What is tied together in the
-end is one set: removed as a whole, or kept.
-
-Locked is always correct, only less compact.
-"""
+"""The rules: one small function per kind of ATen operation, from the node to the labels of its value."""
 
 import math
-import operator
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
-from .graph import Graph, trace
-from .recipe import COUNTS, Edit, Keep, Set
+from ..graph import operation
+from .walk import Ids, Label, Rule, Walk, argument, nodes_in, shape_of
 
-Ids = np.ndarray[Any, np.dtype[np.int64]]
-Axis = tuple[str, int]  # (parameter or buffer, axis)
-NONE = 0  # the id of positions that belong to no channel
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A number in a module's code that counts channels: it becomes how many of `sets` are kept."""
-
-    module: str
-    attribute: str
-    sets: Ids
-
-
-@dataclass(frozen=True)
-class Channels:
-    """The coupled sets of a network. A set is a number; `axes` says where its positions are."""
-
-    axes: dict[Axis, Ids]  # the set of every position along the axis
-    locked: dict[int, str]  # set -> why it may not be removed
-    consumed: frozenset[Axis]  # axes that contract with activations: where a removed channel is read
-    slots: tuple[Slot, ...]
-    count: int
-
-    def free(self) -> list[int]:
-        """The sets that may be removed, in the order in which their parameters are registered."""
-        return [number for number in range(self.count) if number not in self.locked]
-
-    def reason(self, axis: Axis) -> str | None:
-        """Why no channel along the axis may go; None if one may, or if there is no such axis."""
-        numbers = set(self.axes[axis].tolist()) if axis in self.axes else set()
-        if not numbers or any(number not in self.locked for number in numbers):
-            return None
-        return self.locked[min(numbers)]
-
-
-def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None) -> Channels:
-    """The coupled sets of the traced network; `locked` names axes that may not be cut, and why.
-
-    Heads that run only in training are traced as well: they read channels of the trunk. What a branch that was
-    not taken reads is not known, so nothing is free where there is one with parameters of its own.
-    """
-    walk = _Walk(graph, model)
-    walk.run()
-    if walk.unreached():
-        walk.graph = trace(model, graph.image.meta["val"].shape[1:], train=True)
-        walk.run()
-    if graph.baked and any(not name.endswith("num_batches_tracked") for name, _ in walk.unreached()):
-        walk.lock([Label(0, ids) for ids in walk.axes.values()], "a branch that depends on values may read it")
-    for axis, reason in (locked or {}).items():
-        walk.lock([Label(0, walk.axes[axis])], reason)
-    return walk.result()
-
-
-def edits(channels: Channels, removed: Sequence[int], model: nn.Module) -> list[Edit]:
-    """The edits that remove the given sets: one Keep per module axis, one Set per number in code."""
-    gone = np.zeros(channels.count, dtype=bool)
-    gone[list(removed)] = True
-    result: list[Edit] = []
-    seen: set[tuple[str, int]] = set()
-    for (tensor, axis), sets in channels.axes.items():
-        target = layer_axis(model, tensor, axis)
-        if target not in seen and gone[sets].any():
-            seen.add(target)
-            result.append(Keep(*target, tuple(np.flatnonzero(~gone[sets]).tolist())))
-    for slot in channels.slots:
-        if gone[slot.sets].any():
-            result.append(Set(slot.module, slot.attribute, int((~gone[slot.sets]).sum())))
-    return result
-
-
-def layer_axis(model: nn.Module, tensor: str, axis: int) -> tuple[str, int]:
-    """(module, 0 = output or 1 = input) of a known layer's tensor axis; else (tensor, axis) itself."""
-    path, _, name = tensor.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) and name == "weight":
-        return path, 1 - axis
-    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
-    own = name in ("weight", "bias", "running_mean", "running_var")  # a gain beside them is cut by itself
-    return (path, axis) if own and isinstance(module, known) else (tensor, axis)
-
-
-class Label(NamedTuple):
-    """The channel of every position along one axis of a tensor."""
-
-    axis: int
-    ids: Ids
-
-
-@dataclass
-class _Walk:
-    """One pass over the graph. Rules give nodes labels, tie ids together, and lock them."""
-
-    graph: Graph
-    model: nn.Module
-    labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
-    pieces: dict[fx.Node, list[list[Label]]] = field(default_factory=dict)  # of nodes with several values
-    axes: dict[Axis, Ids] = field(default_factory=dict)
-    reached: set[str] = field(default_factory=set)
-    ties: list[tuple[Ids, Ids]] = field(default_factory=list)
-    locks: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))  # reason -> ids
-    consumed: set[Axis] = field(default_factory=set)
-    slots: dict[tuple[str, str], Ids] = field(default_factory=dict)
-    first_ids: list[int] = field(default_factory=list)  # of every run of fresh ids, ascending
-    made_for: list[Axis | None] = field(default_factory=list)  # what that run labels
-    next_id: int = 1
-
-    def fresh(self, count: int, axis: Axis | None = None) -> Ids:
-        """New ids, of a parameter's axis or of padding."""
-        self.first_ids.append(self.next_id)
-        self.made_for.append(axis)
-        ids = np.arange(self.next_id, self.next_id + count)
-        self.next_id += count
-        return ids
-
-    def tie(self, a: Ids, b: Ids) -> None:
-        """Positions of a and b (broadcastable) go together; those without a channel pair with nothing."""
-        a, b = np.broadcast_arrays(a, b)
-        both = (a != NONE) & (b != NONE) & (a != b)
-        self.ties.append((a[both], b[both]))
-
-    def lock(self, labels: Iterable[Label], reason: str) -> None:
-        self.locks[reason] += [label.ids[label.ids != NONE] for label in labels]
-
-    def along(self, node: Any, axis: int) -> list[Ids]:
-        """The ids that run along an axis of the node's value; none for what is not a node."""
-        return [label.ids for label in self.of(node) if label.axis == axis]
-
-    def of(self, tree: Any) -> list[Label]:
-        """The labels of every node in nested arguments."""
-        return [label for node in _nodes(tree) for label in self.labels.get(node, [])]
-
-    def consume(self, ids: Ids) -> None:
-        """Note the parameter axes that the ids were made for as contracted with activations."""
-        runs = np.unique(np.searchsorted(self.first_ids, ids[ids != NONE], side="right") - 1)
-        self.consumed.update(axis for run in runs if (axis := self.made_for[run]) is not None)
-
-    def slot(self, module: str, attribute: str, ids: Ids) -> None:
-        """Let the attribute count the ids. What else it counts goes with them, position by position."""
-        self.tie(self.slots.setdefault((module, attribute), ids), ids)
-
-    def held(self, node: fx.Node, attribute: str, number: int) -> bool:
-        """Whether the module that issued the operation has the number as that attribute."""
-        return getattr(self.model.get_submodule(self.graph.owners[node]), attribute, None) == number
-
-    def counted(self, node: fx.Node, ids: Ids) -> bool:
-        """Let the issuing module's number of these ids follow how many are kept; False if it has none."""
-        attribute = next((name for name in COUNTS if self.held(node, name, len(ids))), None)
-        if attribute is not None:
-            self.slot(self.graph.owners[node], attribute, ids)
-        return attribute is not None
-
-    def visit(self, node: fx.Node) -> None:
-        if node.op == "placeholder" and node in self.graph.tensors:
-            name = self.graph.tensors[node]
-            shape = node.meta["val"].shape
-            if (name, 0) not in self.axes:  # not known from another graph
-                self.axes.update({(name, axis): self.fresh(size, (name, axis)) for axis, size in enumerate(shape)})
-            self.labels[node] = [Label(axis, self.axes[name, axis]) for axis in range(len(shape))]
-        elif node.op == "output":
-            self.lock(self.of(node.args), "the network's output")
-        elif node.op == "call_function" and node.target is operator.getitem:
-            source, index = _node(node, 0), node.args[1]
-            assert isinstance(index, int)
-            own = self.labels.get(source, []) if index == 0 else []
-            self.labels[node] = self.pieces[source][index] if source in self.pieces else own
-        elif node.op == "call_function":
-            self.reached.update(self.graph.tensors[n] for n in _nodes(node.args) if n in self.graph.tensors)
-            known = RULES.get(_name(node))
-            if _has_out(node):
-                self.lock(self.of((node.args, node.kwargs)), f"written into a given tensor by {_name(node)}")
-            elif known is not None:
-                self.labels[node] = known(self, node)
-            else:
-                self.lock(self.of((node.args, node.kwargs)), f"no rule for the operation {_name(node)}")
-
-    def run(self) -> None:
-        """Visit every node of the graph."""
-        for node in self.graph.nodes:
-            self.visit(node)
-
-    def unreached(self) -> list[Axis]:
-        """Axes of parameters and buffers that no operation used."""
-        return [axis for axis in self.axes if axis[0] not in self.reached]
-
-    def result(self) -> Channels:
-        for axis in self.unreached():
-            self.lock([Label(0, self.axes[axis])], "not reached by any operation")
-        roots = _components(self.next_id, self.ties)
-        used = np.unique(np.concatenate([roots[ids] for ids in [*self.axes.values(), *self.slots.values()]]))
-        number = np.full(len(roots), -1)
-        number[used] = np.arange(len(used))
-        locked: dict[int, str] = {}
-        for reason, ids in reversed(self.locks.items()):  # the first reason is the one that is told
-            locked.update(dict.fromkeys(np.unique(number[roots[np.concatenate([*ids, [NONE]])]]).tolist(), reason))
-        locked.pop(-1, None)  # ids that no parameter has
-        return Channels(
-            axes={axis: number[roots[ids]] for axis, ids in self.axes.items()},
-            locked=locked,
-            consumed=frozenset(self.consumed),
-            slots=tuple(Slot(*place, number[roots[ids]]) for place, ids in self.slots.items()),
-            count=len(used),
-        )
-
-
-def _components(size: int, ties: Sequence[tuple[Ids, Ids]]) -> Ids:
-    """The smallest id reachable from each id: hooking to the smaller root, then pointer jumping."""
-    parent = np.arange(size)
-    a = np.concatenate([parent[:0], *(tie[0].ravel() for tie in ties)])
-    b = np.concatenate([parent[:0], *(tie[1].ravel() for tie in ties)])
-    while len(a):
-        a, b = parent[a], parent[b]
-        apart = a != b
-        a, b = a[apart], b[apart]
-        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(parent, parent[parent]):
-            parent = parent[parent]
-    return parent
-
-
-# The rules: one small function per kind of operation, from the node to the labels of its value.
-
-Rule = Callable[[_Walk, fx.Node], list[Label]]
 RULES: dict[str, Rule] = {}
 
 
@@ -270,20 +35,20 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     *("logical_and", "logical_or", "logical_not", "remainder", "fmod", "atan2"),
     *("neg_", "abs_", "exp_", "sqrt_", "rsqrt_", "pow_", "clamp_min_", "clamp_max_", "lerp_", "masked_fill_"),
 )
-def _pointwise(walk: _Walk, node: fx.Node) -> list[Label]:
+def _pointwise(walk: Walk, node: fx.Node) -> list[Label]:
     """Each element depends on its own predecessors. f(0) need not be 0: consumers are what is masked."""
     return _elementwise(walk, node)
 
 
 @rule("native_dropout")
-def _dropout(walk: _Walk, node: fx.Node) -> list[Label]:
+def _dropout(walk: Walk, node: fx.Node) -> list[Label]:
     return walk.of(node.args[0])
 
 
 @rule("as_strided_")
-def _same_shape(walk: _Walk, node: fx.Node) -> list[Label]:
+def _same_shape(walk: Walk, node: fx.Node) -> list[Label]:
     """Global pooling puts its result into another memory layout; any other use locks."""
-    source = _node(node, 0)
+    source = argument(node, 0)
     if source.meta["val"].shape == node.meta["val"].shape:
         return walk.of(source)
     walk.lock(walk.of(source), "no rule for the operation as_strided_")
@@ -291,19 +56,19 @@ def _same_shape(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-def _like(walk: _Walk, node: fx.Node) -> list[Label]:
+def _like(walk: Walk, node: fx.Node) -> list[Label]:
     """As many as there are channels, whatever their values."""
     return walk.of(node.args[0])
 
 
 @rule("empty", "zeros", "ones", "full", "arange", "scalar_tensor", "eye", "linspace", "rand", "randn")
 @rule("new_empty", "new_zeros", "new_ones", "new_full")
-def _constant(_walk: _Walk, _op: fx.Node) -> list[Label]:
+def _constant(_walk: Walk, _op: fx.Node) -> list[Label]:
     return []
 
 
 @rule("convolution")
-def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
+def _convolution(walk: Walk, node: fx.Node) -> list[Label]:
     image, weight, bias = node.args[:3]
     transposed, groups = node.args[6], node.args[8]
     assert isinstance(groups, int)
@@ -328,7 +93,7 @@ def _convolution(walk: _Walk, node: fx.Node) -> list[Label]:
     return [Label(1, ids) for ids in out]
 
 
-def _grouped(walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]) -> None:
+def _grouped(walk: Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]) -> None:
     """Few wide groups: the same position of every group goes, its inputs apart from its outputs.
 
     Many narrow ones: whole groups go, inputs and outputs as one set (depthwise: a channel and its filters).
@@ -344,7 +109,7 @@ def _grouped(walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into:
 
 
 def _grouped_transposed(
-    walk: _Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]
+    walk: Walk, node: fx.Node, groups: int, arriving: list[Ids], into: list[Ids], out: list[Ids]
 ) -> list[Ids]:
     """Whole groups go. The weight (i, o / groups, k, k) has all inputs, and its outputs once for all groups."""
     walk.lock((Label(1, ids) for ids in out), "an output inside a group")
@@ -353,7 +118,7 @@ def _grouped_transposed(
     return [np.repeat(members[0][:, 0], len(out[0]))]
 
 
-def _whole_groups(walk: _Walk, node: fx.Node, attribute: str, members: Sequence[Ids]) -> None:
+def _whole_groups(walk: Walk, node: fx.Node, attribute: str, members: Sequence[Ids]) -> None:
     """A group, one row of each of `members`, is one set; the issuing module's attribute counts the groups."""
     for ids in members:
         walk.tie(members[0][:, :1], ids)
@@ -364,7 +129,7 @@ def _whole_groups(walk: _Walk, node: fx.Node, attribute: str, members: Sequence[
 
 
 @rule("addmm")
-def _addmm(walk: _Walk, node: fx.Node) -> list[Label]:
+def _addmm(walk: Walk, node: fx.Node) -> list[Label]:
     bias, left, right = node.args[:3]
     labels = _product(walk, left, right)
     for out in (label.ids for label in labels if label.axis == 1):
@@ -374,17 +139,17 @@ def _addmm(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("mm")
-def _mm(walk: _Walk, node: fx.Node) -> list[Label]:
+def _mm(walk: Walk, node: fx.Node) -> list[Label]:
     return _product(walk, *node.args[:2])
 
 
-def _product(walk: _Walk, left: Any, right: Any) -> list[Label]:
+def _product(walk: Walk, left: Any, right: Any) -> list[Label]:
     """left (n, i) times right (i, o): the contraction axis is tied, rows and columns pass."""
     _contract(walk, walk.along(left, 1), walk.along(right, 0))
     return [Label(0, ids) for ids in walk.along(left, 0)] + [Label(1, ids) for ids in walk.along(right, 1)]
 
 
-def _contract(walk: _Walk, arriving: list[Ids], into: list[Ids]) -> None:
+def _contract(walk: Walk, arriving: list[Ids], into: list[Ids]) -> None:
     """A layer's input axis meets the channels that arrive."""
     if not arriving:
         walk.lock((Label(0, ids) for ids in into), "reads the network's input")
@@ -397,12 +162,12 @@ def _contract(walk: _Walk, arriving: list[Ids], into: list[Ids]) -> None:
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
-def _batch_norm(walk: _Walk, node: fx.Node) -> list[Label]:
+def _batch_norm(walk: Walk, node: fx.Node) -> list[Label]:
     """The channels pass. Of a weight that is standardised that is its outputs: statistics are taken over its inputs."""
     others = [label for label in walk.of(node.args[0]) if label.axis != 1]
     walk.lock(others, "a position that goes into the statistics of a batch normalisation")
     arriving = walk.along(node.args[0], 1)
-    for vector in _nodes(node.args[1:5]):
+    for vector in nodes_in(node.args[1:5]):
         ids = walk.along(vector, 0)
         if ids and arriving and len(ids[0]) == len(arriving[0]):
             walk.tie(ids[0], arriving[0])
@@ -414,10 +179,10 @@ def _batch_norm(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("native_layer_norm")
-def _layer_norm(walk: _Walk, node: fx.Node) -> list[Label]:
+def _layer_norm(walk: Walk, node: fx.Node) -> list[Label]:
     """Statistics are taken over the last axes; the others pass."""
     shape: Any = node.args[1]
-    first = len(_shape(node.args[0])) - len(shape)
+    first = len(shape_of(node.args[0])) - len(shape)
     walk.lock(walk.of(node.args[2:4]), "scales and shifts what a layer normalisation takes statistics over")
     walk.lock(
         (label for label in walk.of(node.args[0]) if label.axis >= first),
@@ -427,7 +192,7 @@ def _layer_norm(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("native_group_norm")
-def _group_norm(walk: _Walk, node: fx.Node) -> list[Label]:
+def _group_norm(walk: Walk, node: fx.Node) -> list[Label]:
     """Statistics are taken over the channels of a group: whole groups go."""
     groups: Any = node.args[6]
     walk.lock(
@@ -446,14 +211,14 @@ def _group_norm(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("_prelu_kernel", "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul", "addcdiv", "maximum", "minimum")
-def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
+def _elementwise(walk: Walk, node: fx.Node) -> list[Label]:
     """Position pairs with position. An operand of size one along an axis pairs with nothing there."""
-    shape = _shape(node)
+    shape = shape_of(node)
     result = []
     for axis, size in enumerate(shape):
         met: list[Ids] = []
         constant = False
-        for operand in _nodes((node.args, node.kwargs)):
+        for operand in nodes_in((node.args, node.kwargs)):
             own = axis - len(shape) + len(operand.meta["val"].shape)
             if own >= 0 and operand.meta["val"].shape[own] == size:
                 ids = walk.along(operand, own)
@@ -470,34 +235,36 @@ def _elementwise(walk: _Walk, node: fx.Node) -> list[Label]:
 
 @rule("mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "logsumexp", "median")
 @rule("var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm")
-def _reduce(walk: _Walk, node: fx.Node) -> list[Label]:
+def _reduce(walk: Walk, node: fx.Node) -> list[Label]:
     """Over positions the channels pass; over channels they are locked."""
-    source, name = _node(node, 0), _name(node)
-    rank = len(_shape(source))
+    source, name = argument(node, 0), operation(node)
+    rank = len(shape_of(source))
     at = 2 if name in ("linalg_vector_norm", "norm") else 1
     dims: Any = node.args[at] if len(node.args) > at else None
     if isinstance(dims, fx.Node):  # the larger of two tensors
         return _elementwise(walk, node)
     reduced = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if dims not in (None, []) else set(range(rank))
     walk.lock((label for label in walk.of(source) if label.axis in reduced), f"reduced over channels by {name}")
-    kept = [axis for axis in range(rank) if axis not in reduced or len(_shape(node)) == rank]
+    kept = [axis for axis in range(rank) if axis not in reduced or len(shape_of(node)) == rank]
     labels = [Label(kept.index(label.axis), label.ids) for label in walk.of(source) if label.axis not in reduced]
     walk.pieces[node] = [labels, labels]  # where there are two values
     return labels
 
 
 @rule("_softmax", "_log_softmax", "sort", "topk")
-def _compared(walk: _Walk, node: fx.Node) -> list[Label]:
+def _compared(walk: Walk, node: fx.Node) -> list[Label]:
     """Every value depends on all along one axis; the others pass."""
-    source, axis = _node(node, 0), _axis(node, 2 if _name(node) == "topk" else 1, -1)
-    walk.lock((label for label in walk.of(source) if label.axis == axis), f"compared across channels by {_name(node).strip('_')}")
+    source, axis = argument(node, 0), _axis(node, 2 if operation(node) == "topk" else 1, -1)
+    walk.lock(
+        (label for label in walk.of(source) if label.axis == axis), f"compared across channels by {operation(node).strip('_')}"
+    )
     walk.pieces[node] = [walk.of(source)] * 2
     return walk.of(source)
 
 
 @rule("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
 @rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_attention_math", "scaled_dot_product_attention")
-def _attention(walk: _Walk, node: fx.Node) -> list[Label]:
+def _attention(walk: Walk, node: fx.Node) -> list[Label]:
     walk.lock(walk.of(node.args), "activations multiplied with activations (attention)")
     return []
 
@@ -515,10 +282,10 @@ def _attention(walk: _Walk, node: fx.Node) -> list[Label]:
     *(f"_upsample_{kind}" for kind in ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d", "bilinear2d_aa", "bicubic2d_aa"))
 )
 @rule(*(f"{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)))
-def _spatial(walk: _Walk, node: fx.Node) -> list[Label]:
+def _spatial(walk: Walk, node: fx.Node) -> list[Label]:
     """Positions are mixed or moved within each channel; so are indices into them."""
-    source, name = _node(node, 0), _name(node)
-    first = len(_shape(source)) - int(next(letter for letter in name if letter.isdigit()))
+    source, name = argument(node, 0), operation(node)
+    first = len(shape_of(source)) - int(next(letter for letter in name if letter.isdigit()))
     labels = [label for label in walk.of(source) if label.axis < first]
     walk.lock((label for label in walk.of(source) if label.axis >= first), f"reduced by {name}")
     if name == "grid_sampler_2d":
@@ -528,9 +295,9 @@ def _spatial(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("view", "_unsafe_view", "reshape")
-def _view(walk: _Walk, node: fx.Node) -> list[Label]:
+def _view(walk: Walk, node: fx.Node) -> list[Label]:
     """Ids of merged axes are spread; those of a split axis stay free along its longest part alone."""
-    source = _node(node, 0)
+    source = argument(node, 0)
     before, after = tuple(source.meta["val"].shape), tuple(node.meta["val"].shape)
     result = []
     for label in walk.of(source):
@@ -567,13 +334,13 @@ def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[slice
 
 
 @rule("permute", "transpose", "t", "unsqueeze", "squeeze", "expand")
-def _move(walk: _Walk, node: fx.Node) -> list[Label]:
+def _move(walk: Walk, node: fx.Node) -> list[Label]:
     """The axes in a new order, with axes of size one put in or taken out."""
-    source = _node(node, 0)
+    source = argument(node, 0)
     sizes = tuple(source.meta["val"].shape)
     order: list[int | None] = list(range(len(sizes)))  # old axis at each new place
     arguments: Any = node.args[1:]
-    match _name(node):
+    match operation(node):
         case "t":
             order.reverse()
         case "permute":
@@ -597,21 +364,21 @@ def _move(walk: _Walk, node: fx.Node) -> list[Label]:
             lost.append(label)
         else:
             moved.append(Label(new, label.ids))
-    walk.lock(lost, f"dropped or spread by {_name(node)}")
+    walk.lock(lost, f"dropped or spread by {operation(node)}")
     return moved
 
 
 @rule("cat")
-def _cat(walk: _Walk, node: fx.Node) -> list[Label]:
+def _cat(walk: Walk, node: fx.Node) -> list[Label]:
     """One after the other along an axis; along the others position pairs with position."""
-    tensors, axis = _nodes(node.args[0]), _axis(node, 1, 0)
+    tensors, axis = nodes_in(node.args[0]), _axis(node, 1, 0)
     result = []
-    for along in range(len(_shape(node))):
+    for along in range(len(shape_of(node))):
         runs = []
         for tensor in tensors:
             ids = walk.along(tensor, along)
             if not ids:  # what it is paired with downstream may not be cut either
-                ids = [walk.fresh(_shape(tensor)[along])]
+                ids = [walk.fresh(shape_of(tensor)[along])]
                 walk.lock([Label(along, ids[0])], "concatenated with a tensor without channels")
             for extra in ids[1:]:
                 walk.tie(ids[0], extra)
@@ -624,11 +391,11 @@ def _cat(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("stack")
-def _stack(walk: _Walk, node: fx.Node) -> list[Label]:
+def _stack(walk: Walk, node: fx.Node) -> list[Label]:
     """A new axis; along the others position pairs with position."""
-    tensors, axis = _nodes(node.args[0]), _axis(node, 1, 0)
+    tensors, axis = nodes_in(node.args[0]), _axis(node, 1, 0)
     result = []
-    for along in range(len(_shape(tensors[0]))):
+    for along in range(len(shape_of(tensors[0]))):
         runs = [walk.along(tensor, along) for tensor in tensors]
         label = _together(walk, along + (along >= axis), [ids for run in runs for ids in run])
         if not all(runs):
@@ -637,7 +404,7 @@ def _stack(walk: _Walk, node: fx.Node) -> list[Label]:
     return [label for label in result if len(label.ids)]
 
 
-def _together(walk: _Walk, axis: int, runs: Sequence[Ids]) -> Label:
+def _together(walk: Walk, axis: int, runs: Sequence[Ids]) -> Label:
     for ids in runs[1:]:
         walk.tie(runs[0], ids)
     return Label(axis, np.max(runs, axis=0) if runs else np.array([], dtype=np.int64))
@@ -647,10 +414,10 @@ BY_NUMBERS = "part of the channels is picked by numbers in code"
 
 
 @rule("slice")
-def _slice(walk: _Walk, node: fx.Node) -> list[Label]:
+def _slice(walk: Walk, node: fx.Node) -> list[Label]:
     """Positions may be picked; so may the channels before or after a number that the issuing module holds."""
-    source, axis = _node(node, 0), _axis(node, 1, 0)
-    size = _shape(source)[axis]
+    source, axis = argument(node, 0), _axis(node, 1, 0)
+    size = shape_of(source)[axis]
     numbers: Any = [*node.args[2:], *(None, None, None)[len(node.args) - 2 :]]
     start, stop, step = numbers[0] or 0, size if numbers[1] is None else min(numbers[1], size), numbers[2] or 1
     result = [label for label in walk.of(source) if label.axis != axis]
@@ -665,11 +432,11 @@ def _slice(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("split", "split_with_sizes")
-def _split(walk: _Walk, node: fx.Node) -> list[Label]:
+def _split(walk: Walk, node: fx.Node) -> list[Label]:
     """Even pieces go position by position, uneven ones as they like, where their sizes are known to follow."""
-    source, axis = _node(node, 0), _axis(node, 2, 0)
+    source, axis = argument(node, 0), _axis(node, 2, 0)
     sizes: Any = node.args[1]
-    total = _shape(source)[axis]
+    total = shape_of(source)[axis]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
     ends = np.cumsum(sizes)[:-1].tolist()
@@ -683,10 +450,10 @@ def _split(walk: _Walk, node: fx.Node) -> list[Label]:
     return []
 
 
-def _sizes_follow(walk: _Walk, node: fx.Node, ids: Ids, runs: Sequence[Ids]) -> bool:
+def _sizes_follow(walk: Walk, node: fx.Node, ids: Ids, runs: Sequence[Ids]) -> bool:
     if len(runs) == 1:
         return False
-    if _name(node) == "split_with_sizes" and node not in walk.graph.chunks:
+    if operation(node) == "split_with_sizes" and node not in walk.graph.chunks:
         return all(walk.counted(node, run) for run in runs)
     if len({len(run) for run in runs}) > 1:
         return False
@@ -696,18 +463,18 @@ def _sizes_follow(walk: _Walk, node: fx.Node, ids: Ids, runs: Sequence[Ids]) -> 
 
 
 @rule("unbind")
-def _unbind(walk: _Walk, node: fx.Node) -> list[Label]:
+def _unbind(walk: Walk, node: fx.Node) -> list[Label]:
     labels = _picked(walk, node, _axis(node, 1, 0))
-    walk.pieces[node] = [labels] * _shape(_node(node, 0))[_axis(node, 1, 0)]
+    walk.pieces[node] = [labels] * shape_of(argument(node, 0))[_axis(node, 1, 0)]
     return []
 
 
 @rule("select")
-def _select(walk: _Walk, node: fx.Node) -> list[Label]:
+def _select(walk: Walk, node: fx.Node) -> list[Label]:
     return _picked(walk, node, _axis(node, 1, 0))
 
 
-def _picked(walk: _Walk, node: fx.Node, axis: int) -> list[Label]:
+def _picked(walk: Walk, node: fx.Node, axis: int) -> list[Label]:
     """What is left where one axis is taken apart."""
     labels = walk.of(node.args[0])
     walk.lock((label for label in labels if label.axis == axis), BY_NUMBERS)
@@ -715,23 +482,23 @@ def _picked(walk: _Walk, node: fx.Node, axis: int) -> list[Label]:
 
 
 @rule("index", "index_select")
-def _index(walk: _Walk, node: fx.Node) -> list[Label]:
+def _index(walk: Walk, node: fx.Node) -> list[Label]:
     """Positions may be picked; what holds channels, and is not picked by one vector, is locked."""
-    if _name(node) == "index_select":
-        axes, indices = [_axis(node, 1, 0)], _nodes(node.args[2])
+    if operation(node) == "index_select":
+        axes, indices = [_axis(node, 1, 0)], nodes_in(node.args[2])
         if walk.of(indices):
             return _picked_by(walk, node, axes[0])
     else:
         given: Any = node.args[1]
-        axes, indices = [axis for axis, index in enumerate(given) if index is not None], _nodes(given)
+        axes, indices = [axis for axis, index in enumerate(given) if index is not None], nodes_in(given)
     walk.lock(walk.of(indices), "used as indices")
     labels = walk.of(node.args[0])
-    simple = len(indices) == 1 and len(_shape(indices[0])) == 1 and indices[0].meta["val"].dtype == torch.int64
+    simple = len(indices) == 1 and len(shape_of(indices[0])) == 1 and indices[0].meta["val"].dtype == torch.int64
     walk.lock((label for label in labels if not simple or label.axis in axes), BY_NUMBERS)
     return [label for label in labels if label.axis not in axes] if simple else []
 
 
-def _picked_by(walk: _Walk, node: fx.Node, axis: int) -> list[Label]:
+def _picked_by(walk: Walk, node: fx.Node, axis: int) -> list[Label]:
     """Positions picked by a buffer that holds one number per channel: they go with the channels of the buffer."""
     walk.lock((label for label in walk.of(node.args[0]) if label.axis == axis), BY_NUMBERS)
     others = [label for label in walk.of(node.args[0]) if label.axis != axis]
@@ -739,7 +506,7 @@ def _picked_by(walk: _Walk, node: fx.Node, axis: int) -> list[Label]:
 
 
 @rule("index_copy")
-def _put(walk: _Walk, node: fx.Node) -> list[Label]:
+def _put(walk: Walk, node: fx.Node) -> list[Label]:
     """Channels put in places that a buffer names, one number per channel: where they are gone there is zero."""
     into, axis, index, source = node.args[0], _axis(node, 1, 0), node.args[2], node.args[3]
     walk.lock((label for label in walk.of(into) if label.axis == axis), BY_NUMBERS)
@@ -754,23 +521,25 @@ def _put(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("roll", "flip")
-def _roll(walk: _Walk, node: fx.Node) -> list[Label]:
+def _roll(walk: Walk, node: fx.Node) -> list[Label]:
     """A reversal takes the ids along; a shift by a number in code locks them."""
-    source = _node(node, 0)
-    rank = len(_shape(source))
-    given: Any = node.args[2 if _name(node) == "roll" else 1] if len(node.args) > 1 + (_name(node) == "roll") else range(rank)
+    source = argument(node, 0)
+    rank = len(shape_of(source))
+    given: Any = (
+        node.args[2 if operation(node) == "roll" else 1] if len(node.args) > 1 + (operation(node) == "roll") else range(rank)
+    )
     dims = {d % rank for d in given} or set(range(rank))
-    if _name(node) == "flip":
+    if operation(node) == "flip":
         return [Label(label.axis, label.ids[::-1] if label.axis in dims else label.ids) for label in walk.of(source)]
     walk.lock((label for label in walk.of(source) if label.axis in dims), "channels shifted by a number in code")
     return walk.of(source)
 
 
 @rule("repeat")
-def _repeat(walk: _Walk, node: fx.Node) -> list[Label]:
+def _repeat(walk: Walk, node: fx.Node) -> list[Label]:
     """The ids again and again; one channel spread over many is locked."""
     times: Any = node.args[1]
-    new = len(times) - len(_shape(_node(node, 0)))
+    new = len(times) - len(shape_of(argument(node, 0)))
     labels = walk.of(node.args[0])
     walk.lock(
         (label for label in labels if len(label.ids) == 1 < times[new + label.axis]), "one channel spread over many by repeat"
@@ -779,11 +548,11 @@ def _repeat(walk: _Walk, node: fx.Node) -> list[Label]:
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", "native_channel_shuffle", "channel_shuffle", "glu")
-def _regroup(walk: _Walk, node: fx.Node) -> list[Label]:
+def _regroup(walk: Walk, node: fx.Node) -> list[Label]:
     """Several positions of the channel axis become one channel, or one several: they go together."""
-    source, name = _node(node, 0), _name(node)
+    source, name = argument(node, 0), operation(node)
     arguments: Any = node.args
-    axis = _axis(node, 1, -1) if name == "glu" else len(_shape(source)) - (2 if name in ("im2col", "col2im") else 3)
+    axis = _axis(node, 1, -1) if name == "glu" else len(shape_of(source)) - (2 if name in ("im2col", "col2im") else 3)
     if name == "im2col":
         axis -= 1
     walk.lock((label for label in walk.of(source) if label.axis > axis and name != "glu"), f"a position moved by {name}")
@@ -807,16 +576,16 @@ def _regroup(walk: _Walk, node: fx.Node) -> list[Label]:
     return result
 
 
-def _tied_rows(walk: _Walk, members: Ids) -> Ids:
+def _tied_rows(walk: Walk, members: Ids) -> Ids:
     """The first of every row, tied to the rest of it."""
     walk.tie(members[:, :1], members)
     return members[:, 0]
 
 
 @rule("constant_pad_nd")
-def _pad(walk: _Walk, node: fx.Node) -> list[Label]:
+def _pad(walk: Walk, node: fx.Node) -> list[Label]:
     """A padded channel is always zero: its module counts it in `before` or `after`, else it is locked."""
-    source = _node(node, 0)
+    source = argument(node, 0)
     amounts: Any = node.args[1]
     rank = source.meta["val"].ndim
     result = []
@@ -832,7 +601,7 @@ def _pad(walk: _Walk, node: fx.Node) -> list[Label]:
     return result
 
 
-def _padding(walk: _Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
+def _padding(walk: Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
     ids = walk.fresh(amount)
     if walk.held(node, attribute, amount):
         walk.slot(walk.graph.owners[node], attribute, ids)
@@ -841,43 +610,11 @@ def _padding(walk: _Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
     return ids
 
 
-def _name(node: fx.Node) -> str:
-    """The operation's name without namespace and overload: aten.add.Tensor -> add."""
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else str(node.target)
-
-
-def _has_out(node: fx.Node) -> bool:
-    """Whether the operation is given the tensors that its results go into (`out=`)."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(argument.is_out for argument in schema.arguments)
-
-
-def _node(node: fx.Node, index: int) -> fx.Node:
-    value = node.args[index]
-    assert isinstance(value, fx.Node)
-    return value
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    """The shape of a node's value, of the first if there are several."""
-    made = value.meta["val"]
-    return tuple((made[0] if isinstance(made, (tuple, list)) else made).shape)
-
-
 def _axis(node: fx.Node, index: int, default: int) -> int:
     """The axis that an argument names, counted from the first of the tensor, or of the first one's result for a list."""
     value: Any = node.args[index] if len(node.args) > index else default
-    rank = len(_shape(node)) if _name(node) in ("cat", "stack") else len(_shape(_node(node, 0)))
+    rank = len(shape_of(node)) if operation(node) in ("cat", "stack") else len(shape_of(argument(node, 0)))
     return int(value) % rank
-
-
-def _nodes(tree: Any) -> list[fx.Node]:
-    """Every node in nested arguments, in order."""
-    if isinstance(tree, fx.Node):
-        return [tree]
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
-    return [node for item in items for node in _nodes(item)]
 
 
 def _spread(ids: Ids, axis: int, rank: int) -> Ids:
