@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from .errors import CompactError
@@ -43,7 +44,7 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, train: bool = False, 
     The model and its memory are untouched: a shadow copy on fake tensors is what runs.
     Raises CompactError where the network does not run.
     """
-    with _named_failure(f"on images of shape {tuple(input_shape)}"):
+    with named_failure(f"on images of shape {tuple(input_shape)}"):
         try:
             return _trace(model, input_shape, train, batch, baked=False)
         except DataDependentOutputException:
@@ -98,29 +99,31 @@ def run_fake(
     Code that depends on the values of tensors runs on random images, as in `trace`.
     Raises CompactError with the reason where it does not run.
     """
-    with _named_failure(f"in {'train' if train else 'eval'} mode"):
+    for fake in (True, False):
+        shadow, mode = _shadow(model, fake=fake)
+        with mode, torch.no_grad():
+            change(shadow)
         try:
-            _run(model, input_shape, train, batch, change, fake=True)
+            with named_failure(f"in {'train' if train else 'eval'} mode"), _silent(), mode, torch.no_grad():
+                return _run(shadow, _image(batch, input_shape, mode), train)
         except DataDependentOutputException:
-            _run(model, input_shape, train, batch, change, fake=False)
+            continue
 
 
-def _run(
-    model: nn.Module, input_shape: Sequence[int], train: bool, batch: int, change: Callable[[nn.Module], None], *, fake: bool
-) -> None:
-    shadow, mode = _shadow(model, fake=fake)
-    with _silent(), mode, torch.no_grad():
-        change(shadow)
-        shadow.train(train)
-        shadow(_image(batch, input_shape, mode))
+def _run(shadow: nn.Module, image: Tensor, train: bool) -> None:
+    shadow.train(train)
+    for module in shadow.modules():
+        if isinstance(module, _NormBase):  # what shapes do is the same in both modes, and tracing it takes long in one
+            module.eval()
+    shadow(image)
 
 
 @contextmanager
-def _named_failure(where: str) -> Iterator[None]:
-    """Whatever the network's code raises, as one line."""
+def named_failure(where: str) -> Iterator[None]:
+    """Whatever the network's code raises in the block, as one line. Raises CompactError."""
     try:
         yield
-    except CompactError:
+    except (CompactError, DataDependentOutputException):
         raise
     except Exception as problem:
         raise CompactError(f"the network does not run {where}: {_first_line(problem)}") from problem

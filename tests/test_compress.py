@@ -87,9 +87,9 @@ def test_the_law_is_asked(monkeypatch):
     """A cut that keeps other channels than it says does not get through the driver."""
     keep_ = surgery._keep_
 
-    def wrong_(model: nn.Module, edit: Keep, done: dict) -> None:
+    def wrong_(model: nn.Module, edit: Keep, done: dict, holders: dict) -> None:
         rolled = tuple(sorted((i + 1) % 8 for i in edit.index))
-        keep_(model, Keep(edit.module, edit.axis, rolled) if edit.module == "layer1.0.conv1" else edit, done)
+        keep_(model, Keep(edit.module, edit.axis, rolled) if edit.module == "layer1.0.conv1" else edit, done, holders)
 
     monkeypatch.setattr(surgery, "_keep_", wrong_)
     with pytest.raises(CompactError, match="differs from the masked one"):

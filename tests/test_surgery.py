@@ -129,10 +129,11 @@ def test_wrong_channels_are_caught(small, monkeypatch):
     keep_ = surgery._keep_
     for module in ("0", "1", "3"):
 
-        def wrong_(model: nn.Module, edit: Keep, done: dict, module: str = module) -> None:
+        def wrong_(model: nn.Module, edit: Keep, done: dict, holders: dict, module: str = module) -> None:
             size = surgery._tensor(*surgery._targets(model, edit)[0][:2]).shape[surgery._targets(model, edit)[0][2]]
             other = tuple(sorted((i + 1) % size for i in edit.index))
-            keep_(model, Keep(edit.module, edit.axis, other) if edit.module == module and edit.axis == 0 else edit, done)
+            chosen = Keep(edit.module, edit.axis, other) if edit.module == module and edit.axis == 0 else edit
+            keep_(model, chosen, done, holders)
 
         monkeypatch.setattr(surgery, "_keep_", wrong_)
         with pytest.raises(CompactError, match=DIFFERS):
@@ -143,8 +144,8 @@ def test_values_that_are_not_numbers_are_caught(small, monkeypatch):
     model, sets, edits = small
     keep_ = surgery._keep_
 
-    def spoil_(model: nn.Module, edit: Keep, done: dict) -> None:
-        keep_(model, edit, done)
+    def spoil_(model: nn.Module, edit: Keep, done: dict, holders: dict) -> None:
+        keep_(model, edit, done, holders)
         if edit.module == "3" and edit.axis == 0:
             model[3].bias.data.fill_(float("nan"))
 
