@@ -197,6 +197,7 @@ def _has_out(node: fx.Node) -> bool:
 
 
 def argument(node: fx.Node, index: int) -> fx.Node:
+    """The node that an operation is given as an argument."""
     value = node.args[index]
     assert isinstance(value, fx.Node)
     return value
