@@ -234,8 +234,9 @@ def _ranks(
             energy = torch.linalg.eigvalsh((scaled.float() @ wide).double() @ scaled.T).clamp_min(0).flip(0).numpy()
             total = 1.0
         else:
-            energy = torch.linalg.eigvalsh(_gram(_row_scale(model, layer)[:, None] * weight)).clamp_min(0)
-            energy = energy.flip(0)[: min(weight.shape)].numpy()
+            scaled = _row_scale(model, layer)[:, None] * weight
+            gram = _gram(scaled if len(scaled) <= scaled.shape[1] else scaled.T)  # the same energies, from the shorter side
+            energy = torch.linalg.eigvalsh(gram if len(gram) < 256 else gram.float()).clamp_min(0).flip(0).double().numpy()
             energy, total = worth[layer.name] * energy, max(float(energy.sum()), 1e-30)
         result.append((index, np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / total))
     return result
