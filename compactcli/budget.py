@@ -29,8 +29,10 @@ Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
 
 # The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
-OUTPUT_TIME = 200  # to write one output and take it through normalisation and activation
+OUTPUT_TIME = (100, 400)  # to write one output and take it through normalisation and activation, where ...
+OUTPUT_BYTES = (1 << 24, 1 << 25)  # ... all outputs of 16 images take no more, and no less, than this
 WEIGHT_TIME = 50  # to fetch one weight for one image
+
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -236,6 +238,8 @@ class Budget:
         self._in = [column[layer.weight, 1] for layer in self.layers]
         self._kernel = np.array([layer.kernel for layer in self.layers], dtype=float)
         self._positions = np.array([layer.positions for layer in self.layers], dtype=float)
+        outputs = 16 * 4 * self._positions * self._full[self._out]  # bytes
+        self._output_time = np.interp(outputs, OUTPUT_BYTES, OUTPUT_TIME)
         shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
         most = max(shapes.values(), default=1)
         self._sides = np.array([[column[n, axis] if axis < rank else -1 for axis in range(most)] for n, rank in shapes.items()])
@@ -270,13 +274,13 @@ class Budget:
         whole = np.isinf(ranks)
         rank = np.where(whole, 0.0, ranks)
         weights = np.where(whole, out * into, rank * (out + into))
-        return np.asarray((weights + OUTPUT_TIME * (out + rank)) @ self._positions + WEIGHT_TIME * weights.sum(-1))
+        return np.asarray((weights + self._output_time * (out + rank)) @ self._positions + WEIGHT_TIME * weights.sum(-1))
 
     def most_rank(self, layer: int, along: Floats) -> float:
         """The largest rank at which a layer is no slower decomposed than whole, by the estimate."""
         out, into, positions = along[self._out[layer]], along[self._in[layer]] * self._kernel[layer], self._positions[layer]
         each = positions + WEIGHT_TIME  # the time of one weight
-        return float(each * out * into / (each * (out + into) + positions * OUTPUT_TIME))
+        return float(each * out * into / (each * (out + into) + positions * self._output_time[layer]))
 
     def solve(self, dials: Sequence[Dial], price: Price = "cost") -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.
