@@ -31,6 +31,8 @@ CIFAR = Preprocessing((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # CSG
 HINGE = Preprocessing((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616))  # 125.3 123.0 113.9, 63.0 62.1 66.7 of 255
 PLAIN = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # HetConv does not normalise
 
+ALIASES = {"cifar:vgg11_bn": "cifar:vgg11", "cifar:vgg16_bn": "cifar:vgg16"}  # these have batch normalisation anyway
+
 _CIFAR_PREPROCESSING = {
     "vgg16_hetconv": PLAIN,
     **dict.fromkeys(("resnet164", "resnext20", "resnext164", "wrn16_10", "vgg16_linear3", "densenet12_40"), HINGE),
@@ -112,6 +114,7 @@ def get(name: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, in
     Raises CompactError with near matches for an unknown name, and for arguments it does not take.
     """
     kwargs = dict(kwargs or {})
+    name = ALIASES.get(name, name)
     library, colon, own = name.partition(":")
     if library == "cifar" and own in cifar.NETWORKS:
         architecture = _cifar(own, kwargs)

@@ -62,12 +62,15 @@ class Wishes:
     trust_pickle: bool = False
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, *, channels_last: bool = True) -> nn.Module:
     """The network in a file, in eval mode on the CPU.
 
+    Its convolutions are laid out for the memory format in which nearly all networks are faster (PyTorch's channels_last);
+    without it the outputs are, bit for bit, those of the network that was saved.
     Raises CompactError if the file cannot be read, or its architecture is not recognised.
     """
-    return open_model(path).module
+    module = open_model(path).module
+    return module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]
 
 
 def open_model(source: str | Path | bytes, wishes: Wishes | None = None) -> Network:

@@ -175,3 +175,9 @@ def test_timm_by_name() -> None:
         architectures.get("timm:resnet18", {"checkpoint_path": "weights.pth"})
     with pytest.raises(CompactError, match="timm has no model"):
         architectures.get("timm:hf-hub:somebody/something")
+
+
+@pytest.mark.parametrize(("alias", "name"), architectures.ALIASES.items())
+def test_an_alias_is_the_network_that_it_names(alias, name):
+    assert architectures.get(alias) == architectures.get(name)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in architectures.get(alias).build(device="meta").modules())

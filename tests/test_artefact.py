@@ -1,5 +1,6 @@
 """The file is the model: what is loaded is what was saved, bit for bit, with nothing but the file."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -64,7 +65,10 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, name, kwargs, shape):
     for step in range(3):  # as it is, after one compression, and after another
         path = tmp_path / f"{step}.safetensors"
         assert save(model, str(path)) == path.stat().st_size
-        assert_same(compactcli.load(path), model.module, example)
+        assert_same(compactcli.load(path, channels_last=False), model.module, example)
+        laid_out = copy.deepcopy(model.module).to(memory_format=torch.channels_last)
+        assert_same(compactcli.load(path), laid_out, example)
+        torch.testing.assert_close(outputs(laid_out, example), outputs(model.module, example), rtol=1e-4, atol=1e-5)
         found = open_model(path)
         assert found.recipe == Recipe.loads(model.recipe.dumps())
         assert [entry.command for entry in found.recipe.steps] == ["compress"] * step
@@ -101,8 +105,8 @@ def test_a_file_needs_nothing_else_and_holds_no_path(tmp_path):
     path = tmp_path / "small.safetensors"
     save(small, str(path))
     source.unlink()
-    code = "import sys, compactcli, torch; m = compactcli.load(sys.argv[1]); x = torch.linspace(-1, 1, 3072).view(1, 3, 32, 32)"
-    code += "; print(*m(x)[0].tolist())"
+    code = "import sys, compactcli, torch; m = compactcli.load(sys.argv[1], channels_last=False)"
+    code += "; print(*m(torch.linspace(-1, 1, 3072).view(1, 3, 32, 32))[0].tolist())"
     result = subprocess.run([sys.executable, "-c", code, path.name], cwd=tmp_path, capture_output=True, text=True, check=True)
     x = torch.linspace(-1, 1, 3072).view(1, 3, 32, 32)
     assert [float(number) for number in result.stdout.split()] == outputs(small.module, x)[0][0].tolist()
