@@ -90,32 +90,41 @@ def run_fake(
     model: nn.Module,
     input_shape: Sequence[int],
     *,
-    train: bool = False,
+    train: bool | None = False,
     batch: int = BATCH,
     change: Callable[[nn.Module], None] = lambda shadow: None,
 ) -> None:
     """Run the network on fake tensors, after a `change` to its shadow copy: nothing is computed, changed or allocated.
 
+    In eval mode, in train mode, or in both, one after the other, where `train` is None.
     Code that depends on the values of tensors runs on random images, as in `trace`.
     Raises CompactError with the reason where it does not run.
     """
-    for fake in (True, False):
-        shadow, mode = _shadow(model, fake=fake)
-        with mode, torch.no_grad():
-            change(shadow)
-        try:
-            with named_failure(f"in {'train' if train else 'eval'} mode"), _silent(), mode, torch.no_grad():
-                return _run(shadow, _image(batch, input_shape, mode), train)
-        except DataDependentOutputException:
-            continue
+    try:
+        _run(model, input_shape, train, batch, change, fake=True)
+    except DataDependentOutputException:
+        _run(model, input_shape, train, batch, change, fake=False)
 
 
-def _run(shadow: nn.Module, image: Tensor, train: bool) -> None:
-    shadow.train(train)
-    for module in shadow.modules():
-        if isinstance(module, _NormBase):  # what shapes do is the same in both modes, and tracing it takes long in one
-            module.eval()
-    shadow(image)
+def _run(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    train: bool | None,
+    batch: int,
+    change: Callable[[nn.Module], None],
+    *,
+    fake: bool,
+) -> None:
+    shadow, mode = _shadow(model, fake=fake)
+    with _silent(), mode, torch.no_grad():
+        change(shadow)
+        for training in (False, True) if train is None else (train,):
+            shadow.train(training)
+            for module in shadow.modules():
+                if isinstance(module, _NormBase):  # what shapes do is the same in both modes, and tracing it takes long in one
+                    module.eval()
+            with named_failure(f"in {'train' if training else 'eval'} mode"):
+                shadow(_image(batch, input_shape, mode))
 
 
 @contextmanager
