@@ -27,6 +27,22 @@ def test_the_table_holds_the_results(network):
         ]
 
 
+@pytest.mark.parametrize(("network", "name"), [("resnet34", "ResNet-34"), ("resnet50", "ResNet-50"), ("cifar:vgg16", "VGG-16")])
+def test_the_table_of_speed_holds_the_results(network, name):
+    found = json.loads((RESULTS / "speed.json").read_text())
+    settings = next(each["settings"] for each in found["networks"] if each["network"] == network)
+    rows = [line for line in README.splitlines() if line.startswith(f"| {name},")]
+    assert len(rows) == 2
+    for batch, row in zip((1, 16), rows, strict=True):
+        wanted = [str(batch)]
+        for memory_format in ("channels_last", "contiguous"):
+            setting = next(each for each in settings if (each["batch"], each["memory_format"]) == (batch, memory_format))
+            own = {variant["variant"]: variant for variant in setting["variants"]}
+            wanted.append(f"{own['dense']['median_ms']:.1f}")
+            wanted += [f"{own[variant]['share']:.2f}" for variant in ("ours", "Torch-Pruning, global")]
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == wanted
+
+
 def test_the_makefile_has_the_commands():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
