@@ -6,6 +6,7 @@ from the clock or the machine: the same network gives the same bytes.
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,7 +261,8 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if missing or unexpected or wrong:
         raise CompactError(_mismatch(missing, unexpected, wrong, own, tensors))
-    values = {**counters, **tensors}
+    values = OrderedDict({**counters, **tensors})
+    values._metadata = every._metadata  # type: ignore[attr-defined]  # the version of each module's format, which some ask for
     for name, tensor in own.items():
         if values[name].is_floating_point() != tensor.is_floating_point():
             raise CompactError(f"{name} is {values[name].dtype}, the architecture's {tensor.dtype}")

@@ -32,6 +32,7 @@ NETWORKS = [
     ("cifar:resnext20", {}, (3, 32, 32)),
     ("mobilenet_v3_small", {"num_classes": 12}, (3, 64, 64)),
     ("squeezenet1_1", {}, (3, 64, 64)),
+    ("mnasnet0_5", {}, (3, 64, 64)),  # asks for the version of its format
 ]
 
 
