@@ -12,6 +12,7 @@ statistics measured anew on the same images. Ours: `compress --method hinge --da
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from typing import Any
@@ -24,7 +25,7 @@ from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.methods import get
 
-from ._common import checkpoint, images, write
+from ._common import RESULTS, checkpoint, images, write
 
 RATIOS = (0.7, 0.5)
 SEEDS = (0, 1, 2)
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="oneshot")
     parser.add_argument("--images", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
-    parser.add_argument("--skip-peer", action="store_true")
+    parser.add_argument("--skip-peer", action="store_true", help="keep the rows that there are")
     options = parser.parse_args(arguments)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
@@ -43,9 +44,16 @@ def main(arguments: list[str]) -> None:
         original = report.evaluate(network, dataset).accuracy.top1
         print(f"{name}: original {original:.2f} %")
         rows = [_ours(network, dataset, ratio, count) for count in options.images for ratio in RATIOS]
-        peer = [] if options.skip_peer else [_peer(network, dataset, ratio) for ratio in RATIOS]
+        peer = _earlier(name) if options.skip_peer else [_peer(network, dataset, ratio) for ratio in RATIOS]
         command = " ".join(["python -m benchmarks oneshot", *arguments])
         write(f"oneshot-{name}", {"command": command, "original": original, "ours": rows, "torch_pruning": peer})
+
+
+def _earlier(name: str) -> list[dict[str, Any]]:
+    """The peer's rows of an earlier run."""
+    path = RESULTS / f"oneshot-{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["torch_pruning"] if path.exists() else []
+    return rows
 
 
 def _ours(network: Network, dataset: data.Dataset, ratio: float, count: int) -> dict[str, Any]:
