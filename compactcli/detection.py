@@ -37,12 +37,17 @@ def detect(tensors: Mapping[str, Tensor]) -> Detection:
             twins = [] if entry.name.startswith("cifar:") else _fingerprinted(shapes, keys)
             return Detection(found, _notes(found) + _twins_note(entry, found, twins))
     fitting = _fingerprinted(shapes, keys)
-    if fitting and not has_timm():
+    if fitting and not has_timm() and _one_class_count(fitting[0], shapes):
         raise CompactError(f"these are the tensors of {fitting[0].name}; pip install compactcli[timm]")
     for entry in fitting:
         if found := _exactly(entry, shapes):
             return Detection(found, _twins_note(entry, found, fitting))
     return Detection(_otherwise(shapes), ())
+
+
+def _one_class_count(entry: Entry, shapes: Mapping[str, Shape]) -> bool:
+    """Whether all tensors that depend on the number of classes tell of the same, as a build would show."""
+    return len({shapes[key][0] for key in entry.classes}) <= 1
 
 
 class _Fit(NamedTuple):
