@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from compactcli import architectures, artefact, channels, measure, surgery
+from compactcli import architectures, artefact, channels, detection, measure, surgery
 from compactcli.architectures import Architecture
 from compactcli.budget import Budget, Layer, layers
 from compactcli.channels import Channels
@@ -209,7 +209,7 @@ def ours(row: Row, name: str) -> None:
 
 def _detected(model: nn.Module) -> Found:
     """What the keys and shapes are recognised as; that it runs, without numbers."""
-    recognised = architectures.detect(model.state_dict()).architecture
+    recognised = detection.detect(model.state_dict()).architecture
     run_fake(recognised.build(device="meta"), recognised.input_shape)
     return {"name": recognised.name, "equal": None}
 
