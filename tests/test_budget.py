@@ -297,6 +297,22 @@ def test_no_layer_is_decomposed_into_what_is_slower(name):
         assert state.ranks[layer] <= task.most_rank(layer, state.along)
 
 
+@pytest.mark.parametrize("price", ["cost", "time"])
+def test_a_rank_that_saves_macs_but_not_time_is_not_taken(price):
+    """Every rank but those that save a little of the MACs does great harm; these do next to none."""
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, ratio=0.95)
+    dials = [Dial(np.linspace(1, 0, len(each.sets) + 1), 1, 1, family=i) for i, each in enumerate(task.families)]
+    for index, layer in enumerate(task.layers[1:-1], 1):
+        out, into = layer.shape[0], layer.shape[1] * layer.kernel
+        errors = np.full(min(out, into) + 1, 1e-6)
+        errors[: int(0.9 * out * into / (out + into))] = 9.0
+        dials.append(Dial(np.append(errors, 0.0), 1, 1, layer=index))
+    state = budget._State(task, dials, task.cost)
+    state.set(task.solve(dials, price))
+    for layer in np.flatnonzero(np.isfinite(state.ranks)):
+        assert state.ranks[layer] <= task.most_rank(layer, state.along)
+
+
 def toy_dials(task: Budget) -> list[Dial]:
     """A dial for every family, and for every layer that is not grouped."""
     dials = [Dial(np.linspace(1, 0, len(each.sets) + 1), 1, 1, family=i) for i, each in enumerate(task.families)]
