@@ -28,8 +28,10 @@ from .graph import Graph, operation, per_image
 Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
 
+VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
+
 # The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
-OUTPUT_TIME = (100, 400)  # to write one output and take it through normalisation and activation, where ...
+OUTPUT_TIME = (100, 800)  # to write one output and take it through normalisation and activation, where ...
 OUTPUT_BYTES = (1 << 24, 1 << 25)  # ... all outputs of 16 images take no more, and no less, than this
 WEIGHT_TIME = 50  # to fetch one weight for one image
 
@@ -246,9 +248,11 @@ class Budget:
         self.original = float(self.cost(self.along(), self.ranks()))
         self.target = ratio * self.original
 
-    def step(self, width: int) -> int:
-        """What a channel count or rank of a layer of that width is a multiple of (`--round`)."""
-        return self.round_to or (1 if width <= 64 else 8)
+    def step(self, width: int, price: Price = "cost") -> int:
+        """What a channel count or rank of a layer of that width is a multiple of: `--round`, or what suits the kernels."""
+        if self.round_to:
+            return self.round_to
+        return {"cost": 8 if width > 64 else 1, "time": VECTOR if width >= 64 else 1}[price]
 
     def along(self) -> Floats:
         """The positions on every axis of the whole network."""

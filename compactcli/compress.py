@@ -17,7 +17,7 @@ from .plain import plain_
 from .plan import plan
 from .recipe import Edit, Measures, Step, without_tensors
 
-# `--round auto` for each type of device; None: 1 up to width 64, else 8. Fixed, so that one command gives one file everywhere.
+# `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
 ROUND = {"cpu": 16, "cuda": None}
 PROBES = 8  # random images on which the error of a step is measured where there are no real ones
 
@@ -28,7 +28,7 @@ class Target:
 
     ratio: float  # share kept of the network that was read
     of: Of | None = None  # None: what the method is for
-    round_to: int | None = None  # channel counts and ranks are multiples of it; None: 1 up to width 64, else 8
+    round_to: int | None = None  # channel counts and ranks are multiples of it; None: what suits their width and the method's aim
     nearest: bool = False  # take the nearest reachable ratio instead of failing
 
     def __post_init__(self) -> None:

@@ -259,6 +259,12 @@ def test_settings_are_multiples_of_the_step_and_the_whole(full, step, floor, set
     assert Dial(np.zeros(full + 1), step, floor, family=0).settings.tolist() == list(settings_)
 
 
+@pytest.mark.parametrize(("width", "step"), [(63, 1), (64, 16), (512, 16)])
+def test_time_is_priced_in_whole_vectors(width, step):
+    task, _ = plan(networks.concatenation(), SHAPE, round_to=None)
+    assert task.step(width, "time") == step
+
+
 @pytest.mark.parametrize(("round_to", "width", "step"), [(None, 64, 1), (None, 65, 8), (1, 512, 1), (4, 16, 4), (16, 100, 16)])
 def test_small_layers_are_not_rounded(round_to, width, step):
     task, _ = plan(networks.concatenation(), SHAPE, round_to=round_to)

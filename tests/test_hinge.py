@@ -140,7 +140,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, model: nn.Module, shape: tuple[int
     return task, dials
 
 
-def test_the_error_of_a_rank_is_the_share_of_energy_that_it_loses(monkeypatch):
+def test_the_error_of_a_rank_is_minus_the_logarithm_of_the_share_of_energy_that_it_keeps(monkeypatch):
     """A kernel of known singular values 8, 4, 2, 1, and one behind whose rows a batch normalisation scales."""
     model = nn.Sequential(
         *(networks.conv(3, 4), networks.conv(4, 4, 1), networks.conv(4, 6), nn.BatchNorm2d(6)), *networks.head(6)
@@ -151,15 +151,16 @@ def test_the_error_of_a_rank_is_the_share_of_energy_that_it_loses(monkeypatch):
     task, dials = captured(monkeypatch, model, networks.SHAPE, "decompose")
     errors = {task.layers[dial.layer].name: dial.errors for dial in dials}
     assert set(errors) == {"1", "2"}  # neither the stem nor the classifier
-    np.testing.assert_allclose(errors["1"], np.array([85, 21, 5, 1, 0]) / 85, atol=1e-6)
+    np.testing.assert_allclose(errors["1"][1:], -np.log(np.array([64, 80, 84, 85]) / 85), atol=1e-6)
+    assert errors["1"][0] > 10  # nothing is left: finite, and out of reach
 
     norm = model[3]
     scale = norm.weight.detach().abs().double() / (norm.running_var.double() + norm.eps).sqrt()
     matrix = scale[:, None] * model[2].weight.detach().flatten(1).double()
     U, S, V = torch.linalg.svd(matrix, full_matrices=False)
-    for rank in range(7):
-        lost = (matrix - (U[:, :rank] * S[:rank]) @ V[:rank]).square().sum() / matrix.square().sum()
-        assert errors["2"][rank] == pytest.approx(float(lost), abs=1e-12)
+    for rank in range(1, 7):
+        kept = ((U[:, :rank] * S[:rank]) @ V[:rank]).square().sum() / matrix.square().sum()
+        assert errors["2"][rank] == pytest.approx(-float(kept.log()), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cifar:resnet20", "cifar:densenet_bc40_36", "squeezenet1_1"])
@@ -173,7 +174,7 @@ def test_errors_fall_from_all_to_nothing(monkeypatch, name):
         assert (np.diff(dial.errors) <= 1e-15).all()
         assert dial.errors[-1] == 0
         if dial.layer is not None:
-            assert dial.errors[0] == pytest.approx(worth[task.layers[dial.layer].name])
+            assert dial.errors[0] == pytest.approx(worth[task.layers[dial.layer].name] * -np.log(1e-6))
 
 
 def test_what_is_added_on_a_shortcut_counts_by_its_share_of_the_power():
@@ -225,7 +226,7 @@ def test_the_filters_that_matter_least_go_first():
 
 
 def test_the_error_is_the_outputs_where_the_cut_is_linear(monkeypatch):
-    """Two convolutions of one position and independent channels: the share lost is what the output loses."""
+    """Two convolutions of one position and independent channels: the share kept is what the output keeps."""
     model = nn.Sequential(networks.conv(3, 8, 1, bias=False), networks.conv(8, 6, 1, bias=False), *networks.head(6))
     with torch.no_grad():
         model[0].weight.zero_()
@@ -235,8 +236,8 @@ def test_the_error_is_the_outputs_where_the_cut_is_linear(monkeypatch):
     task, dials = captured(monkeypatch, model, networks.SHAPE, "prune")
     (errors,) = [dial.errors for dial in dials if ("0.weight", 0) in dict(task.families[dial.family].axes)]
     energy = np.arange(1, 9.0) ** 2 * model[1].weight.detach().double().square().sum(0).flatten().numpy()
-    expected = np.append(np.cumsum(np.sort(energy))[::-1], 0.0) / energy.sum()
-    np.testing.assert_allclose(errors, expected, atol=1e-6)
+    kept = 1 - np.append(np.cumsum(np.sort(energy))[::-1], 0.0) / energy.sum()
+    np.testing.assert_allclose(errors[1:], -np.log(kept[1:]), atol=1e-6)
 
 
 def test_the_floor_is_kept():

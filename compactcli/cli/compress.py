@@ -23,7 +23,9 @@ def command(
     round: Annotated[
         str | None,
         typer.Option(
-            metavar="N|auto", help="Channel counts are multiples of N; auto: of 16, for CPUs. [default: 1 up to width 64, else 8]"
+            metavar="N|auto",
+            help="Channel counts are multiples of N; auto: of 16, for CPUs. "
+            "[default: with images 1 up to width 64, else 8; without 1 below width 64, else 16]",
         ),
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,

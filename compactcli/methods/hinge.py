@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget, Dial, Floats, Layer
+from ..budget import Budget, Dial, Floats, Layer, Price
 from ..channels import Channels, Ids, edits
 from ..errors import CompactError
 from ..recipe import Edit, Replace
@@ -52,14 +52,16 @@ class Hinge(Method):
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """The filters to remove and the layers to decompose, so that the budget is met."""
         favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
+        price: Price = "time" if favour == "speed" else "cost"
         dials, orders = [], []
         if self.options.mode != "decompose":
             for family, order, errors in _widths(model, channels, budget, moments, shared=favour == "speed"):
                 orders.append(order)
-                dials.append(self._dial(budget, errors, family=family))
+                dials.append(self._dial(budget, price, errors, family=family))
         if self.options.mode != "prune":
-            dials += [self._dial(budget, errors, layer=index) for index, errors in _ranks(model, channels, budget, moments)]
-        settings = budget.solve(dials, "time" if favour == "speed" else "cost")
+            for layer, errors in _ranks(model, channels, budget, moments):
+                dials.append(self._dial(budget, price, errors, layer=layer))
+        settings = budget.solve(dials, price)
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         result = edits(channels, removed, model)
         ranks = [
@@ -71,9 +73,9 @@ class Hinge(Method):
             result.append(_decompose(model, channels, layer, rank, removed))
         return result
 
-    def _dial(self, budget: Budget, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
+    def _dial(self, budget: Budget, price: Price, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
         full = len(errors) - 1
-        return Dial(errors, budget.step(full), int(np.ceil(self.options.floor * full)), family, layer)
+        return Dial(errors, budget.step(full, price), int(np.ceil(self.options.floor * full)), family, layer)
 
 
 def _widths(
@@ -96,14 +98,19 @@ def _widths(
             order, lost = _eliminate(model, channels, family.sets, consumers, moments)
         else:
             power = _power(model, channels, family.sets, axes, makers)
-            share = power / max(float(power.sum()), 1e-30)
+            worths, shares = np.ones(1), power[None] / max(float(power.sum()), 1e-30)
             if consumers:
-                read = [worth.get(layer.name, 1.0) * _share(model, channels, family.sets, power, layer) for layer in consumers]
-                share = np.sum(read, axis=0)
-            by_share = np.argsort(share, kind="stable")
-            order, lost = family.sets[by_share], np.cumsum(share[by_share])
+                worths = np.array([worth.get(layer.name, 1.0) for layer in consumers])
+                shares = np.stack([_share(model, channels, family.sets, power, layer) for layer in consumers])
+            by_share = np.argsort(worths @ shares, kind="stable")
+            order, lost = family.sets[by_share], worths @ _error(np.cumsum(shares[:, by_share], axis=1))
         result.append((index, order, np.concatenate([lost[::-1], [0.0]])))
     return result
+
+
+def _error(lost: Floats) -> Floats:
+    """What losing a share of a signal's power counts: layers hand on what is left, so the shares kept multiply."""
+    return np.asarray(-np.log1p(-np.minimum(lost, 1 - 1e-6)))
 
 
 def _share(model: nn.Module, channels: Channels, sets: Ids, power: Floats, consumer: Layer) -> Floats:
@@ -232,14 +239,19 @@ def _ranks(
                 weight, narrow, wide = weight.T, known.inputs, known.worth
             scaled = _root(narrow) @ weight
             energy = torch.linalg.eigvalsh((scaled.float() @ wide).double() @ scaled.T).clamp_min(0).flip(0).numpy()
-            total = 1.0
+            errors = _tails(energy)
         else:
             scaled = _row_scale(model, layer)[:, None] * weight
             gram = _gram(scaled if len(scaled) <= scaled.shape[1] else scaled.T)  # the same energies, from the shorter side
             energy = torch.linalg.eigvalsh(gram if len(gram) < 256 else gram.float()).clamp_min(0).flip(0).double().numpy()
-            energy, total = worth[layer.name] * energy, max(float(energy.sum()), 1e-30)
-        result.append((index, np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]]) / total))
+            errors = worth.get(layer.name, 1.0) * _error(_tails(energy) / max(float(energy.sum()), 1e-30))
+        result.append((index, errors))
     return result
+
+
+def _tails(energy: Floats) -> Floats:
+    """The energy beyond each rank, of energies that descend; 0 at full rank."""
+    return np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
 
 
 def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, removed: list[int]) -> Replace:
