@@ -7,7 +7,7 @@ from networks import AWKWARD, SHAPE, named, removable
 from torch import nn
 
 from compactcli import channels
-from compactcli.channels import BY_NUMBERS, Channels
+from compactcli.channels import BY_NUMBERS, INPUT, OUTPUT, Channels
 from compactcli.graph import trace
 from compactcli.recipe import Keep, Set
 
@@ -18,9 +18,6 @@ def found(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> Channels:
 
 def reason(sets: Channels, tensor: str, axis: int = 0) -> str | None:
     return sets.reason((tensor, axis))
-
-
-INPUT, OUTPUT = "reads the network's input", "the network's output"
 
 
 @pytest.mark.parametrize("name", AWKWARD)

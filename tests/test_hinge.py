@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from networks import AWKWARD, named, outputs, randomise_
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compactcli import channels, surgery
@@ -363,3 +363,21 @@ def test_awkward_networks_are_made_smaller_under_the_law(name, mode):
 def test_what_cannot_be_decomposed_is_refused(layer):
     with pytest.raises(CompactError, match="which cannot be"):
         LAYERS["hinge.decomposed"].build(layer, {"rank": 2})
+
+
+def test_a_layer_whose_channels_are_locked_may_be_decomposed(monkeypatch):
+    """Layer normalisation holds every channel, not the ranks between them; the ends of the network stay whole."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 48), nn.Linear(48, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(nn.functional.softmax(self.up(self.norm(x)), -1))
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 12), Block(), Block(), nn.Linear(12, 10))
+    task, dials = captured(monkeypatch, model, (3, 8, 8), "auto")
+    names = [task.layers[dial.layer].name for dial in dials if dial.layer is not None]
+    assert names == [f"{block}.{layer}" for block in (2, 3) for layer in ("up", "down")]
+    assert all(dial.family is None for dial in dials)

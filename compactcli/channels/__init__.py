@@ -17,9 +17,9 @@ from torch import nn
 from ..graph import Graph, trace
 from ..recipe import Edit, Keep, Set
 from .rules import BY_NUMBERS, RULES
-from .walk import Axis, Channels, Ids, Label, Slot, Walk
+from .walk import INPUT, OUTPUT, Axis, Channels, Ids, Label, Slot, Walk
 
-__all__ = ["BY_NUMBERS", "Axis", "Channels", "Ids", "Slot", "edits", "find", "layer_axis"]
+__all__ = ["BY_NUMBERS", "INPUT", "OUTPUT", "Axis", "Channels", "Ids", "Slot", "edits", "find", "layer_axis"]
 
 
 def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None) -> Channels:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..graph import operation
-from .walk import Ids, Label, Rule, Walk, argument, nodes_in, shape_of
+from .walk import INPUT, Ids, Label, Rule, Walk, argument, nodes_in, shape_of
 
 RULES: dict[str, Rule] = {}
 
@@ -152,7 +152,7 @@ def _product(walk: Walk, left: Any, right: Any) -> list[Label]:
 def _contract(walk: Walk, arriving: list[Ids], into: list[Ids]) -> None:
     """A layer's input axis meets the channels that arrive."""
     if not arriving:
-        walk.lock((Label(0, ids) for ids in into), "reads the network's input")
+        walk.lock((Label(0, ids) for ids in into), INPUT)
     if not into:
         walk.lock((Label(0, ids) for ids in arriving), "multiplied with a constant")
     for ids in into:

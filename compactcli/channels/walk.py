@@ -15,6 +15,7 @@ from ..recipe import COUNTS
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 Axis = tuple[str, int]  # (parameter or buffer, axis)
 NONE = 0  # the id of positions that belong to no channel
+INPUT, OUTPUT = "reads the network's input", "the network's output"  # why the ends of a network stay
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Walk:
                 self.axes.update({(name, axis): self.fresh(size, (name, axis)) for axis, size in enumerate(shape)})
             self.labels[node] = [Label(axis, self.axes[name, axis]) for axis in range(len(shape))]
         elif node.op == "output":
-            self.lock(self.of(node.args), "the network's output")
+            self.lock(self.of(node.args), OUTPUT)
         elif node.op == "call_function" and node.target is operator.getitem:
             source, index = argument(node, 0), node.args[1]
             assert isinstance(index, int)

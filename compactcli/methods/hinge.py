@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget, Dial, Floats, Layer, Price
-from ..channels import Channels, Ids, edits
+from ..channels import INPUT, OUTPUT, Channels, Ids, edits
 from ..errors import CompactError
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
@@ -59,8 +59,8 @@ class Hinge(Method):
                 orders.append(order)
                 dials.append(self._dial(budget, price, errors, family=family))
         if self.options.mode != "prune":
-            for layer, errors in _ranks(model, channels, budget, moments):
-                dials.append(self._dial(budget, price, errors, layer=layer))
+            for index, errors in _ranks(model, channels, budget, moments):
+                dials.append(self._dial(budget, price, errors, layer=index))
         settings = budget.solve(dials, price)
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         result = edits(channels, removed, model)
@@ -227,8 +227,8 @@ def _ranks(
     worth = _worth(model, channels, budget) if moments is None else {}
     for index, layer in enumerate(budget.layers):
         module = model.get_submodule(layer.name)
-        ends = [channels.reason((layer.weight, axis)) for axis in (0, 1)]
-        fixed = any(ends) or not layer.called or layer.groups > 1
+        ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
+        fixed = ends or not layer.called or layer.groups > 1
         if fixed or not isinstance(module, nn.Conv2d | nn.Linear) or min(layer.shape[:2]) < 2:
             continue
         weight = module.weight.detach().flatten(1).double()
