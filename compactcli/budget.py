@@ -31,9 +31,9 @@ Price = Literal["cost", "time"]  # what error is weighed against: what the budge
 VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
 
 # The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
-OUTPUT_TIME = (100, 800)  # to write one output and take it through normalisation and activation, where ...
+OUTPUT_TIME = (100, 1200)  # to write one output and take it through normalisation and activation, where ...
 OUTPUT_BYTES = (1 << 24, 1 << 25)  # ... all outputs of 16 images take no more, and no less, than this
-WEIGHT_TIME = 50  # to fetch one weight for one image
+WEIGHT_TIME = 120  # to fetch one weight for one image
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
