@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import architectures, checkpoint, detection, measure, methods, streams, surgery
+from . import architectures, checkpoint, detection, measure, methods, resume, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text
@@ -88,6 +88,16 @@ def open_model(source: str | Path | bytes, wishes: Wishes | None = None) -> Netw
     network.module.eval()
     network.recipe = _with_preprocessing(network.recipe, wishes)
     return network
+
+
+def open_interrupted(path: Path, wishes: Wishes | None = None) -> Network:
+    """The network that an interrupted run was training, from what the run left, with the weights that it had then.
+
+    Raises CompactError if the file is none of that.
+    """
+    tensors, metadata = resume.read(path)
+    file = Checkpoint(resume.under("model", tensors), metadata, None, path.name, path.parent, "", 0, ())
+    return _from_recipe(file, wishes or Wishes())
 
 
 def open_beside(path: str | Path, network: Network, arch: str | None = None) -> Network:

@@ -9,6 +9,7 @@ import importlib
 import importlib.machinery
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .distributed import world_size
 from .errors import CompactError
 from .recipe import Preprocessing
 from .vision import torchvision
@@ -139,6 +141,22 @@ def split_validation(split: Split, share: float, seed: int) -> tuple[Split, Spli
     return split.subset(rest.nonzero().flatten()), split.subset(held_out, name="val")
 
 
+def training_parts(dataset: Dataset, share: float, limit: int, seed: int) -> tuple[Split, Split]:
+    """(training, validation) images, both from the training images: that share of them, at most `limit`, are held out.
+
+    Raises CompactError if there are no training images or labels, or too few.
+    """
+    if dataset.train is None:
+        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
+    labels_of(dataset.train)
+    training, validation = split_validation(dataset.train, min(share, limit / len(dataset.train)), seed)
+    least = 2 * world_size()
+    if len(training) < least:
+        count = f"{len(training)} image{'s' * (len(training) != 1)}"
+        raise CompactError(f"the data {dataset.name} leaves {count} to train on; wanted {least} or more, for batch-norm")
+    return training, validation
+
+
 def sample(split: Split, count: int, seed: int) -> Tensor:
     """`count` images (all, if there are fewer), uint8 (n, c, h, w), evenly over the classes where there are labels."""
     return split.images(choose(split.labels, len(split), min(count, len(split)), seed))
@@ -182,11 +200,21 @@ def normalise(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype =
     return scaled.to(dtype)
 
 
-def augment(images: Tensor, index: Tensor, epoch: int, seed: int, *, flip: bool) -> Tensor:
+def augment(
+    images: Tensor,
+    index: Tensor,
+    epoch: int,
+    seed: int,
+    *,
+    flip: bool,
+    cutout: int = 0,
+    blank: Sequence[float] = (0.0,),
+) -> Tensor:
     """`images` uint8 (n, c, h, w) moved by up to an eighth of their size, black beyond the border; half of them mirrored.
 
-    The random numbers depend on (index, epoch, seed) alone, not on what else is in the batch, so that the number of
-    processes changes nothing. 32 pixels give the usual crop with padding 4.
+    With `cutout`, a square of that many pixels about a random one is filled with `blank`, a share of 255 per channel or
+    for all (DeVries & Taylor, 2017). The random numbers depend on (index, epoch, seed) alone, not on what else is in the
+    batch, so that the number of processes changes nothing. 32 pixels give the usual crop with padding 4.
     """
     height, width = images.shape[2:]
     pad_y, pad_x = round(height / 8), round(width / 8)
@@ -200,7 +228,51 @@ def augment(images: Tensor, index: Tensor, epoch: int, seed: int, *, flip: bool)
     which = torch.arange(len(images)).view(-1, 1, 1)
     rows, columns = rows.unsqueeze(2).to(images.device), columns.unsqueeze(1).to(images.device)
     # Channels last while gathering: one index then fetches a whole pixel.
-    return padded.permute(0, 2, 3, 1)[which.to(images.device), rows, columns].permute(0, 3, 1, 2)
+    moved = padded.permute(0, 2, 3, 1)[which.to(images.device), rows, columns].permute(0, 3, 1, 2)
+    if not cutout:
+        return moved
+    in_rows = _near(_mix(key ^ 4) % height, height, cutout).unsqueeze(2)  # (n, h, 1)
+    in_columns = _near(_mix(key ^ 5) % width, width, cutout).unsqueeze(1)  # (n, 1, w)
+    fill = torch.tensor(blank).mul(255).round().to(torch.uint8).view(1, -1, 1, 1)
+    return torch.where((in_rows & in_columns).unsqueeze(1).to(images.device), fill.to(images.device), moved)
+
+
+def _near(centre: Tensor, size: int, side: int) -> Tensor:
+    """Which of `size` positions lie in the `side` about each centre, (n, size)."""
+    first = (centre - side // 2).unsqueeze(1)
+    position = torch.arange(size)
+    return (position >= first) & (position < first + side)
+
+
+def feed(split: Split, batches: Sequence[Tensor], workers: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(positions in the split, their images uint8 (m, c, h, w)) of every batch, in order.
+
+    The images are decoded once and held where they fit into a quarter of the memory. Where they do not, or `workers` says
+    so, that many threads (two) decode each batch anew while the ones before it are used.
+    """
+    if workers == 0 or (workers is None and len(split) * prod(split.shape) <= _holdable()):
+        images = split.images()
+        yield from ((batch, images[batch]) for batch in batches)
+        return
+    workers = workers or 2
+    pool = ThreadPoolExecutor(workers)
+    try:
+        ahead = deque(pool.submit(split.images, batch) for batch in batches[: workers + 1])
+        for number, batch in enumerate(batches):
+            images = ahead.popleft().result()
+            if number + workers + 1 < len(batches):
+                ahead.append(pool.submit(split.images, batches[number + workers + 1]))
+            yield batch, images
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _holdable() -> int:
+    """Bytes of decoded images that each process may hold while it trains."""
+    memory = 4 * MEMORY_LIMIT
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(MEMORY_LIMIT, memory // 4) // world_size()
 
 
 def batches(

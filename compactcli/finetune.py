@@ -1,13 +1,17 @@
 """The driver of fine-tuning: teacher, training, accuracy on the test images, and one `Step` in the recipe."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from . import __version__, artefact, data, measure, report, train
+from . import __version__, artefact, data, distributed, measure, report, train
 from .artefact import Network
 from .errors import CompactError
+from .history import Watch
+from .optim import Settings
 from .recipe import Measures, Step
+from .resume import Store
 
 
 def find_teacher(
@@ -38,16 +42,19 @@ def find_teacher(
 def finetune(
     network: Network,
     dataset: data.Dataset,
-    settings: train.Settings,
+    settings: Settings,
     *,
     teacher: Network | None = None,
-    log: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] | None = None,
+    kept: Path | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
 ) -> Network:
     """Train the network in place on the training images; the same network, one step on, with its test accuracy.
 
-    Raises CompactError if the data does not fit the network, or the teacher does not.
+    The run is kept in the file `kept` until it ends, and with `resume` goes on from there. Of many processes only the main
+    one has the step and the accuracy. Raises CompactError if the data does not fit the network, or the teacher does not.
     """
+    watch = watch or Watch()
     data.check_classes(dataset, network.num_classes)
     recipe = network.recipe
     if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
@@ -61,14 +68,17 @@ def finetune(
         recipe.preprocessing,
         settings,
         teacher=None if teacher is None else teacher.module,
-        log=log,
-        progress=progress,
+        store=None if kept is None else _store(kept, network, dataset, settings, teacher),
+        resume=resume,
+        watch=watch,
     )
+    if not distributed.is_main():
+        return network
     measures = Measures(params=measure.params(network.module), macs=measure.macs(network.module, network.input_shape))
     if dataset.test is not None:
         tested = report.evaluate(network, dataset, device=settings.device)
         measures = replace(measures, accuracy=tested.accuracy.top1, evaluated=tested.to_json())
-        log(f"test accuracy {tested.accuracy.top1:.2f} %")
+        watch.log(f"test accuracy {tested.accuracy.top1:.2f} %")
         if teacher is not None and recipe.source is not None and teacher.sha256 == recipe.source.sha256:
             original = report.evaluate(teacher, dataset, device=settings.device)
             known = replace(recipe.source.measures, accuracy=original.accuracy.top1, evaluated=original.to_json())
@@ -76,21 +86,23 @@ def finetune(
     else:
         evaluated = {"dataset": dataset.name, "split": "validation", "images": None}
         measures = replace(measures, accuracy=history.best_accuracy, evaluated=evaluated)
-    options = {
-        "epochs": settings.epochs,
-        "lr": settings.peak_lr,
-        "weight_decay": settings.weight_decay,
-        "optimizer": settings.optimizer,
-        "schedule": settings.schedule,
-        "batch_size": settings.batch_size,
-        "teacher": None if teacher is None else teacher.name,
-        "distill_weight": None if teacher is None else settings.distill_weight,
-        "temperature": None if teacher is None else settings.temperature,
-        "seed": settings.seed,
-        "best_epoch": history.best_epoch,
-    }
+    options = {**settings.identity(), "teacher": None if teacher is None else teacher.name, "best_epoch": history.best_epoch}
+    if teacher is None:
+        options |= {"distill_weight": None, "temperature": None}
     step = Step("finetune", None, options, (), measures, None, __version__)
     network.recipe = replace(
         recipe.then(step), dataset=dataset.name if dataset.named else recipe.dataset, classes=dataset.classes or recipe.classes
     )
     return network
+
+
+def _store(path: Path, network: Network, dataset: data.Dataset, settings: Settings, teacher: Network | None) -> Store:
+    """Where the run is kept: with the recipe, so that the network can be had from it, and what another run has otherwise."""
+    assert dataset.train is not None
+    identity = {
+        **settings.identity(),
+        "data": [dataset.name, len(dataset.train)],
+        "teacher": None if teacher is None else teacher.sha256,
+        "network": hashlib.sha256(network.recipe.dumps().encode()).hexdigest(),
+    }
+    return Store(path, identity, {artefact.KEY: network.recipe.dumps()})

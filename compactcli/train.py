@@ -1,83 +1,25 @@
-"""One readable loop: method hooks, distillation, mixed precision, best weights."""
+"""One readable loop: method hooks, distillation, mixed precision, many processes, best weights, exact resume."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from . import data, distributed, measure
-from .errors import CompactError, UsageError
+from . import batchnorm, data, distributed, measure, optim
+from .errors import CompactError
+from .history import EpochRecord, History, Watch
 from .methods import Method, Progress
+from .optim import Settings
 from .recipe import Preprocessing
+from .resume import Interruption, Store, pack, under, unpack_
 
 VALIDATION_LIMIT = 5_000  # images: more would not order epochs better, only take longer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. Weight decay acts on every parameter, batch-norm and biases included, as in the papers."""
-
-    epochs: int = 10
-    lr: float | None = None  # peak; None: 0.05 for sgd, 0.001 for adamw
-    weight_decay: float = 1e-4
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd: Nesterov, momentum 0.9
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = 1.0  # linear from 0; at most a tenth of the run
-    batch_size: int = 128
-    distill_weight: float = 0.4  # share of the teacher in the loss, where there is one
-    temperature: float = 4.0
-    validation_share: float = 0.1  # of the training images, at most VALIDATION_LIMIT of them
-    seed: int = 0
-    device: str = "cpu"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware computes in it
-
-    def __post_init__(self) -> None:
-        for name, good, wanted in (
-            ("epochs", self.epochs >= 0, "0 or more"),
-            ("lr", self.lr is None or self.lr >= 0, "0 or more"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("optimizer", self.optimizer in ("sgd", "adamw"), "sgd or adamw"),
-            ("schedule", self.schedule in ("cosine", "constant"), "cosine or constant"),
-            ("warmup_epochs", self.warmup_epochs >= 0, "0 or more"),
-            ("batch_size", self.batch_size >= 2, "2 or more, for batch-norm"),
-            ("distill_weight", 0 <= self.distill_weight <= 1, "from 0 to 1"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("validation_share", 0 < self.validation_share < 1, "between 0 and 1"),
-            ("precision", self.precision in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-        ):
-            if not good:
-                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {wanted}")
-
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate after the warm-up."""
-        return self.lr if self.lr is not None else {"sgd": 0.05, "adamw": 0.001}[self.optimizer]
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch: its number (0: before training), what it measured, and how long it took."""
-
-    epoch: int
-    loss: float | None  # mean over the training images
-    accuracy: float  # validation, top-1 percent
-    validation_loss: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class History:
-    """Every epoch, and which one's weights the model holds now if the best were kept."""
-
-    epochs: tuple[EpochRecord, ...]
-    best_epoch: int
-    best_accuracy: float  # validation, top-1 percent
 
 
 def fit_(
@@ -89,111 +31,244 @@ def fit_(
     teacher: nn.Module | None = None,
     hooks: Sequence[Method] = (),
     keep: Literal["best", "last"] = "best",
-    log: Callable[[str], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    store: Store | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
 ) -> History:
     """Trains `model` on the training images; leaves it on the CPU in eval mode with its best weights. Returns the history.
 
     Best: most accurate on validation images held out from the training images (the lower loss decides a tie), the weights
     before training included, so that a model does not get worse. `keep="last"` leaves the last weights, for a search.
-    The test images are never read. `log` gets a line per epoch, `progress` (steps done, steps in all) after each step.
-    The same seed gives the same weights on a CPU; torch's global random state is set by every epoch.
+    The test images are never read. The same seed gives the same weights on a CPU; torch's global random state is set by
+    every step. With a teacher the loss is that of Hinton et al., 2015 (`optim.loss`).
 
-    With a teacher the loss is (1 - w) CE + w T^2 KL(teacher || student at temperature T): Hinton et al., 2015.
+    With a `store` the run is kept in a file every `save_every` steps and at each epoch's end; with `resume` it goes on
+    from there, to the very weights of an unbroken run. Ctrl-C and SIGTERM keep it, and raise KeyboardInterrupt.
+
+    In many processes (`distributed.joined`) each takes its part of every batch: `batch_size` is of all together.
 
     Raises CompactError if there are no labels or too few images, and if the loss stops being finite with nothing to go
     back to (a model that was so from the start, or `keep="last"`). Otherwise training then stops there, with a log line.
     """
-    say = log if log is not None and distributed.is_main() else lambda line: None
     device = torch.device(settings.device)
-    training, validation = _parts(dataset, settings)
-    images, labels = training.images(), data.labels_of(training)
-
+    training, validation = data.training_parts(dataset, settings.validation_share, VALIDATION_LIMIT, settings.seed)
+    distributed.check_alike(model, repr((settings.identity(), len(training), teacher is None)))
     networks = [model] if teacher is None else [model, teacher]
     _place(networks, device, torch.channels_last)
-    steps_per_epoch = math.ceil(len(training) / settings.batch_size) - (len(training) % settings.batch_size == 1)
-    total_steps = settings.epochs * steps_per_epoch
-    optimizer = _optimizer(model, hooks, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _factor(settings, steps_per_epoch))
-
-    def record(epoch: int, loss: float | None, since: float) -> EpochRecord:
-        found = measure.accuracy(model, data.batches(validation, preprocessing, 2 * settings.batch_size, device))
-        return EpochRecord(epoch, loss, found.top1, found.loss, time.perf_counter() - since)
-
-    started = time.perf_counter()
-    best, best_weights = record(0, None, started), _copy(model)
-    if not math.isfinite(best.validation_loss):
-        raise CompactError("the network's outputs are not finite before training; try analyze on it")
-    records = [best]
-    say(f"before training: validation {best.accuracy:.2f} %, {len(validation):,} images; training on {len(training):,}")
-
-    step = 0
-    finite = True
-    for epoch in range(1, settings.epochs + 1):
-        epoch_started = time.perf_counter()
-        torch.manual_seed(_seed(settings.seed, epoch))  # for dropout and the like
-        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(_seed(settings.seed, epoch)))
-        model.train()
-        loss_sum, seen = 0.0, 0
-        for index in torch.split(order, settings.batch_size)[:steps_per_epoch]:
-            now = Progress(step, epoch - 1, step / total_steps, tuple(group["lr"] for group in optimizer.param_groups))
-            batch = data.augment(images[index].to(device), index, epoch, settings.seed, flip=dataset.flip)
-            inputs = data.normalise(batch, preprocessing)
-            with _autocast(settings, device):
-                outputs = _logits(model(inputs))
-                with torch.no_grad():
-                    targets = None if teacher is None else _logits(teacher(inputs))
-            loss = _loss(outputs, labels[index].to(device), targets, settings)
-            value = loss.item()
-            finite = math.isfinite(value)
-            if not finite:
-                break
-
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            for hook in hooks:
-                hook.regularise(model, now)
-            optimizer.step()
-            for hook in hooks:
-                hook.project(model, now)
-            schedule.step()
-
-            step += 1
-            loss_sum, seen = loss_sum + value * len(index), seen + len(index)
-            if progress is not None:
-                progress(step, total_steps)
-
-        if not finite:
-            if keep == "last":
-                raise CompactError(f"the loss is not finite at step {step} of {total_steps}; try a lower --lr")
-            say(f"stopped: the loss is not finite at step {step} of {total_steps}; try a lower --lr")
-            break
-        speed = seen / (time.perf_counter() - epoch_started)
-        records.append(record(epoch, loss_sum / seen, epoch_started))
-        if (records[-1].accuracy, -records[-1].validation_loss) > (best.accuracy, -best.validation_loss):
-            best, best_weights = records[-1], _copy(model)
-        left = (time.perf_counter() - started) / epoch * (settings.epochs - epoch)
-        figures = f"loss {loss_sum / seen:.4f}, validation {records[-1].accuracy:.2f} %, {speed:,.0f} images/s"
-        say(f"epoch {epoch}/{settings.epochs}: {figures}, {_duration(left)} left")
-        if any(hook.done(model) for hook in hooks):
-            break
-
+    run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, store, watch)
+    with Interruption().watched() as run.interruption, batchnorm.synchronised(model, settings.batch_norm == "sync"):
+        run.network = _wrapped(model, settings)
+        run.begin(resume)
+        while run.step < run.total_steps and run.ended is None:
+            run.train_epoch()
+            if run.ended is None:
+                run.end_epoch()
+    if run.ended is not None and run.lost and keep == "last":
+        raise CompactError(run.ended)
+    if run.ended is not None:
+        run.watch.log(f"stopped: {run.ended}")
     if keep == "best":
-        model.load_state_dict(best_weights)
+        model.load_state_dict(run.best_weights)
+    elif run.average is not None:
+        model.load_state_dict(run.average.tensors)
     _place(networks, torch.device("cpu"), torch.contiguous_format)
-    return History(tuple(records), best.epoch, best.accuracy)
+    return History(tuple(run.records), run.best.epoch, run.best.accuracy)
 
 
-def _parts(dataset: data.Dataset, settings: Settings) -> tuple[data.Split, data.Split]:
-    """(training, validation) images, both from the training images."""
-    if dataset.train is None:
-        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
-    data.labels_of(dataset.train)
-    share = min(settings.validation_share, VALIDATION_LIMIT / len(dataset.train))
-    training, validation = data.split_validation(dataset.train, share, settings.seed)
-    if len(training) < 2:
-        raise CompactError(f"the data {dataset.name} leaves 1 image to train on; wanted 2 or more, for batch-norm")
-    return training, validation
+class _Run:
+    """A training run: what it trains with, and where it stands after `step` steps. The latter is what a store keeps."""
+
+    network: nn.Module  # `model` as it is called: compiled, in many processes
+    interruption: Interruption
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        hooks: Sequence[Method],
+        dataset: data.Dataset,
+        training: data.Split,
+        validation: data.Split,
+        preprocessing: Preprocessing,
+        settings: Settings,
+        store: Store | None,
+        watch: Watch | None,
+    ) -> None:
+        self.model, self.teacher, self.hooks, self.settings, self.preprocessing = model, teacher, hooks, settings, preprocessing
+        self.dataset, self.training, self.validation = dataset, training, validation
+        self.labels = data.labels_of(training)
+        self.store = store
+        self.watch = watch if watch is not None and distributed.is_main() else Watch()
+        self.device = torch.device(settings.device)
+        self.started = time.perf_counter()
+
+        least = 2 * distributed.world_size()  # a batch of one image has no variance
+        full, rest = divmod(len(training), settings.batch_size)
+        self.steps_per_epoch = full + (rest >= least)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.factor = optim.schedule(settings, self.steps_per_epoch)
+        self.optimizer = optim.optimizer(model, hooks, settings)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = None if settings.ema is None else optim.Average(model, settings.ema)
+
+        self.step = 0
+        self.loss_sum, self.seen = 0.0, 0  # of the epoch so far
+        self.records: list[EpochRecord] = []
+        self.best: EpochRecord
+        self.best_weights: dict[str, Tensor] = {}
+        self.ended: str | None = None  # why, before its last epoch
+        self.lost = False  # the weights are no good any more
+
+    def begin(self, resume: bool) -> None:
+        """From the store, or from the weights there are, which are the first to be measured."""
+        if resume and self.restore():
+            self.watch.log(f"resumed at step {self.step:,} of {self.total_steps:,}")
+            return
+        self.measure(0, None, None, self.started)
+        if not math.isfinite(self.best.validation_loss):
+            raise CompactError("the network's outputs are not finite before training; try analyze on it")
+        counts = f"{len(self.validation):,} images; training on {len(self.training):,}"
+        self.watch.log(f"before training: validation {self.best.accuracy:.2f} %, {counts}")
+
+    def train_epoch(self) -> None:
+        """The batches of the present epoch that are left, until one ends the run."""
+        self.epoch, self.epoch_started, self.seen_before = self.step // self.steps_per_epoch + 1, time.perf_counter(), self.seen
+        order = torch.randperm(len(self.training), generator=optim.generator(self.settings.seed, self.epoch))
+        batches = torch.split(order, self.settings.batch_size)[self.step % self.steps_per_epoch : self.steps_per_epoch]
+        batchnorm.train_(self.model, self.settings.batch_norm)
+        own = [batch[distributed.rank() :: distributed.world_size()] for batch in batches]
+        for batch, (index, images) in zip(batches, data.feed(self.training, own, self.settings.workers), strict=True):
+            stop = self.train_batch(index, images, len(batch))
+            if self.ended is not None:
+                return
+            if self.step % self.steps_per_epoch == 0:
+                continue  # the epoch's end has its own file
+            if stop or self.step % self.settings.save_every == 0:
+                self.save()
+            if stop:
+                self.stop()
+
+    def train_batch(self, index: Tensor, images: Tensor, count: int) -> bool:
+        """One step, on this process's part of a batch of `count` images. Whether the run is asked to stop."""
+        torch.manual_seed(optim.seed(self.settings.seed, self.step, distributed.rank()))  # for dropout and the like
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(self.step)
+        rates = tuple(group["lr"] for group in self.optimizer.param_groups)
+        now = Progress(self.step, self.epoch - 1, self.step / self.total_steps, rates)
+
+        self.optimizer.zero_grad()
+        loss = self.backward(index, images, count)
+        loss, stop = distributed.total([loss, self.interruption.came or self.late()], self.settings.device)
+        if not math.isfinite(loss):
+            self.ended, self.lost = f"the loss is not finite at step {self.step} of {self.total_steps}; try a lower --lr", True
+            return False
+        for hook in self.hooks:
+            hook.regularise(self.model, now)
+        if self.settings.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.project(self.model, now)
+        if self.average is not None:
+            self.average.update(self.model, self.step)
+
+        self.step += 1
+        self.loss_sum, self.seen = self.loss_sum + loss * count, self.seen + count
+        done = (self.epoch - 1) * len(self.training) + self.seen
+        self.watch.progress(done, self.settings.epochs * len(self.training))
+        return bool(stop)
+
+    def backward(self, index: Tensor, images: Tensor, count: int) -> float:
+        """Gradients of the mean loss over all processes' `count` images; this process's share of that mean."""
+        labels = self.labels[index].to(self.device)
+        choice: Any = {"flip": self.dataset.flip, "cutout": self.settings.cutout, "blank": self.preprocessing.mean}
+        moved = data.augment(images.to(self.device), index, self.epoch, self.settings.seed, **choice)
+        inputs = data.normalise(moved, self.preprocessing)
+        parts = list(zip(inputs.chunk(self.settings.accumulate), labels.chunk(self.settings.accumulate), strict=True))
+        total = torch.zeros((), device=self.device)
+        for number, (part, wanted) in enumerate(parts, 1):
+            unsynchronised = isinstance(self.network, DistributedDataParallel) and number < len(parts)
+            with self.network.no_sync() if unsynchronised else nullcontext():  # type: ignore[operator]
+                with optim.autocast(self.settings):
+                    outputs = optim.logits(self.network(part))
+                    with torch.no_grad():
+                        targets = None if self.teacher is None else optim.logits(self.teacher(part))
+                loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / count)
+                (loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
+            total += loss.detach()
+        return float(total)
+
+    def end_epoch(self) -> None:
+        """Measure, tell, keep; end the run where it is time."""
+        loss, speed = self.loss_sum / self.seen, (self.seen - self.seen_before) / (time.perf_counter() - self.epoch_started)
+        self.measure(self.epoch, loss, speed, self.epoch_started)
+        seconds = (time.perf_counter() - self.epoch_started) * (self.settings.epochs - self.epoch)
+        left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+        figures = f"loss {loss:.4f}, validation {self.records[-1].accuracy:.2f} %, {speed:,.0f} images/s"
+        self.watch.log(f"epoch {self.epoch}/{self.settings.epochs}: {figures}, {left} left")
+        self.loss_sum, self.seen = 0.0, 0
+        patience = self.settings.patience
+        if any([hook.done(self.model) for hook in self.hooks]):
+            self.ended = "the search is done"
+        elif patience is not None and self.epoch - self.best.epoch >= patience and self.epoch < self.settings.epochs:
+            self.ended = f"no better epoch in {patience}"
+        self.save()
+        if self.ended is None and self.step < self.total_steps and distributed.total([self.interruption.came or self.late()])[0]:
+            self.stop()
+
+    def measure(self, epoch: int, loss: float | None, speed: float | None, since: float) -> None:
+        """Validate, each process a part of the images; keep the weights that are the best so far."""
+        distributed.share_buffers_(self.model)
+        with self.average.applied(self.model) if self.average is not None else nullcontext():
+            part = torch.arange(distributed.rank(), len(self.validation), distributed.world_size())
+            sums = [0.0, 0.0, 0.0]
+            if len(part):
+                batches = data.batches(
+                    self.validation.subset(part), self.preprocessing, 2 * self.settings.batch_size, self.device
+                )
+                with optim.autocast(self.settings):
+                    found = measure.accuracy(self.model, batches)
+                sums = [found.top1 * found.images, found.loss * found.images, found.images]
+            hits, losses, images = distributed.total(sums, self.settings.device)
+            lr = self.optimizer.param_groups[0]["lr"] if self.step else None
+            record = EpochRecord(epoch, loss, hits / images, losses / images, lr, speed, time.perf_counter() - since)
+            if not self.records or (record.accuracy, -record.validation_loss) > (self.best.accuracy, -self.best.validation_loss):
+                self.best, self.best_weights = record, _copy(self.model)
+        self.records.append(record)
+        self.watch.history(self.records)
+
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return self.settings.time_limit is not None and time.perf_counter() - self.started > self.settings.time_limit
+
+    def stop(self) -> None:
+        """End the run between two steps, after it was kept. Raises KeyboardInterrupt if that is what was asked for."""
+        if self.interruption.came:
+            raise KeyboardInterrupt
+        self.ended = f"the time is up, at step {self.step:,} of {self.total_steps:,}"
+
+    def save(self) -> None:
+        """Put where the run stands into the store; the main process alone."""
+        distributed.share_buffers_(self.model)
+        if self.store is None or not distributed.is_main():
+            return
+        standing = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch}
+        tensors = pack(self.model, self.optimizer, self.average, self.hooks)
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        self.store.save(tensors, {**standing, "records": [asdict(record) for record in self.records]})
+
+    def restore(self) -> bool:
+        """Take back what `save` put there, in every process; False if there is nothing."""
+        state = distributed.shared(self.store.load() if self.store is not None and distributed.is_main() else None)
+        if state is None:
+            return False
+        tensors, standing = state
+        self.step, self.loss_sum, self.seen = standing["step"], standing["loss_sum"], standing["seen"]
+        self.records = [EpochRecord(**record) for record in standing["records"]]
+        self.best = next(record for record in self.records if record.epoch == standing["best"])
+        self.best_weights = under("best", tensors)
+        unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
+        return True
 
 
 def _place(networks: Iterable[nn.Module], device: torch.device, memory_format: torch.memory_format) -> None:
@@ -201,75 +276,15 @@ def _place(networks: Iterable[nn.Module], device: torch.device, memory_format: t
         network.eval().to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
 
 
-def _optimizer(model: nn.Module, hooks: Iterable[Method], settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer over every trainable parameter: first those that no hook claims, then the hooks' groups in order."""
-    groups = [group for hook in hooks for group in hook.parameter_groups(model) or ()]
-    claimed = {id(parameter) for group in groups for parameter in group["params"]}
-    plain = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in claimed]
-    groups = [{"params": plain}, *groups]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.peak_lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(groups, lr=settings.peak_lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)
-
-
-def _factor(settings: Settings, steps_per_epoch: int) -> Callable[[int], float]:
-    """step -> share of the peak learning rate: linear warm-up, then constant or half a cosine down to 0."""
-    total = settings.epochs * steps_per_epoch
-    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total // 10)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if settings.schedule == "constant":
-            return 1.0
-        return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-    return factor
-
-
-def _loss(outputs: Tensor, labels: Tensor, targets: Tensor | None, settings: Settings) -> Tensor:
-    """Mean over the batch, in float32."""
-    outputs = outputs.float()
-    plain = F.cross_entropy(outputs, labels)
-    if targets is None:
-        return plain
-    if targets.shape != outputs.shape:
-        raise CompactError(f"the teacher has {targets.shape[1]} classes, the network {outputs.shape[1]}; try another --teacher")
-    student = (outputs / settings.temperature).log_softmax(1)
-    teacher = (targets.float() / settings.temperature).log_softmax(1)
-    # Softened gradients shrink as 1 / T^2; the factor keeps the balance of the two terms at any temperature.
-    distilled = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * settings.temperature**2
-    return (1 - settings.distill_weight) * plain + settings.distill_weight * distilled
-
-
-def _logits(output: Any) -> Tensor:
-    """The classes' scores of a network that may give auxiliary ones behind them (torchvision's Inception, while training)."""
-    logits: Tensor = output if isinstance(output, Tensor) else output[0]
-    return logits
-
-
-def _autocast(settings: Settings, device: torch.device) -> AbstractContextManager[Any]:
-    enabled = settings.precision == "bfloat16" or (settings.precision == "auto" and _computes_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 arithmetic; where it only emulates it, float32 is faster."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+def _wrapped(model: nn.Module, settings: Settings) -> nn.Module:
+    """The model as it is called in training: compiled where wished, its gradients averaged over the processes there are."""
+    network: Any = torch.compile(model) if settings.compile else model
+    if distributed.world_size() == 1:
+        return network  # type: ignore[no-any-return]
+    where = [settings.device] if settings.device.startswith("cuda") else None
+    return DistributedDataParallel(network, device_ids=where, find_unused_parameters=False)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
     """The weights as they are now, on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-
-
-def _seed(seed: int, epoch: int) -> int:
-    """One number for the pair, so that an epoch's random numbers do not depend on the epochs before it."""
-    return (seed * 1_000_003 + epoch) % 2**63
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

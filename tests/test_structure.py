@@ -18,10 +18,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # DESIGN.md, "The parts": a file imports from its own row and from those above it.
 ORDER = [
     {"errors", "recipe", "distributed", "vision"},
-    {"graph", "data", "streams", "cifar"},
+    {"graph", "data", "streams", "cifar", "batchnorm", "history"},
     {"architectures", "signatures", "detection", "checkpoint", "channels", "surgery", "budget", "calibrate", "plain", "plan"},
     {"methods", "measure"},
-    {"artefact", "train"},
+    {"artefact", "optim", "resume", "train"},
     {"compress", "finetune", "report", "explain", "export"},
     {"cli"},
 ]

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compactcli import cifar, data, measure, train
+from compactcli import cifar, data, measure, optim, train
 from compactcli.errors import CompactError, UsageError
+from compactcli.history import History, Watch
 from compactcli.methods import Method, Progress
+from compactcli.optim import Settings
 from compactcli.recipe import Preprocessing
 
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.25,))
-QUICK = train.Settings(epochs=3, batch_size=16, lr=0.1, precision="float32", weight_decay=0.0)
+QUICK = Settings(epochs=3, batch_size=16, lr=0.1, precision="float32", weight_decay=0.0)
 
 
 def network(seed: int = 0, classes: int = 3, dropout: float = 0.1) -> nn.Module:
@@ -37,7 +39,7 @@ def dataset(count: int = 120, classes: int = 3) -> data.Dataset:
     return data.Dataset("colours", False, ("red", "green", "blue"), data.from_tensors(images, labels, "train"), test)
 
 
-def fit(model: nn.Module, settings: train.Settings = QUICK, **options: Any) -> train.History:
+def fit(model: nn.Module, settings: Settings = QUICK, **options: Any) -> History:
     return train.fit_(model, options.pop("dataset", dataset()), PREPROCESSING, settings, **options)
 
 
@@ -49,8 +51,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def settings(**values: Any) -> train.Settings:
-    return train.Settings(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "precision": "float32", "weight_decay": 0.0, **values})
+def settings(**values: Any) -> Settings:
+    return Settings(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "precision": "float32", "weight_decay": 0.0, **values})
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -177,9 +179,9 @@ def test_the_distillation_loss_is_hintons() -> None:
     p = (targets / 4).softmax(1)
     divergence = (p * (p.log() - (outputs / 4).softmax(1).log())).sum(1).mean()
     plain = -outputs.softmax(1).log()[torch.arange(5), labels].mean()
-    loss = train._loss(outputs, labels, targets, settings(distill_weight=0.3))
+    loss = optim.loss(outputs, labels, targets, settings(distill_weight=0.3))
     assert torch.allclose(loss, 0.7 * plain + 0.3 * 16 * divergence)
-    assert torch.allclose(train._loss(outputs, labels, None, settings()), plain)
+    assert torch.allclose(optim.loss(outputs, labels, None, settings()), plain)
 
 
 def test_a_teacher_of_other_classes_is_refused() -> None:
@@ -248,8 +250,8 @@ def test_frozen_parameters_stay() -> None:
 
 def test_a_last_batch_of_one_image_is_left_out() -> None:
     steps: list[tuple[int, int]] = []
-    fit(network(), settings(epochs=1, batch_size=107), progress=lambda done, total: steps.append((done, total)))
-    assert steps == [(1, 1)]  # 108 images
+    fit(network(), settings(epochs=1, batch_size=107), watch=Watch(progress=lambda done, total: steps.append((done, total))))
+    assert steps == [(107, 108)]
 
 
 class Break(Method):
@@ -267,7 +269,7 @@ class Break(Method):
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_best_weights() -> None:
     lines: list[str] = []
     model = network()
-    history = fit(model, hooks=[Break(9)], log=lines.append)
+    history = fit(model, hooks=[Break(9)], watch=Watch(log=lines.append))
     assert lines[-1] == "stopped: the loss is not finite at step 10 of 21; try a lower --lr"
     assert len(history.epochs) == 2
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
@@ -285,7 +287,7 @@ def test_a_loss_that_is_not_finite_is_an_error_where_there_is_no_way_back() -> N
 
 def test_each_epoch_has_a_line() -> None:
     lines: list[str] = []
-    fit(network(), log=lines.append)
+    fit(network(), watch=Watch(log=lines.append))
     assert lines[0].startswith("before training: validation ")
     assert [line.partition(":")[0] for line in lines[1:]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert all("images/s" in line and "left" in line for line in lines[1:])
@@ -326,13 +328,13 @@ def test_data_that_cannot_train(change: Callable[[data.Dataset], data.Dataset], 
 )
 def test_settings_are_checked(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        train.Settings(**values)
+        Settings(**values)
 
 
 def test_the_learning_rate_fits_the_optimizer() -> None:
-    assert train.Settings().peak_lr == 0.05
-    assert train.Settings(optimizer="adamw").peak_lr == 0.001
-    assert train.Settings(optimizer="adamw", lr=0.3).peak_lr == 0.3
+    assert Settings().peak_lr == 0.05
+    assert Settings(optimizer="adamw").peak_lr == 0.001
+    assert Settings(optimizer="adamw", lr=0.3).peak_lr == 0.3
 
 
 def test_the_demos_checkpoint_is_as_good_as_its_script_says() -> None:

@@ -4,8 +4,9 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..artefact import Network
     from ..data import Dataset
+    from ..history import EpochRecord
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,16 +96,25 @@ def show(renderable: "RenderableType", *, err: bool = False) -> None:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the block runs; nothing where stderr is no terminal. Yields (done, total) -> None."""
+def progress_bar(quiet: bool, unit: str = "steps") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while the block runs; nothing where stderr is no terminal. Yields (done, total) -> None.
+
+    It shows how many of the unit are done in a second, and the time left.
+    """
     if quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("training", total=None)
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
+
+    columns = (BarColumn(), TaskProgressColumn(), Speed(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -128,18 +139,34 @@ def open_network(
     """The network that the command's model flags name; its notes go to stderr."""
     wished_kwargs = dict(_assignment(pair) for pair in arch_kwargs or ())
     shape = parse_shape(input_shape)
-    means, stds = _floats("--mean", mean), _floats("--std", std)
+    means, stds = (None if text is None else floats(flag, text) for flag, text in (("--mean", mean), ("--std", std)))
     if fresh and model is not None:
         raise UsageError("--fresh reads nothing; leave the model out")
     source = None if fresh else streams.model_source(model)
 
-    from .. import artefact
+    from .. import artefact, distributed
 
     wishes = artefact.Wishes(arch, wished_kwargs, shape, means, stds, trust_pickle)
-    network = artefact.fresh(wishes, seed) if source is None else artefact.open_model(source, wishes)
+    content: str | bytes | None = source
+    if source == "-" and distributed.world_size() > 1:  # the main process alone has a stdin
+        content = distributed.shared(sys.stdin.buffer.read() if distributed.is_main() else None) or source
+    network = artefact.fresh(wishes, seed) if content is None else artefact.open_model(content, wishes)
     for line in network.notes:
         note(f"{network.name}: {line}", quiet)
     return network
+
+
+def open_interrupted(state: Path, *, arch: str | None) -> "Network":
+    """The network that an interrupted run was training, from what the run left."""
+    from .. import artefact
+
+    return artefact.open_interrupted(state, artefact.Wishes(arch))
+
+
+def write_history(path: Path, records: "Sequence[EpochRecord]") -> None:
+    """A JSON line per epoch; the file is whole at any moment."""
+    text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+    streams.write(text.encode(), str(path))
 
 
 def open_data(
@@ -194,9 +221,8 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
     return channels, height, width
 
 
-def _floats(flag: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
+def floats(flag: str, text: str) -> tuple[float, ...]:
+    """The numbers of a flag. Raises UsageError if they are none."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -1,6 +1,8 @@
 """`compactcli finetune`."""
 
-from typing import Annotated
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -19,18 +21,52 @@ def command(
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay, on every parameter.")] = 1e-4,
     optimizer: Annotated[str, typer.Option(metavar="sgd|adamw", help="Optimizer; sgd has Nesterov momentum 0.9.")] = "sgd",
     schedule: Annotated[
-        str, typer.Option(metavar="cosine|constant", help="Learning rate over time, after a warm-up.")
+        str, typer.Option(metavar="cosine|milestones|constant", help="Learning rate over time, after a warm-up.")
     ] = "cosine",
+    milestones: Annotated[
+        str, typer.Option(metavar="A,B", help="Shares of the run at which `milestones` divides the rate by 10.")
+    ] = "0.5,0.75",
+    warmup_epochs: Annotated[float, typer.Option(min=0.0, help="Warm-up from 0; at most a tenth of the run.")] = 1.0,
     teacher: Annotated[
         str | None, typer.Option(metavar="FILE|none", help="Network to learn from. [default: the original, where it is found]")
     ] = None,
     distill_weight: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")] = 0.4,
     temperature: Annotated[float, typer.Option(help="Softmax temperature of the distillation.")] = 4.0,
+    label_smoothing: Annotated[float, typer.Option(help="Share of each label that is spread over all classes.")] = 0.0,
+    cutout: Annotated[
+        int, typer.Option(min=0, metavar="PIXELS", help="Blank a square of that side in every training image.")
+    ] = 0,
+    clip_grad: Annotated[float | None, typer.Option(metavar="NORM", help="Scale larger gradients down to that norm.")] = None,
+    ema: Annotated[
+        float | None, typer.Option(metavar="DECAY", help="Validate and keep a moving average of the weights, e.g. 0.999.")
+    ] = None,
+    freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Batch-norm keeps its running statistics.")] = False,
+    sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Batch-norm over the images of all processes.")] = False,
+    patience: Annotated[int | None, typer.Option(metavar="N", help="End after N epochs without a better one.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End after that long, with the best so far.")
+    ] = None,
     output: common.Output = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the same result.")
+    ] = False,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the run is kept. [default: OUTPUT.resume.safetensors]")
+    ] = None,
+    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Keep the run that often, and after each epoch.")] = 500,
+    history: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON line per epoch.")] = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
     limit: common.Limit = None,
     batch_size: common.BatchSize = 128,
+    accumulate: Annotated[int, typer.Option(min=1, metavar="PARTS", help="Compute each batch in parts: less memory.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode ahead. [default: 2 where the images do not fit in memory]")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 where the hardware computes in it.")
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     device: common.Device = "cpu",
     seed: common.Seed = 0,
     arch: common.Arch = None,
@@ -45,28 +81,50 @@ def command(
     """Train a network on, with the original as teacher, and write it with its accuracy.
 
     compactcli finetune small.safetensors --data cifar10 --teacher resnet56.pt -o tuned.safetensors
+    torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
-    source = streams.model_source(model)
-    destination = streams.model_target(output, source, "tuned")
-    network = open_network(
-        model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
-        trust_pickle=trust_pickle, quiet=quiet,
-    )  # fmt: skip
-    spec = data or network.recipe.dataset
-    if spec is None:
-        raise UsageError("give --data: the file names no dataset to train on")
-    from .. import artefact, train
+    if freeze_bn and sync_bn:
+        raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
+    from .. import artefact, distributed, optim
     from ..finetune import find_teacher, finetune
+    from ..history import Watch
 
-    settings = train.Settings(
-        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule, batch_size=batch_size,  # type: ignore[arg-type]
-        distill_weight=distill_weight, temperature=temperature, seed=seed, device=device,
-    )  # fmt: skip
-    common.check_device(device)
-    dataset = open_data(network, spec, data_dir=data_dir, download=download, limit=limit, seed=seed)
-    assert dataset is not None
-    guide = find_teacher(network, teacher, arch=arch, log=lambda line: note(line, quiet))
-    with common.progress_bar(quiet) as advance:
-        finetune(network, dataset, settings, teacher=guide, log=lambda line: note(line, quiet), progress=advance)
-    size = artefact.save(network, destination)
-    note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+    with distributed.joined(device) as own_device:
+        settings = optim.Settings(
+            epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,  # type: ignore[arg-type]
+            milestones=common.floats("--milestones", milestones), warmup_epochs=warmup_epochs, batch_size=batch_size,
+            accumulate=accumulate, label_smoothing=label_smoothing, clip_grad=clip_grad, ema=ema, cutout=cutout,
+            distill_weight=distill_weight, temperature=temperature, patience=patience, time_limit=time_limit,
+            batch_norm="frozen" if freeze_bn else "sync" if sync_bn else "train", save_every=save_every, seed=seed,
+            device=own_device, precision=precision, compile=compile, workers=workers,  # type: ignore[arg-type]
+        )  # fmt: skip
+        quiet = quiet or not distributed.is_main()
+        wishes: Any = {"arch": arch, "trust_pickle": trust_pickle, "mean": mean, "std": std}
+        wishes |= {"arch_kwargs": arch_kwargs, "input_shape": input_shape, "quiet": quiet}
+        if resume and model is None and state is not None and state.exists():
+            network, source = common.open_interrupted(state, arch=arch), str(state)
+        else:
+            source = streams.model_source(model)
+            network = open_network(model, **wishes)
+        destination = streams.model_target(output, source, "tuned") if distributed.is_main() else "-"
+        kept = state or (None if destination == "-" else Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors"))
+        kept = distributed.shared(kept)
+        if resume and kept is None:
+            raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
+        spec = data or network.recipe.dataset
+        if spec is None:
+            raise UsageError("give --data: the file names no dataset to train on")
+        common.check_device(own_device)
+        dataset = open_data(network, spec, data_dir=data_dir, download=download, limit=limit, seed=seed)
+        assert dataset is not None
+        say = partial(note, quiet=quiet)
+        guide = find_teacher(network, teacher, arch=arch, log=say)
+        with common.progress_bar(quiet, "images") as advance:
+            watch = Watch(say, advance, partial(common.write_history, history) if history else lambda records: None)
+            finetune(network, dataset, settings, teacher=guide, kept=kept, resume=resume, watch=watch)
+        if not distributed.is_main():
+            return
+        size = artefact.save(network, destination)
+        note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+        if kept is not None and not settings.time_limit:
+            kept.unlink(missing_ok=True)
