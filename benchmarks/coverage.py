@@ -42,7 +42,7 @@ TIMM = (
     *("regnetx_002", "regnety_002", "regnetz_b16", "repghostnet_050", "repvgg_a0", "res2net50_26w_4s"),
     *("resnest14d", "resnet50", "resnetaa50", "resnetv2_50", "resnext50_32x4d", "rexnet_100", "selecsls42b"),
     *("seresnet50", "skresnet18", "spnasnet_100", "starnet_s1", "tiny_vit_5m_224", "tinynet_e", "wide_resnet50_2"),
-    *("xception41"),
+    "xception41",
 )
 ATTENTION = (
     *("vit_", "swin_", "maxvit_t", "timm:bat_resnext26ts", "timm:botnet26t_256", "timm:coatnet_nano_rw_224"),

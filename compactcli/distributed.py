@@ -1,9 +1,11 @@
 """Processes that train together, started by `torchrun`: one where there are no others."""
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from .errors import CompactError
+
+PATIENCE = timedelta(hours=6)  # for one that reads, tests or writes alone; torchrun ends all where one has failed
 
 
 def rank() -> int:
@@ -40,10 +44,12 @@ def joined(device: str) -> Iterator[str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield device
+        torch.distributed.barrier()  # a process that leaves early takes the connections of the others with it
     finally:
+        gc.collect()  # wrapped networks hold on to the group in cycles, and its threads must end before the interpreter does
         torch.distributed.destroy_process_group()
 
 

@@ -244,7 +244,7 @@ class _Run:
     def stop(self) -> None:
         """End the run between two steps, after it was kept. Raises KeyboardInterrupt if that is what was asked for."""
         if self.interruption.came:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("" if self.store is None else "--resume goes on from there")
         self.ended = f"the time is up, at step {self.step:,} of {self.total_steps:,}"
 
     def save(self) -> None:

@@ -332,7 +332,7 @@ def test_data_is_asked_for_where_the_file_names_none(net, tmp_path):
     [
         (("--epochs", "-1"), "--epochs"),
         (("--optimizer", "lion"), "optimizer is lion; it must be sgd or adamw"),
-        (("--schedule", "step"), "schedule is step; it must be cosine or constant"),
+        (("--schedule", "step"), "schedule is step; it must be cosine, milestones or constant"),
         (("--batch-size", "1"), "batch-size is 1; it must be 2 or more"),
         (("--temperature", "0"), "temperature is 0"),
         (("--distill-weight", "2"), "--distill-weight"),

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -402,3 +403,64 @@ def test_augmentation_is_a_shift_and_a_mirror(flip: bool) -> None:
     assert {y for y, _, _ in seen} == set(range(5))
     assert {x for _, x, _ in seen} == set(range(7))
     assert {mirrored for _, _, mirrored in seen} == ({False, True} if flip else {False})
+
+
+@pytest.mark.parametrize("workers", [None, 0, 1, 4])
+def test_every_batch_is_fed_in_order(tmp_path: Path, workers: int | None) -> None:
+    split = class_folder_split(tmp_path)
+    batches = torch.split(torch.randperm(len(split), generator=torch.Generator().manual_seed(0)), 3)
+    fed = list(data.feed(split, batches, workers))
+    assert all(torch.equal(index, batch) for (index, _), batch in zip(fed, batches, strict=True))
+    assert all(torch.equal(images, split.read(index)) for index, images in fed)
+
+
+def test_images_beyond_memory_are_decoded_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never all at once, and never many batches ahead of the one that is used."""
+    split = class_folder_split(tmp_path)
+    read: list[int] = []
+
+    def counted(index: torch.Tensor) -> torch.Tensor:
+        read.append(len(index))
+        return split.read(index)
+
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 3 * 8 * 8 * len(split) - 1)
+    batches = torch.split(torch.arange(len(split)), 1)
+    for number, _ in enumerate(data.feed(replace(split, read=counted), batches), 1):
+        assert sum(read) <= number + 3
+    assert read == [1] * len(split)
+
+
+def test_a_damaged_file_ends_the_feed_with_its_name(tmp_path: Path) -> None:
+    split = class_folder_split(tmp_path)
+    (tmp_path / "a" / "0.png").write_bytes(b"no image")
+    with pytest.raises(CompactError, match=r"0\.png is not an image"):
+        list(data.feed(split, torch.split(torch.arange(len(split)), 2), 2))
+
+
+def test_cutout_blanks_a_square_of_every_image() -> None:
+    images = torch.full((200, 3, 16, 16), 7, dtype=torch.uint8)
+    index = torch.arange(200)
+    plain = data.augment(images, index, 3, 0, flip=False)
+    cut = data.augment(images, index, 3, 0, flip=False, cutout=6, blank=(0.5, 0.25, 1.0))
+    gone = (cut != plain).any(1)  # (n, h, w)
+    assert torch.equal(cut.permute(0, 2, 3, 1)[gone].unique(dim=0), torch.tensor([[128, 64, 255]], dtype=torch.uint8))
+    rows, columns = gone.any(2).sum(1), gone.any(1).sum(1)
+    assert torch.equal(gone.sum((1, 2)), rows * columns)  # a rectangle, cut off at the border
+    assert int(rows.min()) >= 3
+    assert int(rows.max()) == int(columns.max()) == 6
+    assert (gone.sum((1, 2)) == 36).float().mean() > 0.3
+    again = data.augment(images[:5], index[:5], 3, 0, flip=False, cutout=6, blank=(0.5, 0.25, 1.0))
+    assert torch.equal(cut[:5], again)
+
+
+def class_folder_split(root: Path) -> data.Split:
+    """Twelve images of 8 x 8 in two classes."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        (root / name).mkdir()
+        for number in range(6):
+            pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
+    split = data.open_dataset(str(root), input_shape=(3, 8, 8), preprocessing=Preprocessing((0.5,), (0.5,))).train
+    assert split is not None
+    return split

@@ -1,6 +1,7 @@
 """The training loop: determinism, best weights, distillation, hooks, and what it never touches."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +347,119 @@ def test_the_demos_checkpoint_is_as_good_as_its_script_says() -> None:
     assert digits.test is not None
     tested = measure.accuracy(model, data.batches(digits.test, preprocessing, 256, "cpu"))
     assert tested.top1 == pytest.approx(98.80, abs=0.25)
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole() -> None:
+    """Without batch-norm, whose statistics are those of a part, and dropout."""
+    results = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+        fit(model, settings(epochs=1, accumulate=accumulate), keep="last")
+        results.append(weights(model))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_large_gradients_are_scaled_down() -> None:
+    norms: list[float] = []
+
+    class Look(Method):
+        def regularise(self, model: nn.Module, progress: Progress) -> None:
+            for parameter in model.parameters():
+                parameter.grad.fill_(3.0)  # type: ignore[union-attr]
+
+        def project(self, model: nn.Module, progress: Progress) -> None:
+            norms.append(float(torch.stack([p.grad.norm() for p in model.parameters()]).norm()))  # type: ignore[union-attr]
+
+    fit(network(), settings(epochs=1, clip_grad=0.5), hooks=[Look()])
+    assert norms == pytest.approx([0.5] * 7, rel=1e-4)
+
+
+def test_the_averaged_weights_are_validated_and_kept() -> None:
+    """By the recursion of the definition: decay d from step t on, min(d, (1 + t) / (10 + t))."""
+    passed: list[dict[str, Tensor]] = []
+
+    class Note(Method):
+        def project(self, model: nn.Module, progress: Progress) -> None:
+            passed.append(weights(model))
+
+    model = network(dropout=0)
+    expected = weights(model)
+    fit(model, settings(epochs=1, ema=0.3), hooks=[Note()], keep="last")
+    for step, now in enumerate(passed):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = {name: decay * own + (1 - decay) * now[name] for name, own in expected.items()}
+    expected["1.num_batches_tracked"] = passed[-1]["1.num_batches_tracked"]
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_falls_to_a_tenth_at_each_milestone() -> None:
+    factor = optim.schedule(Settings(epochs=10, schedule="milestones", milestones=(0.5, 0.75), warmup_epochs=0), 10)
+    assert [factor(step) for step in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_labels_are_smoothed() -> None:
+    outputs, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+    targets = torch.full((6, 4), 0.2 / 4).scatter(1, labels[:, None], 0.8 + 0.2 / 4)
+    expected = -(targets * outputs.log_softmax(1)).sum(1).mean()
+    assert torch.allclose(optim.loss(outputs, labels, None, Settings(label_smoothing=0.2)), expected)
+
+
+def test_a_run_that_gets_no_better_ends() -> None:
+    lines: list[str] = []
+    still = settings(epochs=9, lr=0.0, batch_norm="frozen", patience=2)
+    history = fit(network(), still, watch=Watch(log=lines.append))
+    assert [record.epoch for record in history.epochs] == [0, 1, 2]
+    assert lines[-1] == "stopped: no better epoch in 2"
+
+
+def test_time_ends_a_run_between_two_steps() -> None:
+    lines: list[str] = []
+    history = fit(network(), settings(time_limit=1e-9), watch=Watch(log=lines.append))
+    assert lines[-1] == "stopped: the time is up, at step 1 of 21"
+    assert [record.epoch for record in history.epochs] == [0]
+
+
+def test_each_epoch_is_in_the_history_at_once() -> None:
+    told: list[int] = []
+    history = fit(network(), watch=Watch(history=lambda records: told.append(len(records))))
+    assert told == [1, 2, 3, 4]
+    assert history.epochs[-1].lr == pytest.approx(0.1 * optim.schedule(QUICK, 7)(20))
+    assert all(record.images_per_second for record in history.epochs[1:])
+
+
+def test_frozen_batch_norm_is_not_trained_on() -> None:
+    model = network()
+    before = weights(model)
+    fit(model, settings(batch_norm="frozen"), keep="last")
+    assert torch.equal(model.get_buffer("1.running_mean"), before["1.running_mean"])
+    assert not torch.equal(model.get_parameter("1.weight"), before["1.weight"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch
+def test_a_compiled_network_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the tracer of torch.compile alone: its code generator takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    found = {}
+    for compiled in (False, True):
+        model = network(dropout=0)
+        fit(model, settings(epochs=1, compile=compiled), keep="last")
+        found[compiled] = weights(model)
+    assert found[True].keys() == found[False].keys()
+    for name, tensor in found[False].items():
+        torch.testing.assert_close(found[True][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_threads_that_decode_change_nothing() -> None:
+    found = []
+    for workers in (None, 0, 1, 3):
+        model = network()
+        fit(model, settings(workers=workers), keep="last")
+        found.append(weights(model))
+    assert all(same(found[0], other) for other in found[1:])
+
+
+def test_the_loop_fits_on_a_few_screens() -> None:
+    assert len(Path(train.__file__).read_text(encoding="utf-8").splitlines()) < 300

@@ -74,8 +74,8 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
         except MemoryError:
             typer.echo("compactcli: out of memory; try a smaller --batch-size or --limit", err=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("compactcli: interrupted", err=True)
+        except KeyboardInterrupt as problem:
+            typer.echo("; ".join(filter(None, ("compactcli: interrupted", str(problem)))), err=True)
             raise typer.Exit(130) from None
 
     return run
@@ -154,13 +154,6 @@ def open_network(
     for line in network.notes:
         note(f"{network.name}: {line}", quiet)
     return network
-
-
-def open_interrupted(state: Path, *, arch: str | None) -> "Network":
-    """The network that an interrupted run was training, from what the run left."""
-    from .. import artefact
-
-    return artefact.open_interrupted(state, artefact.Wishes(arch))
 
 
 def write_history(path: Path, records: "Sequence[EpochRecord]") -> None:

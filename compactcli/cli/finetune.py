@@ -99,18 +99,16 @@ def command(
             device=own_device, precision=precision, compile=compile, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
         quiet = quiet or not distributed.is_main()
-        wishes: Any = {"arch": arch, "trust_pickle": trust_pickle, "mean": mean, "std": std}
-        wishes |= {"arch_kwargs": arch_kwargs, "input_shape": input_shape, "quiet": quiet}
-        if resume and model is None and state is not None and state.exists():
-            network, source = common.open_interrupted(state, arch=arch), str(state)
-        else:
-            source = streams.model_source(model)
-            network = open_network(model, **wishes)
+        left = state if resume and model is None and state is not None and state.exists() else None
+        source = streams.model_source(model) if left is None else str(left)
         destination = streams.model_target(output, source, "tuned") if distributed.is_main() else "-"
-        kept = state or (None if destination == "-" else Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors"))
-        kept = distributed.shared(kept)
+        beside = None if destination == "-" else Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors")
+        kept: Path | None = distributed.shared(state or beside)
         if resume and kept is None:
             raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
+        wishes: Any = {"arch": arch, "trust_pickle": trust_pickle, "mean": mean, "std": std}
+        wishes |= {"arch_kwargs": arch_kwargs, "input_shape": input_shape, "quiet": quiet}
+        network = open_network(model, **wishes) if left is None else artefact.open_interrupted(left, artefact.Wishes(arch))
         spec = data or network.recipe.dataset
         if spec is None:
             raise UsageError("give --data: the file names no dataset to train on")

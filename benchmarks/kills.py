@@ -1,0 +1,105 @@
+"""A run that is killed ends where an unbroken one does: `python -m benchmarks kills`.
+
+kill -9 at random moments of a run of 4 epochs, then --resume until it ends: the bytes of what it writes, beside those of
+the run that nobody killed. Twice over: `compactcli finetune` on 2,000 images, and a search with dual variables through the
+same loop (`_kills_worker`). After each kill every file there is must be one that can be read.
+
+    python -m benchmarks kills [--kills 20]
+"""
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compactcli import architectures, resume
+
+from ._common import ROOT, images, write
+
+KINDS = ("finetune", "search")
+
+
+def main(arguments: list[str]) -> None:
+    """Run and write benchmarks/results/kills.json."""
+    parser = argparse.ArgumentParser(prog="kills")
+    parser.add_argument("--kills", type=int, default=20)
+    options = parser.parse_args(arguments)
+    found = [_kind(kind, options.kills) for kind in KINDS]
+    write("kills", {"command": " ".join(["python -m benchmarks kills", *arguments]), "kinds": found})
+
+
+def _kind(kind: str, kills: int) -> dict[str, Any]:
+    """One unbroken run, and one for each kill."""
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        whole = _folder(root / "whole")
+        start = time.perf_counter()
+        subprocess.run(_command(kind, whole), check=True, cwd=ROOT, capture_output=True)
+        seconds = time.perf_counter() - start
+        wanted = (whole / "out.safetensors").read_bytes()
+        rows = []
+        for number in range(kills):
+            row = _killed(kind, _folder(root / str(number)), chance.uniform(0, seconds), wanted)
+            rows.append(row)
+            print(f"{kind} {number + 1}: {row}", flush=True)
+            shutil.rmtree(root / str(number))
+    equal, broken = sum(row["equal"] for row in rows), sum(row["broken_files"] for row in rows)
+    print(f"{kind}: {equal} of {kills} equal the unbroken run, {broken} broken files")
+    return {"kind": kind, "seconds": seconds, "kills": kills, "equal": equal, "broken_files": broken, "rows": rows}
+
+
+def _folder(path: Path) -> Path:
+    """A new folder with the network that finetune begins with."""
+    path.mkdir()
+    torch.manual_seed(0)
+    torch.save(architectures.get("cifar:resnet8", {"width": 8}).build(initialise=True).state_dict(), path / "net.pt")
+    return path
+
+
+def _command(kind: str, folder: Path) -> list[str]:
+    if kind == "search":
+        return [sys.executable, "-m", "benchmarks._kills_worker", str(folder)]
+    flags = ("--epochs", "4", "--limit", "2000", "--save-every", "5", "--data", str(images()), "--resume")
+    return [sys.executable, "-m", "compactcli", "finetune", str(folder / "net.pt"), *flags, "-o", str(folder / "out.safetensors")]
+
+
+def _killed(kind: str, folder: Path, after: float, wanted: bytes) -> dict[str, Any]:
+    """Kill a run after so many seconds, look at what it left, let it end."""
+    with subprocess.Popen(_command(kind, folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    left = sorted(path.name for path in folder.iterdir() if path.name != "net.pt" and not path.name.startswith("."))
+    broken = sum(not _readable(folder / name, wanted) for name in left)
+    state = folder / "run.resume.safetensors" if kind == "search" else folder / "out.resume.safetensors"
+    step = None if not state.exists() else _step(state)
+    subprocess.run(_command(kind, folder), check=True, cwd=ROOT, capture_output=True)
+    return {
+        "after_seconds": round(after, 2),
+        "step": step,
+        "broken_files": broken,
+        "equal": (folder / "out.safetensors").read_bytes() == wanted,
+    }
+
+
+def _readable(path: Path, wanted: bytes) -> bool:
+    """Whether a file that a kill left is whole: the state of a run, or the output itself."""
+    if path.name == "out.safetensors":
+        return path.read_bytes() == wanted
+    return _step(path) >= 0
+
+
+def _step(state: Path) -> int:
+    store = resume.Store(state, {}, {}).load()
+    assert store is not None
+    step: int = store[1]["step"]
+    return step

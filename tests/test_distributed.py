@@ -1,0 +1,113 @@
+"""Processes that train together do what one does alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import named
+from torch import nn
+
+from compactcli import batchnorm, distributed
+from compactcli.artefact import open_model
+
+TESTS = Path(__file__).parent
+
+
+def torchrun(*arguments: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, env=environment, **options)
+
+
+def together(what: str, folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    done = torchrun(str(TESTS / "distributed_worker.py"), what, str(folder / "found"), folder=folder)
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads((folder / f"found.{rank}").read_text()) for rank in (0, 1)]
+
+
+def alone(what: str, folder: Path) -> dict[str, Any]:
+    """What one process finds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, str(TESTS / "distributed_worker.py"), what, str(folder / "alone")]
+    subprocess.run(command, cwd=folder, check=True, env=environment)
+    return json.loads((folder / "alone.0").read_text())
+
+
+@pytest.mark.parametrize("what", ["frozen", "sync", "residual"])
+def test_two_processes_take_the_steps_of_one(what: str, tmp_path: Path) -> None:
+    """20 steps in float32: batch-norm with its running statistics, and with those of all processes' images."""
+    first, second = together(what, tmp_path)
+    assert first["weights"] == second["weights"]
+    single = alone(what, tmp_path)
+    assert len(single["losses"]) == 20
+    assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert single["losses"][-1] < 0.9 * single["losses"][0]
+    assert first["accuracy"] == second["accuracy"]
+
+
+@pytest.mark.parametrize("what", ["plain", "parts", "hook"])
+def test_all_processes_have_the_same_weights(what: str, tmp_path: Path) -> None:
+    """Each with batch-norm over its own images; with batches in parts; with what a method adds behind the mean gradient."""
+    first, second = together(what, tmp_path)
+    assert first == second
+
+
+def test_different_networks_are_refused(tmp_path: Path) -> None:
+    assert {found["error"] for found in together("different", tmp_path)} == {
+        "process 1 has another network, other settings or other data; give all the same"
+    }
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_the_command_in_two_processes(piped: bool, tmp_path: Path) -> None:
+    """One reads stdin, writes and talks."""
+    path = tmp_path / "net.pt"
+    torch.save(named("cifar:resnet8", width=4).state_dict(), path)
+    flags = ("--data", "digits", "--epochs", "1", "--limit", "200", "--sync-bn")
+    given = (*(() if piped else ("net.pt",)), *flags, "-o", "out.safetensors")
+    done = torchrun("-m", "compactcli", "finetune", *given, folder=tmp_path, input=path.read_bytes() if piped else b"")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == b""
+    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 1
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "out.safetensors"]
+    assert open_model(tmp_path / "out.safetensors").recipe.steps[0].options["batch_norm"] == "sync"
+
+
+def test_the_command_writes_to_a_pipe_from_two_processes(tmp_path: Path) -> None:
+    torch.save(named("cifar:resnet8", width=4).state_dict(), tmp_path / "net.pt")
+    flags = ("--data", "digits", "--epochs", "1", "--limit", "200")
+    done = torchrun("-m", "compactcli", "finetune", "net.pt", *flags, folder=tmp_path, check=True)
+    assert open_model(done.stdout).recipe.steps[0].command == "finetune"
+
+
+def test_one_process_is_the_main_one() -> None:
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.shared("value") == "value"
+    assert distributed.total([1, 2]) == [1, 2]
+    with distributed.joined("cuda:3") as device:
+        assert device == "cuda:3"
+
+
+def test_synchronised_batch_norm_comes_and_goes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    image = torch.randn(2, 3, 4, 4)
+    expected = model(image)
+    with batchnorm.synchronised(model, True):
+        assert "forward" in vars(model[1])
+        torch.testing.assert_close(model(image), expected)
+    assert "forward" not in vars(model[1])
+
+
+def test_frozen_batch_norm_keeps_its_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())
+    batchnorm.train_(model, "frozen")
+    model(torch.randn(2, 3, 4, 4))
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+    assert model[1].training

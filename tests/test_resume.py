@@ -1,0 +1,201 @@
+"""An interrupted run ends where an unbroken one does, to the bit, whatever it trains with and wherever it broke."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from test_train import PREPROCESSING, dataset, network, same, weights
+from torch import Tensor, nn
+
+from compactcli import train
+from compactcli.errors import CompactError
+from compactcli.history import History, Watch
+from compactcli.methods import Method, Progress
+from compactcli.optim import Settings
+from compactcli.resume import Store, read
+
+
+class DeadError(Exception):
+    """The process was killed."""
+
+
+class Dual(Method):
+    """A search with a variable of its own for each class, that learns from the weights and pulls at them."""
+
+    def __init__(self) -> None:
+        self.dual = torch.zeros(3)
+
+    def regularise(self, model: nn.Module, progress: Progress) -> None:
+        model.get_parameter("6.bias").grad.add_(self.dual)
+
+    def project(self, model: nn.Module, progress: Progress) -> None:
+        self.dual += 0.1 * model.get_parameter("6.bias").detach() + 0.01 * progress.share
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"dual": self.dual}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.dual = state["dual"].clone()
+
+
+def settings(**values: Any) -> Settings:
+    return Settings(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "precision": "float32", "save_every": 3, **values})
+
+
+def store(path: Path, **identity: Any) -> Store:
+    return Store(path / "run.resume.safetensors", identity, {"compactcli": "a recipe"})
+
+
+def run(
+    chosen: Settings, path: Path | None, *, die_at: int | None = None, resume: bool = False
+) -> tuple[dict[str, Any], History]:
+    """Weights and history of a run that may die after a number of batches."""
+    batches = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == die_at:
+            raise DeadError
+
+    model, hook = network(), Dual()
+    history = train.fit_(
+        model,
+        dataset(),
+        PREPROCESSING,
+        chosen,
+        teacher=network(3, dropout=0),
+        hooks=[hook],
+        keep="last" if chosen.patience is None else "best",
+        store=None if path is None else store(path),
+        resume=resume,
+        watch=Watch(progress=progress),
+    )
+    return {**weights(model), "dual": hook.dual}, history
+
+
+KINDS = {
+    "sgd": {},
+    "adamw": {"optimizer": "adamw", "lr": 0.01},
+    "average": {"ema": 0.9},
+    "best": {"patience": 2, "schedule": "milestones"},
+    "parts": {"accumulate": 3, "clip_grad": 0.5, "cutout": 2, "label_smoothing": 0.1},
+    "bfloat16": {"precision": "bfloat16", "workers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_equals_an_unbroken_one(kind: str, tmp_path: Path) -> None:
+    """108 images make 7 batches an epoch; killed before the first file, within epochs, at their ends, and twice."""
+    chosen = settings(**KINDS[kind])
+    whole, history = run(chosen, None)
+    for number, deaths in enumerate([(2,), (4,), (7,), (8,), (14,), (20,), (9, 5)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for death in deaths:
+            with pytest.raises(DeadError):
+                run(chosen, folder, die_at=death, resume=True)
+        broken, resumed = run(chosen, folder, resume=True)
+        assert same(whole, broken)
+        assert [(r.epoch, r.loss, r.accuracy) for r in resumed.epochs] == [(r.epoch, r.loss, r.accuracy) for r in history.epochs]
+        assert resumed.best_epoch == history.best_epoch
+
+
+def test_keeping_a_run_does_not_change_it(tmp_path: Path) -> None:
+    assert same(run(settings(), None)[0], run(settings(save_every=1), tmp_path)[0])
+
+
+def test_a_run_that_has_ended_ends_again_at_once(tmp_path: Path) -> None:
+    whole, _ = run(settings(), tmp_path)
+    again, _ = run(settings(), tmp_path, die_at=1, resume=True)
+    assert same(whole, again)
+
+
+def test_without_resume_a_run_begins_again(tmp_path: Path) -> None:
+    whole, _ = run(settings(), None)
+    with pytest.raises(DeadError):
+        run(settings(), tmp_path, die_at=9)
+    assert same(whole, run(settings(), tmp_path)[0])
+
+
+def test_another_runs_file_is_refused_by_the_first_difference(tmp_path: Path) -> None:
+    one = store(tmp_path, lr=0.1, data=["digits", 3])
+    one.save({"model.w": torch.zeros(2)}, {"step": 1})
+    assert store(tmp_path, lr=0.1, data=("digits", 3)).load()[1] == {"step": 1}  # a tuple is what JSON makes of it
+    with pytest.raises(CompactError, match=r"the run there has lr 0.1, this one 0.2; give the same flags, or leave --resume out"):
+        store(tmp_path, lr=0.2, data=["digits", 3]).load()
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", safetensors.torch.save({"w": torch.zeros(1)})])
+def test_what_is_no_run_is_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CompactError, match=r"run\.safetensors (cannot be resumed from|is not what an interrupted)"):
+        read(path)
+
+
+# The command, really killed
+
+
+def finetune(folder: Path, *flags: str) -> list[str]:
+    images = ["--data", "digits", "--epochs", "2", "--save-every", "2", "--batch-size", "100", "--precision", "float32"]
+    return [sys.executable, "-m", "compactcli", "finetune", str(folder / "net.pt"), *images, "-o", str(folder / "out"), *flags]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from networks import named
+
+    folder = tmp_path_factory.mktemp("small")
+    torch.save(named("cifar:resnet8", width=4, num_classes=10).state_dict(), folder / "net.pt")
+    return folder
+
+
+def output(folder: Path) -> bytes:
+    return (folder / "out").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(small: Path) -> bytes:
+    subprocess.run(finetune(small), check=True, capture_output=True)
+    assert sorted(os.listdir(small)) == ["net.pt", "out"]  # the run's file is gone with the run
+    return output(small)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_command_goes_on_to_the_same_file(number: signal.Signals, small: Path, unbroken: bytes, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
+    kept = tmp_path / "out.resume.safetensors"
+    with subprocess.Popen(finetune(tmp_path), stderr=subprocess.PIPE) as process:
+        while not kept.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        errors = process.communicate()[1].decode()
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    assert number == signal.SIGKILL or errors.splitlines()[-1] == "compactcli: interrupted; --resume goes on from there"
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "out.resume.safetensors"]
+    done = subprocess.run(finetune(tmp_path, "--resume"), check=True, capture_output=True, text=True)
+    assert "resumed at step" in done.stderr
+    assert output(tmp_path) == unbroken
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "out"]
+
+
+def test_what_is_left_of_a_run_is_enough_to_end_it(small: Path, unbroken: bytes, tmp_path: Path) -> None:
+    """Without the network that it began with, which may have come through a pipe."""
+    (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
+    kept = tmp_path / "out.resume.safetensors"
+    with subprocess.Popen(finetune(tmp_path), stderr=subprocess.DEVNULL) as process:
+        while not kept.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    (tmp_path / "net.pt").unlink()
+    command = [part for part in finetune(tmp_path, "--resume", "--state", str(kept)) if not part.endswith("net.pt")]
+    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert output(tmp_path) == unbroken
