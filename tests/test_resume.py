@@ -1,10 +1,12 @@
 """An interrupted run ends where an unbroken one does, to the bit, whatever it trains with and wherever it broke."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from compactcli import train
 from compactcli.errors import CompactError
-from compactcli.history import History, Watch
+from compactcli.history import EpochRecord, History, Watch
 from compactcli.methods import Method, Progress
 from compactcli.optim import Settings
 from compactcli.resume import Store, read
@@ -167,6 +169,17 @@ def unbroken(small: Path) -> bytes:
     subprocess.run(finetune(small), check=True, capture_output=True)
     assert sorted(os.listdir(small)) == ["net.pt", "out"]  # the run's file is gone with the run
     return output(small)
+
+
+@pytest.mark.parametrize("flags", [(), ("--workers", "2"), ("--save-every", "100", "--history", "epochs.jsonl")])
+def test_the_same_seed_gives_the_same_file(flags: tuple[str, ...], small: Path, unbroken: bytes, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
+    subprocess.run(finetune(tmp_path, *flags), check=True, capture_output=True, cwd=tmp_path)
+    assert output(tmp_path) == unbroken
+    if "--history" in flags:
+        epochs = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
+        assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
+        assert set(epochs[0]) == {field.name for field in fields(EpochRecord)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
