@@ -213,7 +213,8 @@ class _Run:
         elif patience is not None and self.epoch - self.best.epoch >= patience and self.epoch < self.settings.epochs:
             self.ended = f"no better epoch in {patience}"
         self.save()
-        if self.ended is None and self.step < self.total_steps and distributed.total([self.interruption.came or self.late()])[0]:
+        going_on = self.ended is None and self.step < self.total_steps
+        if going_on and distributed.total([self.interruption.came or self.late()], self.settings.device)[0]:
             self.stop()
 
     def measure(self, epoch: int, loss: float | None, speed: float | None, since: float) -> None:
@@ -252,7 +253,7 @@ class _Run:
         distributed.share_buffers_(self.model)
         if self.store is None or not distributed.is_main():
             return
-        standing = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch}
+        standing = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch, "ended": self.ended}
         tensors = pack(self.model, self.optimizer, self.average, self.hooks)
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         self.store.save(tensors, {**standing, "records": [asdict(record) for record in self.records]})
@@ -266,7 +267,7 @@ class _Run:
         self.step, self.loss_sum, self.seen = standing["step"], standing["loss_sum"], standing["seen"]
         self.records = [EpochRecord(**record) for record in standing["records"]]
         self.best = next(record for record in self.records if record.epoch == standing["best"])
-        self.best_weights = under("best", tensors)
+        self.best_weights, self.ended = under("best", tensors), standing["ended"]
         unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
         return True
 

@@ -114,10 +114,12 @@ def test_keeping_a_run_does_not_change_it(tmp_path: Path) -> None:
     assert same(run(settings(), None)[0], run(settings(save_every=1), tmp_path)[0])
 
 
-def test_a_run_that_has_ended_ends_again_at_once(tmp_path: Path) -> None:
-    whole, _ = run(settings(), tmp_path)
-    again, _ = run(settings(), tmp_path, die_at=1, resume=True)
+@pytest.mark.parametrize("values", [{}, {"epochs": 9, "lr": 0.0, "batch_norm": "frozen", "patience": 2}])
+def test_a_run_that_has_ended_ends_again_at_once(values: dict[str, Any], tmp_path: Path) -> None:
+    whole, first = run(settings(**values), tmp_path)
+    again, second = run(settings(**values), tmp_path, die_at=1, resume=True)
     assert same(whole, again)
+    assert first == second
 
 
 def test_without_resume_a_run_begins_again(tmp_path: Path) -> None:
