@@ -56,16 +56,40 @@ def _earlier(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def compressed(network: Network, dataset: data.Dataset, ratio: float, count: int, seed: int) -> Network:
+    """Ours: a copy of the network, that share of its MACs kept, calibrated on that many training images."""
+    assert dataset.train is not None
+    calibration = Calibration(data.sample(dataset.train, count, seed), dataset.name)
+    return compress(copy.deepcopy(network), "hinge", get("hinge")(), Target(ratio), calibration=calibration, seed=seed)
+
+
+def pruned(network: Network, dataset: data.Dataset, ratio: float) -> Network:
+    """Torch-Pruning's: at most that share of the MACs, as near as bisection comes, its batch-norm statistics measured anew."""
+    wanted = ratio * measure.macs(network.module, network.input_shape)
+    low, high = 0.0, 0.95
+    for _ in range(12):
+        middle = (low + high) / 2
+        model = _pruned(network, middle)
+        low, high = (middle, high) if measure.macs(model, network.input_shape) > wanted else (low, middle)
+    one = copy.copy(network)
+    one.module = _pruned(network, high)
+    assert dataset.train is not None
+    _recalibrate_(one.module, dataset.train, network)
+    return one
+
+
+def macs_kept(one: Network, network: Network) -> float:
+    """The share of the network's MACs."""
+    return measure.macs(one.module, one.input_shape) / measure.macs(network.module, network.input_shape)
+
+
 def _ours(network: Network, dataset: data.Dataset, ratio: float, count: int) -> dict[str, Any]:
     accuracies, seconds, kept = [], [], 0.0
-    assert dataset.train is not None
     for seed in SEEDS:
-        one = copy.deepcopy(network)
         start = time.perf_counter()
-        calibration = Calibration(data.sample(dataset.train, count, seed), dataset.name)
-        compress(one, "hinge", get("hinge")(), Target(ratio), calibration=calibration, seed=seed)
+        one = compressed(network, dataset, ratio, count, seed)
         seconds.append(time.perf_counter() - start)
-        kept = measure.macs(one.module, one.input_shape) / measure.macs(network.module, network.input_shape)
+        kept = macs_kept(one, network)
         accuracies.append(report.evaluate(one, dataset).accuracy.top1)
     row = {
         "ratio": ratio,
@@ -83,20 +107,8 @@ def _ours(network: Network, dataset: data.Dataset, ratio: float, count: int) -> 
 
 def _peer(network: Network, dataset: data.Dataset, ratio: float) -> dict[str, Any]:
     start = time.perf_counter()
-    wanted = ratio * measure.macs(network.module, network.input_shape)
-    low, high = 0.0, 0.95
-    for _ in range(12):
-        middle = (low + high) / 2
-        model = _pruned(network, middle)
-        low, high = (middle, high) if measure.macs(model, network.input_shape) > wanted else (low, middle)
-    model = _pruned(network, high)
-    assert dataset.train is not None
-    _recalibrate_(model, dataset.train, network)
-    macs = measure.macs(model, network.input_shape)
-    one = copy.copy(network)
-    one.module = model.eval()
-    accuracy = report.evaluate(one, dataset).accuracy.top1
-    kept = macs * ratio / wanted
+    one = pruned(network, dataset, ratio)
+    accuracy, kept = report.evaluate(one, dataset).accuracy.top1, macs_kept(one, network)
     print(f"  Torch-Pruning, {ratio:.0%} ({kept:.3f}): {accuracy:.2f} %", flush=True)
     return {"ratio": ratio, "macs_kept": kept, "images": 1024, "accuracy": accuracy, "seconds": time.perf_counter() - start}
 
@@ -119,8 +131,8 @@ def _pruned(network: Network, share: float) -> nn.Module:
 
 
 def _recalibrate_(model: nn.Module, split: data.Split, network: Network) -> None:
-    """Batch-norm statistics as plain averages over 1,024 images."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    """Batch-norm statistics as plain averages over 1,024 images; leaves the model in eval mode, fit to be trained on."""
+    norms = {module: module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -128,3 +140,6 @@ def _recalibrate_(model: nn.Module, split: data.Split, network: Network) -> None
     with torch.no_grad():
         for batch in data.sample(split, 1024, 0).split(128):
             model(data.normalise(batch, network.recipe.preprocessing))
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
+    model.eval()

@@ -1,0 +1,146 @@
+"""Accuracy after compression and fine-tuning, ours beside Torch-Pruning 1.6.1: `python -m benchmarks recover`.
+
+A CIFAR-10 ResNet at 50 % of its MACs, trained for 15 epochs by `finetune` at its defaults with the original as teacher; the
+best weights by its own validation split of the 50,000 training images, all 10,000 test images.
+
+- ours: `compress --method hinge --data`, calibrated on 1,024 training images;
+- control: the uncompressed network, for what the training alone is worth;
+- peer: Torch-Pruning's network of the same MACs, as in `oneshot`.
+
+Required: ours at most 0.5 points below the original, at least 0.5 above the peer.
+
+A row is written to benchmarks/results/recover-NETWORK.json the moment its contender ends, under its name and the flags that
+say how it was trained, where these are not the defaults. Until then the run is kept in the temporary folder. After a kill
+--resume keeps the rows that there are and goes on with the run that was broken off.
+
+    python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume]
+                                 [--epochs 15] [--lr 0.01] [--seed 0] [--limit 1000]
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from compactcli import artefact, data, report
+from compactcli.artefact import Network
+from compactcli.cli.common import write_history
+from compactcli.finetune import finetune
+from compactcli.history import Watch
+from compactcli.optim import Settings
+
+from ._common import RESULTS, checkpoint, images, write
+from .oneshot import compressed, macs_kept, pruned
+
+RATIO = 0.5
+IMAGES = 1024  # to calibrate on
+MOST_BELOW_ORIGINAL = 0.5  # points
+LEAST_ABOVE_PEER = 0.5
+DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "seed": 0, "limit": None}
+KEPT = Path(tempfile.gettempdir()) / "compactcli-recover"  # of runs that have not ended
+
+Rows = dict[str, dict[str, Any]]
+CONTENDERS: dict[str, Callable[[Network, data.Dataset, int], Network]] = {  # (original, data, seed) -> what is to be trained
+    "ours": lambda network, dataset, seed: compressed(network, dataset, RATIO, IMAGES, seed),
+    "control": lambda network, dataset, seed: copy.deepcopy(network),
+    "peer": lambda network, dataset, seed: pruned(network, dataset, RATIO),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run and write benchmarks/results/recover-NETWORK.json for each network."""
+    parser = argparse.ArgumentParser(prog="recover")
+    parser.add_argument("--networks", nargs="+", default=["resnet20"])
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--lr", type=float, help="peak learning rate; by default that of finetune")
+    parser.add_argument("--seed", type=int, help="of calibration and training")
+    parser.add_argument("--limit", type=int, help="images of each split")
+    parser.set_defaults(**DEFAULTS)
+    options = parser.parse_args(arguments)
+    command = " ".join(["python -m benchmarks recover", *arguments])
+    flags = [f"--{flag} {value}" for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default]
+    settings = Settings(epochs=options.epochs, lr=options.lr, seed=options.seed)
+    for name in options.networks:
+        network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
+        shape, preprocessing = network.input_shape, network.recipe.preprocessing
+        dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+        for contender in options.only:
+            key = " ".join([contender, *flags])
+            if options.resume and key in _rows(name):
+                continue
+            print(f"{name}, {key}", flush=True)
+            start = time.perf_counter()
+            one = CONTENDERS[contender](network, dataset, settings.seed)
+            made = {"command": command, "seconds_to_make": time.perf_counter() - start}
+            kept = KEPT / f"{name}-{key.replace(' ', '')}.safetensors"
+            row = made | _trained(one, network, dataset, settings, kept, options.resume)
+            write(f"recover-{name}", {"rows": _judged(_rows(name) | {key: row})})
+        _show(name)
+
+
+def _trained(
+    one: Network, original: Network, dataset: data.Dataset, settings: Settings, kept: Path, resume: bool
+) -> dict[str, Any]:
+    """Train one contender with the original as teacher: its accuracy on the test images, before and after, and how it went."""
+    row = {
+        "macs_kept": macs_kept(one, original),
+        "original": report.evaluate(original, dataset).accuracy.top1,
+        "before": report.evaluate(one, dataset).accuracy.top1,
+    }
+    print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
+    KEPT.mkdir(exist_ok=True)
+    history = kept.with_suffix(".jsonl")  # a file, for a run that goes on after its last epoch tells of no epoch
+    watch = Watch(log=lambda line: print(f"  {line}", flush=True), history=partial(write_history, history))
+    finetune(one, dataset, settings, teacher=original, kept=kept, resume=resume, watch=watch)
+    epochs = [json.loads(line) for line in history.read_text().splitlines()]
+    kept.unlink()
+    history.unlink()
+    step = one.recipe.steps[-1]
+    return row | {
+        "after": step.measures.accuracy,
+        "evaluated": step.measures.evaluated,
+        "seconds": sum(epoch["seconds"] for epoch in epochs),
+        "settings": step.options,
+        "history": epochs,
+    }
+
+
+def _rows(name: str) -> Rows:
+    """The rows of every run so far: other processes may be adding those of other contenders."""
+    path = RESULTS / f"recover-{name}.json"
+    rows: Rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return rows
+
+
+def _judged(rows: Rows) -> Rows:
+    """The same; those of ours beside what is required of them, as far as the peer's are there."""
+    for key, row in rows.items():
+        if key.startswith("ours"):
+            peer = rows.get(key.replace("ours", "peer", 1))
+            below, above = row["original"] - row["after"], None if peer is None else row["after"] - peer["after"]
+            row["below_original"] = {"points": below, "at_most": MOST_BELOW_ORIGINAL, "met": below <= MOST_BELOW_ORIGINAL}
+            met = None if above is None else above >= LEAST_ABOVE_PEER
+            row["above_peer"] = {"points": above, "at_least": LEAST_ABOVE_PEER, "met": met}
+    return rows
+
+
+def _show(name: str) -> None:
+    table = Table("contender", title=name, title_justify="left")
+    for column in ("MACs kept", "before", "after", "original", "above the peer", "minutes"):
+        table.add_column(column, justify="right")
+    for key, row in _rows(name).items():
+        above = row.get("above_peer", {}).get("points")
+        figures = (f"{row[figure]:.2f}" for figure in ("before", "after", "original"))
+        others = ("" if above is None else f"{above:+.2f}", f"{row['seconds'] / 60:.0f}")
+        table.add_row(key, f"{row['macs_kept']:.3f}", *figures, *others)
+    Console(width=120).print(table)
