@@ -219,16 +219,13 @@ def augment(
     height, width = images.shape[2:]
     pad_y, pad_x = round(height / 8), round(width / 8)
     key = _mix(_mix(_mix(index) ^ (epoch & _MASK)) ^ (seed & _MASK))
-    rows = torch.arange(height) + (_mix(key ^ 1) % (2 * pad_y + 1)).unsqueeze(1)  # (n, h)
-    columns = torch.arange(width) + (_mix(key ^ 2) % (2 * pad_x + 1)).unsqueeze(1)  # (n, w)
+    top, left = _mix(key ^ 1) % (2 * pad_y + 1), _mix(key ^ 2) % (2 * pad_x + 1)
+    windows = F.pad(images, (pad_x, pad_x, pad_y, pad_y)).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    moved = windows[torch.arange(len(images)), :, top, left]  # (n, c, h, w)
     if flip:
-        mirrored = (_mix(key ^ 3) & 1).bool().unsqueeze(1)
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
-    which = torch.arange(len(images)).view(-1, 1, 1)
-    rows, columns = rows.unsqueeze(2).to(images.device), columns.unsqueeze(1).to(images.device)
-    # Channels last while gathering: one index then fetches a whole pixel.
-    moved = padded.permute(0, 2, 3, 1)[which.to(images.device), rows, columns].permute(0, 3, 1, 2)
+        mirrored = (_mix(key ^ 3) & 1).bool().view(-1, 1, 1, 1).to(images.device)
+        moved = torch.where(mirrored, moved.flip(3), moved)
+    moved = moved.contiguous(memory_format=torch.channels_last)
     if not cutout:
         return moved
     in_rows = _near(_mix(key ^ 4) % height, height, cutout).unsqueeze(2)  # (n, h, 1)

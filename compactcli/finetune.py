@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from . import __version__, artefact, data, distributed, measure, report, train
 from .artefact import Network
@@ -45,12 +46,14 @@ def finetune(
     settings: Settings,
     *,
     teacher: Network | None = None,
+    keep: Literal["best", "last"] = "best",
     kept: Path | None = None,
     resume: bool = False,
     watch: Watch | None = None,
 ) -> Network:
     """Train the network in place on the training images; the same network, one step on, with its test accuracy.
 
+    A network that was trained on the same images before does too well on those held out: `keep="last"` judges by none.
     The run is kept in the file `kept` until it ends, and with `resume` goes on from there. Of many processes only the main
     one has the step and the accuracy. Raises CompactError if the data does not fit the network, or the teacher does not.
     """
@@ -68,6 +71,7 @@ def finetune(
         recipe.preprocessing,
         settings,
         teacher=None if teacher is None else teacher.module,
+        keep=keep,
         store=None if kept is None else _store(kept, network, dataset, settings, teacher),
         resume=resume,
         watch=watch,
@@ -86,7 +90,12 @@ def finetune(
     else:
         evaluated = {"dataset": dataset.name, "split": "validation", "images": None}
         measures = replace(measures, accuracy=history.best_accuracy, evaluated=evaluated)
-    options = {**settings.identity(), "teacher": None if teacher is None else teacher.name, "best_epoch": history.best_epoch}
+    options = {
+        **settings.identity(),
+        "teacher": None if teacher is None else teacher.name,
+        "keep": keep,
+        "best_epoch": history.best_epoch,
+    }
     if teacher is None:
         options |= {"distill_weight": None, "temperature": None}
     step = Step("finetune", None, options, (), measures, None, __version__)

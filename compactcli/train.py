@@ -53,6 +53,7 @@ def fit_(
     device = torch.device(settings.device)
     training, validation = data.training_parts(dataset, settings.validation_share, VALIDATION_LIMIT, settings.seed)
     distributed.check_alike(model, repr((settings.identity(), len(training), teacher is None)))
+    optim.keep_heap()
     networks = [model] if teacher is None else [model, teacher]
     _place(networks, device, torch.channels_last)
     run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, store, watch)
@@ -122,6 +123,7 @@ class _Run:
     def begin(self, resume: bool) -> None:
         """From the store, or from the weights there are, which are the first to be measured."""
         if resume and self.restore():
+            self.watch.history(self.records)
             self.watch.log(f"resumed at step {self.step:,} of {self.total_steps:,}")
             return
         self.measure(0, None, None, self.started)

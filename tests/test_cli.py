@@ -127,7 +127,7 @@ FLAGS = {
     | {"--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"}
     | {"--output", "-o", "--batch-size", "--device", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout"}
     | {"--clip-grad", "--ema", "--freeze-bn", "--sync-bn", "--patience", "--time-limit", "--resume", "--state", "--save-every"}
-    | {"--history", "--accumulate", "--workers", "--precision", "--compile"},
+    | {"--keep", "--history", "--accumulate", "--workers", "--precision", "--compile"},
     "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--json", "--verbose", "-v"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})

@@ -46,6 +46,12 @@ def command(
     time_limit: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="End after that long, with the best so far.")
     ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="best|last", help="Which epoch's weights, by images held out. Last where the network saw them before."
+        ),
+    ] = "best",
     output: common.Output = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the same result.")
@@ -83,6 +89,8 @@ def command(
     compactcli finetune small.safetensors --data cifar10 --teacher resnet56.pt -o tuned.safetensors
     torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
+    if keep not in ("best", "last"):
+        raise UsageError(f"--keep {keep}: it is best or last")
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
     from .. import artefact, distributed, optim
@@ -119,7 +127,7 @@ def command(
         guide = find_teacher(network, teacher, arch=arch, log=say)
         with common.progress_bar(quiet, "images") as advance:
             watch = Watch(say, advance, partial(common.write_history, history) if history else lambda records: None)
-            finetune(network, dataset, settings, teacher=guide, kept=kept, resume=resume, watch=watch)
+            finetune(network, dataset, settings, teacher=guide, keep=keep, kept=kept, resume=resume, watch=watch)  # type: ignore[arg-type]
         if not distributed.is_main():
             return
         size = artefact.save(network, destination)
