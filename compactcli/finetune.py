@@ -89,7 +89,8 @@ def finetune(
             recipe = replace(recipe, source=replace(recipe.source, measures=known))
     else:
         evaluated = {"dataset": dataset.name, "split": "validation", "images": None}
-        measures = replace(measures, accuracy=history.best_accuracy, evaluated=evaluated)
+        accuracy = history.best_accuracy if keep == "best" else history.epochs[-1].accuracy
+        measures = replace(measures, accuracy=accuracy, evaluated=evaluated)
     options = {
         **settings.identity(),
         "teacher": None if teacher is None else teacher.name,
