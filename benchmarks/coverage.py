@@ -210,11 +210,17 @@ def _ours(mine: dict[str, Found]) -> Found:
         "train": _count(went(row, "train") for row in whole.values()),
         "macs_equal": _count(row.get("cost", {}).get("macs", {}).get("equal", False) for row in whole.values()),
         "params_equal": _count(row.get("cost", {}).get("params", {}).get("equal", False) for row in whole.values()),
+        "memory_within_limit": _count(_peak(row) <= 3 * row["bytes"] / 2**20 + 500 for row in whole.values()),
         "compress_within_0.01": _count(name in kept and abs(kept[name] - 0.5) <= 0.01 for name in whole),
         "compress_refused": {n: r["compress"]["error"] for n, r in whole.items() if "error" in r.get("compress", {})},
         "cnns_mean_free": _mean([exact_free(row) for name, row in whole.items() if is_cnn(name)]),
         "cnns_below_0.85": {n: round(exact_free(r), 3) for n, r in whole.items() if is_cnn(n) and exact_free(r) < 0.85},
     }
+
+
+def _peak(row: Found) -> int:
+    """The most memory that tracing, analysis, surgery and its check took, MiB, the interpreter and torch included."""
+    return max(row.get(stage, {}).get("peak_mb", 0) for stage in ("analysis", "surgery"))
 
 
 def _peer(theirs: dict[str, Found], prefixes: dict[str, str]) -> Found:
