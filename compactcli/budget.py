@@ -87,9 +87,9 @@ def _costs(graph: Graph) -> tuple[list[Layer], int]:
     """(the layers, multiply-accumulates for one image of all else): those of torch's flop counter, halved."""
     found: dict[str, Layer] = {}
     elsewhere = 0
-    moving = per_image(graph)
+    moving, images = per_image(graph), graph.image.meta["val"].shape[0]
     for node in graph.nodes:
-        each = _macs(node) // (graph.image.meta["val"].shape[0] if node in moving else 1)
+        each = _macs(node) // (images if node in moving or _per_image(node, images) else 1)
         weight, direct = _weight(graph, node, moving) if each else (None, False)
         if weight is None:
             elsewhere += each
@@ -111,6 +111,12 @@ def _costs(graph: Graph) -> tuple[list[Layer], int]:
             norm=norm and norm[0],
         )
     return list(found.values()), elsewhere
+
+
+def _per_image(node: fx.Node, images: int) -> bool:
+    """Whether a convolution that no image goes into is computed for each all the same: of positions, as EdgeNeXt's."""
+    source: Any = node.args[0] if operation(node) == "convolution" else None
+    return source is not None and source.meta["val"].shape[0] == images
 
 
 def _macs(node: fx.Node) -> int:

@@ -428,6 +428,16 @@ def branching_apart() -> nn.Module:
 VALUE_DEPENDENT = {function.__name__: function for function in (scaled_by_a_value, branching, branching_apart)}
 
 
+def encoded_positions() -> nn.Module:
+    """A convolution of where things are, made anew for every image and from none."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        places = torch.ones(len(x), 1, *x.shape[2:], device=x.device, dtype=x.dtype).cumsum(2)
+        return s.a(x) + s.b(places)
+
+    return nn.Sequential(conv(3, 8), nn.ReLU(), Code(run, a=conv(8, 6), b=conv(1, 6)), conv(6, 5), *head(5))
+
+
 def log_sigmoid() -> nn.Module:
     """An operation with two results, the first of which is used."""
     return nn.Sequential(conv(3, 8), nn.LogSigmoid(), conv(8, 6), *head(6))
@@ -538,7 +548,17 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(layer_norm, layer_norm_of_positions, group_norm_of_all, wide_groups, transposed_depthwise, standardised, neighbours),
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
         *(unfolded, taken_apart, picked),
-        *(log_sigmoid, condition, in_place, copied, written_through_views, written_in_pieces, written_into_zeros, written_to_out),
+        *(
+            encoded_positions,
+            log_sigmoid,
+            condition,
+            in_place,
+            copied,
+            written_through_views,
+            written_in_pieces,
+            written_into_zeros,
+            written_to_out,
+        ),
     )
 }
 
