@@ -96,6 +96,8 @@ def open_interrupted(path: Path, wishes: Wishes | None = None) -> Network:
     Raises CompactError if the file is none of that.
     """
     tensors, metadata = resume.read(path)
+    if KEY not in metadata:
+        raise CompactError(f"{path.name} does not say which network the run was training; give the network as well")
     file = Checkpoint(resume.under("model", tensors), metadata, None, path.name, path.parent, "", 0, ())
     return _from_recipe(file, wishes or Wishes())
 

@@ -3,14 +3,15 @@
 import gc
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import CompactError
 
@@ -42,12 +43,17 @@ def joined(device: str) -> Iterator[str]:
         yield device
         return
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= there:
+            raise CompactError(
+                f"--device cuda: process {place} wants a GPU of its own, and there are {there}; start {there or 'none'}"
+            )
+        device = f"cuda:{place}"
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield device
-        torch.distributed.barrier()  # a process that leaves early takes the connections of the others with it
+        wait()
     finally:
         gc.collect()  # wrapped networks hold on to the group in cycles, and its threads must end before the interpreter does
         torch.distributed.destroy_process_group()
@@ -72,11 +78,27 @@ def total(values: Sequence[float], device: str = "cpu") -> list[float]:
     return summed
 
 
-def share_buffers_(model: nn.Module) -> None:
-    """Give every process the main one's running statistics, which DDP trains with."""
+def share_(tensors: Iterable[Tensor]) -> None:
+    """Give every process the main one's values, in place: of running statistics, which each takes over its own images."""
     if _running():
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def wait() -> None:
+    """Until every process has come here: one that ends takes the others with it."""
+    if _running():
+        torch.distributed.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The block runs in the main process before it does in the others: what it downloads is there for them."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
 
 
 def check_alike(model: nn.Module, what: str) -> None:
@@ -92,12 +114,45 @@ def check_alike(model: nn.Module, what: str) -> None:
         raise CompactError(f"process {others[0]} has another network, other settings or other data; give all the same")
 
 
-def gathered_gradients(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, through which gradients flow."""
-    from torch.distributed.nn.functional import all_reduce
+def sharers(images: int) -> int:
+    """How many processes share a batch: one of fewer than two images for each is taken whole by every one."""
+    return world_size() if images >= 2 * world_size() else 1
 
-    summed: Tensor = all_reduce(tensor)  # type: ignore[no-untyped-call]
-    return summed
+
+def part(batch: Tensor) -> Tensor:
+    """What this process takes of a batch (n,)."""
+    return batch[rank() :: world_size()] if sharers(len(batch)) > 1 else batch
+
+
+def wrapped(network: nn.Module, device: str) -> nn.Module:
+    """The network with the mean of all processes' gradients behind each backward pass."""
+    if not _running():
+        return network
+    where = [device] if device.startswith("cuda") else None
+    return DistributedDataParallel(network, device_ids=where, find_unused_parameters=True)  # auxiliary heads are not used
+
+
+def unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
+    """Backward passes that only add to this process's gradients."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes, through which gradients flow."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        """(any shape) -> the same shape."""
+        summed = tensor.clone()
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """Every process's loss depends on every process's part."""
+        summed = gradient.contiguous().clone()
+        torch.distributed.all_reduce(summed)
+        return summed
 
 
 def _running() -> bool:

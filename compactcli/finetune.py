@@ -59,6 +59,8 @@ def finetune(
     """
     watch = watch or Watch()
     data.check_classes(dataset, network.num_classes)
+    if dataset.test is not None:
+        data.labels_of(dataset.test)  # better before the work than after
     recipe = network.recipe
     if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
         raise CompactError(

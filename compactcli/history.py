@@ -11,7 +11,7 @@ class EpochRecord:
     epoch: int
     loss: float | None  # mean over the training images
     accuracy: float  # validation, top-1 percent
-    validation_loss: float
+    validation_loss: float | None  # None: not finite
     lr: float | None  # of the last step
     images_per_second: float | None  # while training
     seconds: float
@@ -33,3 +33,10 @@ class Watch:
     log: Callable[[str], None] = lambda line: None  # a line per epoch
     progress: Callable[[int, int], None] = lambda done, total: None  # images trained on, in all; after each step
     history: Callable[[Sequence[EpochRecord]], None] = lambda records: None  # all epochs so far; after each
+
+
+def better(one: EpochRecord, other: EpochRecord) -> bool:
+    """Whether an epoch is more accurate, or as accurate at a lower loss; never if its outputs are not finite."""
+    if one.validation_loss is None or other.validation_loss is None:
+        return other.validation_loss is None and one.validation_loss is not None
+    return (one.accuracy, -one.validation_loss) > (other.accuracy, -other.validation_loss)

@@ -1,6 +1,6 @@
 """The file that an interrupted run goes on from: everything a run holds, as safetensors, whole or not at all.
 
-Random numbers depend on seed and step alone, so they need no place in it.
+Random numbers depend on seed, step and process alone, so they need no place in it.
 """
 
 import json
@@ -53,15 +53,17 @@ class Store:
         for name, wanted in json.loads(json.dumps(self.identity)).items():
             was = run["identity"].get(name)
             if was != wanted:
+                both = f"{name.replace('_', '-')} {_brief(was)}, this one {_brief(wanted)}"
                 raise CompactError(
-                    f"{self.path.name}: the run there has {name.replace('_', '-')} {was}, this one {wanted}; "
-                    "give the same flags, or leave --resume out to begin again"
+                    f"{self.path.name}: the run there has {both}; give the same flags, or leave --resume out to begin again"
                 )
         return tensors, run["standing"]
 
-    def remove(self) -> None:
-        """Forget a run that has ended."""
-        self.path.unlink(missing_ok=True)
+
+def _brief(value: Any) -> str:
+    """A value for people; of a digest its beginning."""
+    text = str(value)
+    return text if len(text) < 40 else f"{text[:8]}..."
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,7 +75,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         run = json.loads(metadata.get(KEY, "null"))
     except (OSError, ValueError, safetensors.SafetensorError) as problem:
         raise CompactError(f"{path.name} cannot be resumed from: {' '.join(str(problem).split())}") from None
-    if not isinstance(run, dict) or run.get("version") != VERSION:
+    if not isinstance(run, dict) or run.get("version") != VERSION or not {"identity", "standing"} <= run.keys():
         raise CompactError(f"{path.name} is not what an interrupted training run left; leave --resume out to begin one")
     return tensors, metadata
 

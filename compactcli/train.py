@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import batchnorm, data, distributed, measure, optim
 from .errors import CompactError
-from .history import EpochRecord, History, Watch
+from .history import EpochRecord, History, Watch, better
 from .methods import Method, Progress
 from .optim import Settings
 from .recipe import Preprocessing
@@ -58,12 +57,14 @@ def fit_(
     _place(networks, device, torch.channels_last)
     run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, store, watch)
     with Interruption().watched() as run.interruption, batchnorm.synchronised(model, settings.batch_norm == "sync"):
-        run.network = _wrapped(model, settings)
+        run.network = distributed.wrapped(torch.compile(model) if settings.compile else model, settings.device)  # type: ignore[arg-type]
         run.begin(resume)
         while run.step < run.total_steps and run.ended is None:
             run.train_epoch()
             if run.ended is None:
                 run.end_epoch()
+        if not run.lost and run.asked()[1]:
+            run.stop(True)
     if run.ended is not None and run.lost and keep == "last":
         raise CompactError(run.ended)
     if run.ended is not None:
@@ -98,14 +99,15 @@ class _Run:
         self.model, self.teacher, self.hooks, self.settings, self.preprocessing = model, teacher, hooks, settings, preprocessing
         self.dataset, self.training, self.validation = dataset, training, validation
         self.labels = data.labels_of(training)
+        mine = torch.arange(distributed.rank(), len(validation), distributed.world_size())
+        self.validation_part = validation.subset(mine)  # this process's, which are decoded once
         self.store = store
         self.watch = watch if watch is not None and distributed.is_main() else Watch()
         self.device = torch.device(settings.device)
         self.started = time.perf_counter()
 
-        least = 2 * distributed.world_size()  # a batch of one image has no variance
         full, rest = divmod(len(training), settings.batch_size)
-        self.steps_per_epoch = full + (rest >= least)
+        self.steps_per_epoch = full + (rest >= 2)  # a batch of one image has no variance
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.factor = optim.schedule(settings, self.steps_per_epoch)
         self.optimizer = optim.optimizer(model, hooks, settings)
@@ -127,7 +129,7 @@ class _Run:
             self.watch.log(f"resumed at step {self.step:,} of {self.total_steps:,}")
             return
         self.measure(0, None, None, self.started)
-        if not math.isfinite(self.best.validation_loss):
+        if self.records[0].validation_loss is None:
             raise CompactError("the network's outputs are not finite before training; try analyze on it")
         counts = f"{len(self.validation):,} images; training on {len(self.training):,}"
         self.watch.log(f"before training: validation {self.best.accuracy:.2f} %, {counts}")
@@ -138,20 +140,21 @@ class _Run:
         order = torch.randperm(len(self.training), generator=optim.generator(self.settings.seed, self.epoch))
         batches = torch.split(order, self.settings.batch_size)[self.step % self.steps_per_epoch : self.steps_per_epoch]
         batchnorm.train_(self.model, self.settings.batch_norm)
-        own = [batch[distributed.rank() :: distributed.world_size()] for batch in batches]
+        own = [distributed.part(batch) for batch in batches]
         for batch, (index, images) in zip(batches, data.feed(self.training, own, self.settings.workers), strict=True):
-            stop = self.train_batch(index, images, len(batch))
+            came, late = self.train_batch(index, images, batch)
             if self.ended is not None:
                 return
             if self.step % self.steps_per_epoch == 0:
                 continue  # the epoch's end has its own file
-            if stop or self.step % self.settings.save_every == 0:
+            if came or late or self.step % self.settings.save_every == 0:
                 self.save()
-            if stop:
-                self.stop()
+            if came or late:
+                self.stop(came)
+                return
 
-    def train_batch(self, index: Tensor, images: Tensor, count: int) -> bool:
-        """One step, on this process's part of a batch of `count` images. Whether the run is asked to stop."""
+    def train_batch(self, index: Tensor, images: Tensor, batch: Tensor) -> tuple[bool, bool]:
+        """One step, on this process's part of a batch. What was asked for meanwhile."""
         torch.manual_seed(optim.seed(self.settings.seed, self.step, distributed.rank()))  # for dropout and the like
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * self.factor(self.step)
@@ -159,11 +162,10 @@ class _Run:
         now = Progress(self.step, self.epoch - 1, self.step / self.total_steps, rates)
 
         self.optimizer.zero_grad()
-        loss = self.backward(index, images, count)
-        loss, stop = distributed.total([loss, self.interruption.came or self.late()], self.settings.device)
+        loss, came, late = self.asked(self.backward(index, images, batch))
         if not math.isfinite(loss):
             self.ended, self.lost = f"the loss is not finite at step {self.step} of {self.total_steps}; try a lower --lr", True
-            return False
+            return False, False
         for hook in self.hooks:
             hook.regularise(self.model, now)
         if self.settings.clip_grad is not None:
@@ -175,27 +177,28 @@ class _Run:
             self.average.update(self.model, self.step)
 
         self.step += 1
-        self.loss_sum, self.seen = self.loss_sum + loss * count, self.seen + count
+        self.loss_sum, self.seen = self.loss_sum + loss * len(batch), self.seen + len(batch)
         done = (self.epoch - 1) * len(self.training) + self.seen
         self.watch.progress(done, self.settings.epochs * len(self.training))
-        return bool(stop)
+        return bool(came), bool(late)
 
-    def backward(self, index: Tensor, images: Tensor, count: int) -> float:
-        """Gradients of the mean loss over all processes' `count` images; this process's share of that mean."""
+    def backward(self, index: Tensor, images: Tensor, batch: Tensor) -> float:
+        """Gradients of the mean loss over a batch of all processes; this one's share of that mean."""
         labels = self.labels[index].to(self.device)
         choice: Any = {"flip": self.dataset.flip, "cutout": self.settings.cutout, "blank": self.preprocessing.mean}
         moved = data.augment(images.to(self.device), index, self.epoch, self.settings.seed, **choice)
         inputs = data.normalise(moved, self.preprocessing)
-        parts = list(zip(inputs.chunk(self.settings.accumulate), labels.chunk(self.settings.accumulate), strict=True))
+        processes = distributed.sharers(len(batch))
+        images_of_all = len(batch) * distributed.world_size() // processes  # each takes all of a batch that is too small to share
+        count = max(1, min(self.settings.accumulate, len(batch) // processes // 2))  # as many parts in every process
         total = torch.zeros((), device=self.device)
-        for number, (part, wanted) in enumerate(parts, 1):
-            unsynchronised = isinstance(self.network, DistributedDataParallel) and number < len(parts)
-            with self.network.no_sync() if unsynchronised else nullcontext():  # type: ignore[operator]
+        for number, (part, wanted) in enumerate(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True), 1):
+            with distributed.unsynchronised(self.network) if number < count else nullcontext():
                 with optim.autocast(self.settings):
                     outputs = optim.logits(self.network(part))
                     with torch.no_grad():
                         targets = None if self.teacher is None else optim.logits(self.teacher(part))
-                loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / count)
+                loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / images_of_all)
                 (loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
             total += loss.detach()
         return float(total)
@@ -214,45 +217,53 @@ class _Run:
             self.ended = "the search is done"
         elif patience is not None and self.epoch - self.best.epoch >= patience and self.epoch < self.settings.epochs:
             self.ended = f"no better epoch in {patience}"
+        if self.records[-1].validation_loss is None:
+            self.ended, self.lost = f"the outputs are not finite after epoch {self.epoch}; try a lower --lr", True
+            return
         self.save()
-        going_on = self.ended is None and self.step < self.total_steps
-        if going_on and distributed.total([self.interruption.came or self.late()], self.settings.device)[0]:
-            self.stop()
+        _, came, late = self.asked()
+        if self.ended is None and self.step < self.total_steps and (came or late):
+            self.stop(bool(came))
 
     def measure(self, epoch: int, loss: float | None, speed: float | None, since: float) -> None:
         """Validate, each process a part of the images; keep the weights that are the best so far."""
-        distributed.share_buffers_(self.model)
+        distributed.share_(self.model.buffers())
+        if self.average is not None:
+            distributed.share_(self.average.tensors.values())
         with self.average.applied(self.model) if self.average is not None else nullcontext():
-            part = torch.arange(distributed.rank(), len(self.validation), distributed.world_size())
             sums = [0.0, 0.0, 0.0]
-            if len(part):
-                batches = data.batches(
-                    self.validation.subset(part), self.preprocessing, 2 * self.settings.batch_size, self.device
-                )
+            if len(self.validation_part):
+                batches = data.batches(self.validation_part, self.preprocessing, 2 * self.settings.batch_size, self.device)
                 with optim.autocast(self.settings):
                     found = measure.accuracy(self.model, batches)
                 sums = [found.top1 * found.images, found.loss * found.images, found.images]
             hits, losses, images = distributed.total(sums, self.settings.device)
             lr = self.optimizer.param_groups[0]["lr"] if self.step else None
-            record = EpochRecord(epoch, loss, hits / images, losses / images, lr, speed, time.perf_counter() - since)
-            if not self.records or (record.accuracy, -record.validation_loss) > (self.best.accuracy, -self.best.validation_loss):
+            validation_loss = losses / images if math.isfinite(losses) else None
+            record = EpochRecord(epoch, loss, hits / images, validation_loss, lr, speed, time.perf_counter() - since)
+            if not self.records or better(record, self.best):
                 self.best, self.best_weights = record, _copy(self.model)
         self.records.append(record)
         self.watch.history(self.records)
 
-    def late(self) -> bool:
-        """Whether the time is up."""
-        return self.settings.time_limit is not None and time.perf_counter() - self.started > self.settings.time_limit
+    def asked(self, loss: float = 0.0) -> list[float]:
+        """(a loss, whether a signal came, whether the time is up), summed over the processes: all do the same."""
+        limit = self.settings.time_limit
+        late = limit is not None and time.perf_counter() - self.started > limit
+        return distributed.total([loss, self.interruption.came, late], self.settings.device)
 
-    def stop(self) -> None:
+    def stop(self, came: bool) -> None:
         """End the run between two steps, after it was kept. Raises KeyboardInterrupt if that is what was asked for."""
-        if self.interruption.came:
+        distributed.wait()
+        if came:
             raise KeyboardInterrupt("" if self.store is None else "--resume goes on from there")
         self.ended = f"the time is up, at step {self.step:,} of {self.total_steps:,}"
+        if self.step % self.steps_per_epoch:
+            self.measure(self.epoch, None, None, self.epoch_started)
 
     def save(self) -> None:
         """Put where the run stands into the store; the main process alone."""
-        distributed.share_buffers_(self.model)
+        distributed.share_(self.model.buffers())
         if self.store is None or not distributed.is_main():
             return
         standing = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch, "ended": self.ended}
@@ -277,15 +288,6 @@ class _Run:
 def _place(networks: Iterable[nn.Module], device: torch.device, memory_format: torch.memory_format) -> None:
     for network in networks:
         network.eval().to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-
-
-def _wrapped(model: nn.Module, settings: Settings) -> nn.Module:
-    """The model as it is called in training: compiled where wished, its gradients averaged over the processes there are."""
-    network: Any = torch.compile(model) if settings.compile else model
-    if distributed.world_size() == 1:
-        return network  # type: ignore[no-any-return]
-    where = [settings.device] if settings.device.startswith("cuda") else None
-    return DistributedDataParallel(network, device_ids=where, find_unused_parameters=False)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

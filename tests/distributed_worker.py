@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def main(what: str, output: str) -> None:
         else:
             tensors = [*model.state_dict().values(), *([hook.dual] if hook else [])]
             digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
-            found = {"losses": [record.loss for record in history.epochs[1:]], "weights": digest}
+            found: dict[str, object] = {"losses": [record.loss for record in history.epochs[1:]], "weights": digest}
             found["accuracy"] = [record.accuracy for record in history.epochs]
         Path(f"{output}.{distributed.rank()}").write_text(json.dumps(found))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from compactcli import batchnorm, distributed
 from compactcli.artefact import open_model
+from compactcli.errors import CompactError
 
 TESTS = Path(__file__).parent
 
@@ -58,6 +59,23 @@ def test_all_processes_have_the_same_weights(what: str, tmp_path: Path) -> None:
     assert first == second
 
 
+def test_uneven_shares_and_small_rests_are_those_of_one_process(tmp_path: Path) -> None:
+    """Seven batches and a rest of three, in two parts each, whose statistics are of the same images' halves in no process."""
+    first, second = together("uneven", tmp_path)
+    assert first == second
+    assert len(first["losses"]) == 3
+
+
+def test_what_synchronised_batch_norm_would_lose_is_refused() -> None:
+    class Active(nn.BatchNorm2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).relu()
+
+    message = "--sync-bn does not know Active; leave it out, or take --freeze-bn"
+    with pytest.raises(CompactError, match=message), batchnorm.synchronised(nn.Sequential(Active(3)), True):
+        pass
+
+
 def test_different_networks_are_refused(tmp_path: Path) -> None:
     assert {found["error"] for found in together("different", tmp_path)} == {
         "process 1 has another network, other settings or other data; give all the same"
@@ -74,8 +92,9 @@ def test_the_command_in_two_processes(piped: bool, tmp_path: Path) -> None:
     done = torchrun("-m", "compactcli", "finetune", *given, folder=tmp_path, input=path.read_bytes() if piped else b"")
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == b""
-    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 1
+    lines = [line.partition(" ")[0] for line in done.stderr.decode().splitlines()]
+    assert lines.count("epoch") == 1
+    assert not any("Warning" in line for line in done.stderr.decode().splitlines())
     assert sorted(os.listdir(tmp_path)) == ["net.pt", "out.safetensors"]
     assert open_model(tmp_path / "out.safetensors").recipe.steps[0].options["batch_norm"] == "sync"
 

@@ -211,6 +211,26 @@ def test_what_is_left_of_a_run_is_enough_to_end_it(small: Path, unbroken: bytes,
             time.sleep(0.01)
         process.kill()
     (tmp_path / "net.pt").unlink()
-    command = [part for part in finetune(tmp_path, "--resume", "--state", str(kept)) if not part.endswith("net.pt")]
+    command = [part for part in finetune(tmp_path, "--resume") if not part.endswith("net.pt")]
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert output(tmp_path) == unbroken
+
+
+@pytest.mark.parametrize("name", ["net.pt", "out", "epochs.jsonl"])
+def test_the_run_is_never_kept_in_another_file(name: str, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
+    flags = ("--history", str(tmp_path / "epochs.jsonl"), "--state", str(tmp_path / name))
+    done = subprocess.run(finetune(tmp_path, *flags), capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "that is another file of this command; give one of its own" in done.stderr
+    assert os.listdir(tmp_path) == ["net.pt"]
+
+
+def test_a_file_that_is_no_run_is_not_replaced(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
+    (tmp_path / "mine.safetensors").write_bytes(safetensors.torch.save({"w": torch.zeros(1)}))
+    done = subprocess.run(
+        finetune(tmp_path, "--state", str(tmp_path / "mine.safetensors")), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "is not what an interrupted training run left" in done.stderr

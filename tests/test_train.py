@@ -1,6 +1,7 @@
 """The training loop: determinism, best weights, distillation, hooks, and what it never touches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,40 @@ def test_a_loss_that_is_not_finite_is_an_error_where_there_is_no_way_back() -> N
         fit(broken)
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_weights_that_break_in_the_last_step_are_never_kept(keep: str) -> None:
+    """Even beside a network that was worse than guessing."""
+    model = network(dropout=0)
+    with torch.no_grad():
+        model.get_parameter("6.bias").copy_(torch.tensor([-9.0, 9.0, -9.0]))
+        model.get_parameter("6.weight").zero_()
+    labelled = dataset()
+    only = data.from_tensors(labelled.train.images(), torch.zeros(120, dtype=torch.int64), "train")  # type: ignore[union-attr]
+    broken = replace(labelled, train=only)
+    if keep == "last":
+        with pytest.raises(CompactError, match="the outputs are not finite after epoch 1; try a lower --lr"):
+            fit(model, settings(epochs=1, lr=0.0), dataset=broken, hooks=[Break(6)], keep=keep)
+        return
+    lines: list[str] = []
+    history = fit(model, settings(epochs=1, lr=0.0), dataset=broken, hooks=[Break(6)], watch=Watch(log=lines.append))
+    assert lines[-1] == "stopped: the outputs are not finite after epoch 1; try a lower --lr"
+    assert history.best_epoch == 0
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_validation_images_are_decoded_once() -> None:
+    read: list[int] = []
+    given = dataset().train
+    assert given is not None
+
+    def counted(index: Tensor) -> Tensor:
+        read.append(len(index))
+        return given.read(index)
+
+    fit(network(), dataset=replace(dataset(), train=replace(given, read=counted)))
+    assert sorted(read) == [12, 108]
+
+
 def test_each_epoch_has_a_line() -> None:
     lines: list[str] = []
     fit(network(), watch=Watch(log=lines.append))
@@ -417,9 +452,12 @@ def test_a_run_that_gets_no_better_ends() -> None:
 
 def test_time_ends_a_run_between_two_steps() -> None:
     lines: list[str] = []
-    history = fit(network(), settings(time_limit=1e-9), watch=Watch(log=lines.append))
+    steps: list[int] = []
+    watch = Watch(log=lines.append, progress=lambda done, total: steps.append(done))
+    history = fit(network(), settings(time_limit=1e-9), watch=watch)
     assert lines[-1] == "stopped: the time is up, at step 1 of 21"
-    assert [record.epoch for record in history.epochs] == [0]
+    assert steps == [16]
+    assert [(record.epoch, record.loss) for record in history.epochs] == [(0, None), (1, None)]  # what is kept is measured
 
 
 def test_each_epoch_is_in_the_history_at_once() -> None:

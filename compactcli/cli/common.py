@@ -44,7 +44,7 @@ Data = Annotated[
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the named datasets.")]
 Download = Annotated[bool, typer.Option("--download", help="Download the named dataset if it is missing.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most that many images of each split, evenly over the classes.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch, of all processes together.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -66,8 +66,13 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
         except CompactError as problem:
             if kwargs.get("debug"):
                 raise
-            typer.echo(f"compactcli: {' '.join(str(problem).split())}", err=True)
+            typer.echo(f"{_who()}: {' '.join(str(problem).split())}", err=True)
             raise typer.Exit(problem.exit_code) from None
+        except RuntimeError as problem:
+            if kwargs.get("debug") or _who() == "compactcli":
+                raise
+            typer.echo(f"{_who()}: {(str(problem).splitlines() or [''])[0]}", err=True)  # what another's end has cut off
+            raise typer.Exit(1) from None
         except OSError as problem:  # of stdout: what the library reads and writes has its own message
             typer.echo(f"compactcli: stdout: {(problem.strerror or str(problem)).lower()}", err=True)
             os._exit(1)  # the interpreter would try to flush once more
@@ -79,6 +84,12 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def _who() -> str:
+    """Who speaks: of processes that torchrun started, which."""
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    return "compactcli" if rank == "0" else f"compactcli, process {rank}"
 
 
 def note(line: str, quiet: bool = False) -> None:
@@ -168,17 +179,18 @@ def open_data(
     """The dataset of --data, decoded for the network's input; None without the flag."""
     if spec is None:
         return None
-    from .. import data
+    from .. import data, distributed
 
-    return data.open_dataset(
-        spec,
-        input_shape=network.input_shape,
-        preprocessing=network.recipe.preprocessing,
-        data_dir=data_dir,
-        download=download,
-        limit=limit,
-        seed=seed,
-    )
+    with distributed.main_first():  # it may be downloaded
+        return data.open_dataset(
+            spec,
+            input_shape=network.input_shape,
+            preprocessing=network.recipe.preprocessing,
+            data_dir=data_dir,
+            download=download,
+            limit=limit,
+            seed=seed,
+        )
 
 
 def check_device(device: str) -> None:

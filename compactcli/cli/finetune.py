@@ -1,5 +1,6 @@
 """`compactcli finetune`."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,14 +44,10 @@ def command(
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Batch-norm keeps its running statistics.")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Batch-norm over the images of all processes.")] = False,
     patience: Annotated[int | None, typer.Option(metavar="N", help="End after N epochs without a better one.")] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="End after that long, with the best so far.")
-    ] = None,
+    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="End after that long; --resume goes on.")] = None,
     keep: Annotated[
         str,
-        typer.Option(
-            metavar="best|last", help="Which epoch's weights, by images held out. Last where the network saw them before."
-        ),
+        typer.Option(metavar="best|last", help="Which epoch's weights: the best on images held out, or the last."),
     ] = "best",
     output: common.Output = None,
     resume: Annotated[
@@ -59,7 +56,7 @@ def command(
     state: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the run is kept. [default: OUTPUT.resume.safetensors]")
     ] = None,
-    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Keep the run that often, and after each epoch.")] = 500,
+    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Write --state that often, and after each epoch.")] = 500,
     history: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON line per epoch.")] = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
@@ -67,7 +64,8 @@ def command(
     batch_size: common.BatchSize = 128,
     accumulate: Annotated[int, typer.Option(min=1, metavar="PARTS", help="Compute each batch in parts: less memory.")] = 1,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Threads that decode ahead. [default: 2 where the images do not fit in memory]")
+        int | None,
+        typer.Option(min=0, help="Threads that decode ahead; 0: decode all first. [default: 2 where they do not fit in memory]"),
     ] = None,
     precision: Annotated[
         str, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 where the hardware computes in it.")
@@ -87,6 +85,7 @@ def command(
     """Train a network on, with the original as teacher, and write it with its accuracy.
 
     compactcli finetune small.safetensors --data cifar10 --teacher resnet56.pt -o tuned.safetensors
+
     torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
     if keep not in ("best", "last"):
@@ -107,13 +106,17 @@ def command(
             device=own_device, precision=precision, compile=compile, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
         quiet = quiet or not distributed.is_main()
-        left = state if resume and model is None and state is not None and state.exists() else None
+        left: Path | None = distributed.shared(_left(model, output, state) if resume else None)
         source = streams.model_source(model) if left is None else str(left)
         destination = streams.model_target(output, source, "tuned") if distributed.is_main() else "-"
-        beside = None if destination == "-" else Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors")
-        kept: Path | None = distributed.shared(state or beside)
+        kept: Path | None = distributed.shared(_kept(destination, state, (destination, history, None if left else source)))
         if resume and kept is None:
             raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
+        if kept is not None and kept.exists() != resume:
+            note(
+                f"{kept.name}: " + ("not there; beginning anew" if resume else "replaced; --resume would have gone on with it"),
+                quiet,
+            )
         wishes: Any = {"arch": arch, "trust_pickle": trust_pickle, "mean": mean, "std": std}
         wishes |= {"arch_kwargs": arch_kwargs, "input_shape": input_shape, "quiet": quiet}
         network = open_network(model, **wishes) if left is None else artefact.open_interrupted(left, artefact.Wishes(arch))
@@ -132,5 +135,31 @@ def command(
             return
         size = artefact.save(network, destination)
         note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
-        if kept is not None and not settings.time_limit:
+        if kept is not None and not time_limit:
             kept.unlink(missing_ok=True)
+
+
+def _beside(destination: str) -> Path:
+    """Where the run is kept that makes that file."""
+    return Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors")
+
+
+def _left(model: str | None, output: str | None, state: Path | None) -> Path | None:
+    """What an interrupted run left, where no model is given and it is there."""
+    kept = state or (None if output in (None, "-") else _beside(str(output)))
+    return kept if model is None and kept is not None and kept.exists() else None
+
+
+def _kept(destination: str, state: Path | None, others: Sequence[str | Path | None]) -> Path | None:
+    """Where the run is kept. Raises UsageError if it is one of the other files, CompactError if it cannot be written."""
+    kept = state or (None if destination == "-" else _beside(destination))
+    if kept is None:
+        return None
+    if kept.resolve() in [Path(other).resolve() for other in others if other is not None]:
+        raise UsageError(f"--state {kept}: that is another file of this command; give one of its own")
+    streams.check_folder(str(kept))
+    if kept.exists():
+        from .. import resume
+
+        resume.read(kept)  # never replace what is none of ours
+    return kept

@@ -228,7 +228,8 @@ def _ranks(
     for index, layer in enumerate(budget.layers):
         module = model.get_submodule(layer.name)
         ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
-        fixed = ends or not layer.called or layer.groups > 1
+        at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
+        fixed = at_end or not layer.called or layer.groups > 1
         if fixed or not isinstance(module, nn.Conv2d | nn.Linear) or min(layer.shape[:2]) < 2:
             continue
         weight = module.weight.detach().flatten(1).double()
