@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -124,12 +124,15 @@ def part(batch: Tensor) -> Tensor:
     return batch[rank() :: world_size()] if sharers(len(batch)) > 1 else batch
 
 
-def wrapped(network: nn.Module, device: str) -> nn.Module:
-    """The network with the mean of all processes' gradients behind each backward pass."""
+def wrapped(network: nn.Module, device: str, has_unused: Callable[[], bool]) -> nn.Module:
+    """The network with the mean of all processes' gradients behind each backward pass.
+
+    `has_unused` says whether there are parameters that the loss does not depend on.
+    """
     if not _running():
         return network
     where = [device] if device.startswith("cuda") else None
-    return DistributedDataParallel(network, device_ids=where, find_unused_parameters=True)  # auxiliary heads are not used
+    return DistributedDataParallel(network, device_ids=where, find_unused_parameters=has_unused())
 
 
 def unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:

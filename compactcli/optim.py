@@ -3,7 +3,7 @@
 import ctypes
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CompactError, UsageError
+from .graph import run_fake
 from .methods import Method
 
 
@@ -135,6 +136,17 @@ def logits(output: Any) -> Tensor:
     """The classes' scores of a network that may give auxiliary ones behind them (torchvision's Inception, while training)."""
     scores: Tensor = output if isinstance(output, Tensor) else output[0]
     return scores
+
+
+def ignores_outputs(model: nn.Module, input_shape: Sequence[int]) -> bool:
+    """Whether the network gives, while training, auxiliary scores that the loss does not look at."""
+    found: list[Any] = []
+    run_fake(model, input_shape, train=True, change=lambda shadow: _record(shadow, found))
+    return not isinstance(found[0], Tensor)
+
+
+def _record(shadow: nn.Module, found: list[Any]) -> None:
+    shadow.register_forward_hook(lambda module, arguments, output: found.append(output))
 
 
 class Average:

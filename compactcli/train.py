@@ -57,7 +57,8 @@ def fit_(
     _place(networks, device, torch.channels_last)
     run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, store, watch)
     with Interruption().watched() as run.interruption, batchnorm.synchronised(model, settings.batch_norm == "sync"):
-        run.network = distributed.wrapped(torch.compile(model) if settings.compile else model, settings.device)  # type: ignore[arg-type]
+        network: Any = torch.compile(model) if settings.compile else model
+        run.network = distributed.wrapped(network, settings.device, lambda: optim.ignores_outputs(model, training.shape))
         run.begin(resume)
         while run.step < run.total_steps and run.ended is None:
             run.train_epoch()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from networks import named
+from networks import SHAPE, named
 from torch import nn
 
-from compactcli import batchnorm, distributed
+from compactcli import batchnorm, distributed, optim
 from compactcli.artefact import open_model
 from compactcli.errors import CompactError
 
@@ -104,6 +104,13 @@ def test_the_command_writes_to_a_pipe_from_two_processes(tmp_path: Path) -> None
     flags = ("--data", "digits", "--epochs", "1", "--limit", "200")
     done = torchrun("-m", "compactcli", "finetune", "net.pt", *flags, folder=tmp_path, check=True)
     assert open_model(done.stdout).recipe.steps[0].command == "finetune"
+
+
+def test_heads_that_only_train_are_not_waited_for() -> None:
+    from networks import AWKWARD
+
+    assert optim.ignores_outputs(AWKWARD["several_outputs"](), SHAPE)
+    assert not optim.ignores_outputs(named("cifar:resnet8"), (3, 32, 32))
 
 
 def test_one_process_is_the_main_one() -> None:
