@@ -61,3 +61,20 @@ def test_every_flag_in_the_readme_exists():
     ]
     used = {flag for line in commands for flag in re.findall(r"(?<=\s)--?[a-z][a-z-]*", line.partition("#")[0])}
     assert used - {"-c", "-e"} <= known | {"-o"}
+
+
+def test_the_table_of_coverage_holds_the_results():
+    found = json.loads((RESULTS / "coverage.json").read_text())["summary"]
+    ours = found["ours"]
+    wanted = {
+        "compactcli": [ours["law"], ours["law"], ours["law"], ours["train"], f"{100 * ours['cnns_mean_free']:.0f} %"],
+        "Torch-Pruning": _coverage_row(found["peer"]),
+        "Torch-Pruning, helped": _coverage_row(found["peer_helped"]),
+    }
+    for name, cells in wanted.items():
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| {name} | ") and line.count("|") == 7]
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == cells
+
+
+def _coverage_row(peer):
+    return [*(peer[key] for key in ("runs", "same_outputs", "law", "train")), f"{100 * peer['cnns_mean_free']:.0f} %"]
