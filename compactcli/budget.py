@@ -28,6 +28,7 @@ from .graph import Graph, operation, per_image
 Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
 
+LANDING = 0.01  # of the original's cost: so near to the target rounding may be, where nobody asked for it
 VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
 
 # The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
@@ -219,7 +220,8 @@ class Budget:
     """The cost of candidates, and the search for the one that meets `ratio` of the original's.
 
     A state of the network is `along`, the positions left on every axis, and `ranks`, one per layer,
-    infinite where the layer is whole. Both may have leading axes: many candidates at once.
+    infinite where the layer is whole. Both may have leading axes: many candidates at once. `original` is what the ratio is
+    of, where that is not this network but what it was before.
     """
 
     def __init__(
@@ -232,6 +234,7 @@ class Budget:
         of: Of = "macs",
         round_to: int | None = None,
         nearest: bool = False,
+        original: float | None = None,
     ) -> None:
         self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
         self.layers, self._elsewhere = _costs(graph)
@@ -251,7 +254,7 @@ class Budget:
         shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
         most = max(shapes.values(), default=1)
         self._sides = np.array([[column[n, axis] if axis < rank else -1 for axis in range(most)] for n, rank in shapes.items()])
-        self.original = float(self.cost(self.along(), self.ranks()))
+        self.original = float(self.cost(self.along(), self.ranks())) if original is None else original
         self.target = ratio * self.original
 
     def step(self, width: int, price: Price = "cost") -> int:
@@ -399,9 +402,47 @@ class _State:
             slack = self.budget.target - float(self.budget.cost(self.along, self.ranks))
             moves = [move for index in range(len(self.dials)) if (move := self.raise_(index, slack)) is not None]
             if not moves:
-                return self.values
+                break
             _, index, value = max(moves)
             self.move(index, value)
+        coarse = any(dial.step > 1 or dial.layer is not None for dial in self.dials)
+        if coarse and self.budget.round_to is None and slack > LANDING * self.budget.original:
+            self.land()
+        return self.values
+
+    def land(self) -> None:
+        """Come nearer to the target than the settings allow: one dial takes a value between two of its own, or gives way
+        to another that moves up.
+        """
+        before = list(self.values)
+        found = [(float(self.budget.cost(self.along, self.ranks)), before)]
+        for index, settings in enumerate(self.settings):
+            above = settings[settings > before[index]]
+            above = above[~self.slower(index, above)]
+            if not len(above):
+                continue
+            found += self.within(index, before[index] + 1, int(above[0]))
+            self.move(index, int(above[0]))
+            for other in range(len(self.dials)):
+                if other != index:
+                    found += self.within(other, int(self.settings[other][0]), before[other])
+            self.move(index, before[index])
+        near = [values for cost, values in found if cost >= self.budget.target - LANDING * self.budget.original]
+        self.set(min(near, key=self.error) if near else max(found)[1])
+
+    def error(self, values: Sequence[int]) -> float:
+        """What the dials' settings do to the output."""
+        return float(sum(dial.errors[value] for dial, value in zip(self.dials, values, strict=True)))
+
+    def within(self, index: int, low: int, high: int) -> list[tuple[float, list[int]]]:
+        """The dearest state within the target in which one dial has a value from low up to below high; none if there is none."""
+        values = np.arange(low, high)
+        costs = self.budget.cost(*self.moved(index, values)) if len(values) else np.empty(0)
+        costs = np.where((costs <= self.budget.target) & ~self.slower(index, values), costs, -np.inf)
+        if not len(costs) or costs.max() == -np.inf:
+            return []
+        best = int(np.argmax(costs))
+        return [(float(costs[best]), [*self.values[:index], int(values[best]), *self.values[index + 1 :]])]
 
     def raise_(self, index: int, slack: float) -> tuple[float, int, int] | None:
         """(error saved per cost, dial, value) of one dial's best larger setting within the slack."""

@@ -68,9 +68,11 @@ def compress(
     if of not in method.of:
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     module, shape = network.module, network.input_shape
+    whole = measure.params(module) if of == "params" else None  # what is made plain may have fewer
     plain = plain_(module, shape)
     graph, channels = plan(module, shape, log)
-    budget = Budget(graph, channels, module, ratio=target.ratio, of=of, round_to=target.round_to, nearest=target.nearest)
+    rules = {"ratio": target.ratio, "of": of, "round_to": target.round_to, "nearest": target.nearest, "original": whole}
+    budget = Budget(graph, channels, module, **rules)  # type: ignore[arg-type]
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
         error = _edited_(module, edits, channels, shape)

@@ -327,3 +327,19 @@ def toy_dials(task: Budget) -> list[Dial]:
             limit = min(layer.shape[0], layer.shape[1] * layer.kernel)
             dials.append(Dial(np.append(0.1 * np.linspace(1, 0, limit + 1) ** 4, 0.0), 1, 1, layer=index))
     return dials
+
+
+def test_steps_that_are_too_coarse_do_not_keep_the_search_from_its_target():
+    """One dial leaves its grid, where nobody asked for one: a network of three wide layers, in sixteens of time."""
+    task, _ = plan(
+        nn.Sequential(networks.conv(3, 64), networks.conv(64, 64), networks.conv(64, 64), *networks.head(64)),
+        (3, 8, 8),
+        ratio=0.47,
+        of="params",
+    )
+    dials = [Dial(np.linspace(1, 0, len(family.sets) + 1), 16, 1, family=index) for index, family in enumerate(task.families)]
+    values = task.solve(dials)
+    along = task.along() - sum((dial.full - n) * task.per_set[dial.family] for dial, n in zip(dials, values, strict=True))
+    kept = float(task.cost(along, task.ranks())) / task.original
+    assert 0.465 <= kept <= 0.47
+    assert sum(n % 16 != 0 for n in values) <= 1

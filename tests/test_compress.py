@@ -19,6 +19,7 @@ from compactcli.artefact import Network, Wishes, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError, UsageError
 from compactcli.finetune import find_teacher, finetune
+from compactcli.history import Watch
 from compactcli.methods import get
 from compactcli.recipe import Keep, Preprocessing, Recipe, Replace, Source
 
@@ -294,7 +295,9 @@ def test_fine_tuning_is_one_step(pair, digits):
     small, original = pair
     before = [t.clone() for t in small.module.parameters()]
     lines: list[str] = []
-    tuned = finetune(small, digits, SETTINGS, teacher=open_model(original, Wishes(input_shape=(1, 16, 16))), log=lines.append)
+    tuned = finetune(
+        small, digits, SETTINGS, teacher=open_model(original, Wishes(input_shape=(1, 16, 16))), watch=Watch(log=lines.append)
+    )
     assert any(not torch.equal(a, b) for a, b in zip(before, tuned.module.parameters(), strict=True))
     compressed, step = tuned.recipe.steps
     assert compressed.command == "compress"
