@@ -1,7 +1,8 @@
 """Images trained on in a second: our loop beside a minimal one and torchvision's reference: `python -m benchmarks train_speed`.
 
 resnet20 and mobilenet_v2 at 32 x 32 on CIFAR-10 (JPEG images, decoded beforehand for every contender), batch 128, random
-weights, all threads: the loop of `finetune` (`train.fit_`, no teacher) at its defaults, beside
+weights, all threads: the loop of `finetune` (`train.fit_`, no teacher) at its defaults, which keeps
+the heap that a step frees (`optim.keep_heap`), as a process that trains may, beside
 
 - minimal loop: by hand, the same precision, memory format, optimizer and augmentation, a cosine of learning rates, its data
   in memory as uint8 tensors; every image has a crop of its own, in the plainest operations that were found to be fast;

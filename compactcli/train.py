@@ -39,7 +39,8 @@ def fit_(
     Best: most accurate on validation images held out from the training images (the lower loss decides a tie), the weights
     before training included, so that a model does not get worse. `keep="last"` leaves the last weights, for a search.
     The test images are never read. The same seed gives the same weights on a CPU; torch's global random state is set by
-    every step. With a teacher the loss is that of Hinton et al., 2015 (`optim.loss`).
+    every step, and with glibc the process keeps the memory that it frees. With a teacher the loss is that of Hinton et al.,
+    2015 (`optim.loss`).
 
     With a `store` the run is kept in a file every `save_every` steps and at each epoch's end; with `resume` it goes on
     from there, to the very weights of an unbroken run. Ctrl-C and SIGTERM keep it, and raise KeyboardInterrupt.

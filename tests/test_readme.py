@@ -78,3 +78,13 @@ def test_the_table_of_coverage_holds_the_results():
 
 def _coverage_row(peer):
     return [*(peer[key] for key in ("runs", "same_outputs", "law", "train")), f"{100 * peer['cnns_mean_free']:.0f} %"]
+
+
+def test_the_figures_of_training_hold_the_results():
+    networks = json.loads((RESULTS / "train_speed.json").read_text())["networks"]
+    rows = next(network["contenders"] for network in networks if network["network"] == "resnet20")
+    for contender in ("ours", "minimal loop", "torchvision reference"):
+        (row,) = [row for row in rows if row["contender"] == contender]
+        assert f"{row['images_per_second']:,.0f}" in README
+    recovered = json.loads((RESULTS / "recover-resnet20.json").read_text())["rows"]
+    assert all(f"{recovered[contender]['after']:.2f} %" in README for contender in ("ours", "peer"))

@@ -25,7 +25,7 @@ def command(
         typer.Option(
             metavar="N|auto",
             help="Channel counts are multiples of N; auto: of 16, for CPUs. "
-            "[default: with images 1 up to width 64, else 8; without 1 below width 64, else 16]",
+            "[default: 1 up to width 64, else 8; where speed is favoured 1 below 64, else 16]",
         ),
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
