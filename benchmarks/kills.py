@@ -1,8 +1,9 @@
 """A run that is killed ends where an unbroken one does: `python -m benchmarks kills`.
 
-kill -9 at random moments of a run of 4 epochs, then --resume until it ends: the bytes of what it writes, beside those of
-the run that nobody killed. Twice over: `compactcli finetune` on 2,000 images, and a search with dual variables through the
-same loop (`_kills_worker`). After each kill every file there is must be one that can be read.
+kill -9 at random moments of a run of 4 epochs, from when it is first kept to its end, then --resume until it ends: the bytes
+of what it writes, beside those of the run that nobody killed. Twice over: `compactcli finetune` on 2,000 images, and a search
+with dual variables through the same loop (`_kills_worker`). After each kill every file there is must be one that can be
+read; hidden ones, which a kill leaves in the middle of a write, are counted apart.
 
     python -m benchmarks kills [--kills 20]
 """
@@ -10,6 +11,7 @@ same loop (`_kills_worker`). After each kill every file there is must be one tha
 import argparse
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from compactcli import architectures, resume
+from compactcli.errors import CompactError
 
 from ._common import ROOT, images, write
 
@@ -41,19 +44,17 @@ def _kind(kind: str, kills: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         whole = _folder(root / "whole")
-        start = time.perf_counter()
-        subprocess.run(_command(kind, whole), check=True, cwd=ROOT, capture_output=True)
-        seconds = time.perf_counter() - start
+        first, seconds = _run(kind, whole, None)[:2]
         wanted = (whole / "out.safetensors").read_bytes()
         rows = []
         for number in range(kills):
-            row = _killed(kind, _folder(root / str(number)), chance.uniform(0, seconds), wanted)
+            row = _killed(kind, _folder(root / str(number)), chance.uniform(0, seconds - first), wanted)
             rows.append(row)
             print(f"{kind} {number + 1}: {row}", flush=True)
             shutil.rmtree(root / str(number))
-    equal, broken = sum(row["equal"] for row in rows), sum(row["broken_files"] for row in rows)
-    print(f"{kind}: {equal} of {kills} equal the unbroken run, {broken} broken files")
-    return {"kind": kind, "seconds": seconds, "kills": kills, "equal": equal, "broken_files": broken, "rows": rows}
+    found = {key: sum(row[key] for row in rows) for key in ("killed", "equal", "broken_files", "hidden_files")}
+    print(f"{kind}: of {kills} runs {found}")
+    return {"kind": kind, "seconds": seconds, "runs": kills, **found, "rows": rows}
 
 
 def _folder(path: Path) -> Path:
@@ -71,22 +72,38 @@ def _command(kind: str, folder: Path) -> list[str]:
     return [sys.executable, "-m", "compactcli", "finetune", str(folder / "net.pt"), *flags, "-o", str(folder / "out.safetensors")]
 
 
-def _killed(kind: str, folder: Path, after: float, wanted: bytes) -> dict[str, Any]:
-    """Kill a run after so many seconds, look at what it left, let it end."""
+def _state(kind: str, folder: Path) -> Path:
+    return folder / ("run.resume.safetensors" if kind == "search" else "out.resume.safetensors")
+
+
+def _run(kind: str, folder: Path, after: float | None) -> tuple[float, float, int]:
+    """Run, and kill so many seconds after the run was first kept; (seconds until then, seconds in all, exit status)."""
+    start, state = time.perf_counter(), _state(kind, folder)
     with subprocess.Popen(_command(kind, folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not state.exists() and process.poll() is None:
+            time.sleep(0.01)
+        first = time.perf_counter() - start
         try:
             process.wait(after)
         except subprocess.TimeoutExpired:
             process.kill()
-    left = sorted(path.name for path in folder.iterdir() if path.name != "net.pt" and not path.name.startswith("."))
-    broken = sum(not _readable(folder / name, wanted) for name in left)
-    state = folder / "run.resume.safetensors" if kind == "search" else folder / "out.resume.safetensors"
-    step = None if not state.exists() else _step(state)
+    return first, time.perf_counter() - start, process.returncode
+
+
+def _killed(kind: str, folder: Path, after: float, wanted: bytes) -> dict[str, Any]:
+    """Kill a run, look at what it left, let it end."""
+    _, seconds, status = _run(kind, folder, after)
+    left = [path for path in folder.iterdir() if path.name != "net.pt"]
+    broken = [path.name for path in left if not path.name.startswith(".") and not _readable(path, wanted)]
+    state = _state(kind, folder)
+    step = _step(state) if state.exists() and state.name not in broken else None
     subprocess.run(_command(kind, folder), check=True, cwd=ROOT, capture_output=True)
     return {
-        "after_seconds": round(after, 2),
+        "killed": status == -signal.SIGKILL,
+        "after_seconds": round(seconds, 2),
         "step": step,
-        "broken_files": broken,
+        "broken_files": len(broken),
+        "hidden_files": sum(path.name.startswith(".") for path in left),
         "equal": (folder / "out.safetensors").read_bytes() == wanted,
     }
 
@@ -95,7 +112,10 @@ def _readable(path: Path, wanted: bytes) -> bool:
     """Whether a file that a kill left is whole: the state of a run, or the output itself."""
     if path.name == "out.safetensors":
         return path.read_bytes() == wanted
-    return _step(path) >= 0
+    try:
+        return _step(path) >= 0
+    except CompactError:
+        return False
 
 
 def _step(state: Path) -> int:
