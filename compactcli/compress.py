@@ -71,8 +71,16 @@ def compress(
     whole = measure.params(module) if of == "params" else None  # what is made plain may have fewer
     plain = plain_(module, shape)
     graph, channels = plan(module, shape, log)
-    rules = {"ratio": target.ratio, "of": of, "round_to": target.round_to, "nearest": target.nearest, "original": whole}
-    budget = Budget(graph, channels, module, **rules)  # type: ignore[arg-type]
+    budget = Budget(
+        graph,
+        channels,
+        module,
+        ratio=target.ratio,
+        of=of,
+        round_to=target.round_to,
+        nearest=target.nearest,
+        original=whole,
+    )
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
         error = _edited_(module, edits, channels, shape)

@@ -6,12 +6,12 @@ Random numbers depend on seed, step and process alone, so they need no place in 
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -26,6 +26,8 @@ from .optim import Average
 KEY = "compactcli_run"  # the metadata entry that says where the run stands
 VERSION = 1
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Store:
@@ -38,7 +40,8 @@ class Store:
     def save(self, tensors: Mapping[str, Tensor], standing: Mapping[str, Any]) -> None:
         """Replace the file. Raises CompactError where it cannot be written."""
         text = json.dumps({"version": VERSION, "identity": self.identity, "standing": standing}, sort_keys=True)
-        plain = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+        as_stored: Any = {"copy": True, "memory_format": torch.contiguous_format}  # a copy: names may share a tensor
+        plain = {name: tensor.detach().to("cpu", **as_stored) for name, tensor in tensors.items()}
         streams.write(safetensors.torch.save(plain, {**self.metadata, KEY: text}), str(self.path))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -66,18 +69,28 @@ def _brief(value: Any) -> str:
     return text if len(text) < 40 else f"{text[:8]}..."
 
 
+def check(path: Path) -> None:
+    """Raise CompactError if a file is none that a store wrote; its tensors are not read."""
+    _opened(path, lambda file: None)
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that a store wrote. Raises CompactError if it is none."""
+    return _opened(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no mapping)
+
+
+def _opened(path: Path, take: Callable[[Any], T]) -> tuple[T, dict[str, str]]:
+    """(what is taken from the open file, its metadata)."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        run = json.loads(metadata.get(KEY, "null"))
+            run = json.loads(metadata.get(KEY, "null"))
+            taken = take(file)
     except (OSError, ValueError, safetensors.SafetensorError) as problem:
         raise CompactError(f"{path.name} cannot be resumed from: {' '.join(str(problem).split())}") from None
     if not isinstance(run, dict) or run.get("version") != VERSION or not {"identity", "standing"} <= run.keys():
         raise CompactError(f"{path.name} is not what an interrupted training run left; leave --resume out to begin one")
-    return tensors, metadata
+    return taken, metadata
 
 
 def pack(

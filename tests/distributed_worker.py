@@ -24,8 +24,9 @@ def main(what: str, output: str) -> None:
         chosen = Settings(
             **common, batch_norm=what if what in ("frozen", "sync") else "train", accumulate=3 if what == "parts" else 1
         )
-        if what == "uneven":  # batches of 15, and a rest of 3 that is too small to share
-            chosen = replace(chosen, batch_norm="sync", batch_size=15, epochs=3, accumulate=2, ema=0.5)
+        if what.startswith("uneven"):  # batches of 15, and a rest of 3 that is too small to share
+            how = "sync" if what == "uneven sync" else "frozen"
+            chosen = replace(chosen, batch_norm=how, batch_size=15, epochs=3, accumulate=2, ema=0.5)
         if what == "different" and distributed.rank() == 1:
             model = network(classes=4, dropout=0)
         elif what == "residual":

@@ -7,13 +7,13 @@ from pathlib import Path
 import networks
 import pytest
 import torch
-from networks import CLASSES, SHAPE, masked, named, outputs, randomise_
+from networks import AWKWARD, CLASSES, SHAPE, masked, named, outputs, randomise_
 from test_artefact import network
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from compactcli import __version__, artefact, data, surgery, train
+from compactcli import __version__, artefact, data, measure, surgery, train
 from compactcli import compress as driver
 from compactcli.artefact import Network, Wishes, open_model
 from compactcli.compress import Target, compress
@@ -192,6 +192,14 @@ def test_the_compressed_network_is_the_masked_original():
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = outputs(masked(original, edits), image)[0]
     torch.testing.assert_close(outputs(small.module.double(), image)[0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_ratio_is_of_the_parameters_that_were_read():
+    """A weight norm has more of them than the plain layer that it becomes."""
+    given = own(randomise_(AWKWARD["weight_norm"]()))
+    before = measure.params(given.module)
+    small = compress(given, "hinge", hinge("prune"), Target(0.6, of="params", round_to=1))
+    assert 0.5 < measure.params(small.module) / before <= 0.6
 
 
 # Real checkpoints

@@ -59,11 +59,15 @@ def test_all_processes_have_the_same_weights(what: str, tmp_path: Path) -> None:
     assert first == second
 
 
-def test_uneven_shares_and_small_rests_are_trained_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["uneven", "uneven sync"])
+def test_uneven_shares_and_small_rests_are_trained_on(what: str, tmp_path: Path) -> None:
     """Seven batches of 15 and a rest of three that is too small to share; in parts, with averaged weights."""
-    first, second = together("uneven", tmp_path)
+    first, second = together(what, tmp_path)
     assert first == second
-    assert len(first["losses"]) == len(alone("uneven", tmp_path)["losses"]) == 3
+    single = alone(what, tmp_path)
+    assert len(single["losses"]) == len(first["losses"]) == 3
+    if what == "uneven":  # synchronised statistics are of a part, and parts are other images
+        assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
 
 
 def test_what_synchronised_batch_norm_would_lose_is_refused() -> None:

@@ -381,3 +381,11 @@ def test_a_layer_whose_channels_are_locked_may_be_decomposed(monkeypatch):
     names = [task.layers[dial.layer].name for dial in dials if dial.layer is not None]
     assert names == [f"{block}.{layer}" for block in (2, 3) for layer in ("up", "down")]
     assert all(dial.family is None for dial in dials)
+
+
+def test_the_ends_of_a_network_stay_whole_whatever_holds_their_channels(monkeypatch):
+    """A stem behind arithmetic on the images, a classifier behind a softmax."""
+    shifted = networks.Code(lambda s, x: s.stem((x - s.mean) / 2), stem=networks.conv(3, 8), mean=networks.parameter(3, 1, 1))
+    model = nn.Sequential(shifted, nn.ReLU(), networks.conv(8, 8), *networks.head(8), nn.LogSoftmax(1))
+    task, dials = captured(monkeypatch, randomise_(model), networks.SHAPE, "decompose")
+    assert [task.layers[dial.layer].name for dial in dials] == ["2"]

@@ -161,5 +161,5 @@ def _kept(destination: str, state: Path | None, others: Sequence[str | Path | No
     if kept.exists():
         from .. import resume
 
-        resume.read(kept)  # never replace what is none of ours
+        resume.check(kept)  # never replace what is none of ours
     return kept
