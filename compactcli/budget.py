@@ -271,6 +271,11 @@ class Budget:
         """No layer decomposed."""
         return np.full(len(self.layers), np.inf)
 
+    def worthwhile(self, along: Floats, ranks: Floats) -> Floats:
+        """The ranks at which a layer has fewer weights decomposed than whole; infinite for the others."""
+        out, into = along[..., self._out], along[..., self._in] * self._kernel
+        return np.where(ranks * (out + into) < out * into, ranks, np.inf)
+
     def cost(self, along: Floats, ranks: Floats) -> Floats:
         """MACs of one image, or parameters, at each state."""
         out, into = along[..., self._out], along[..., self._in] * self._kernel

@@ -1,10 +1,10 @@
 """The driver of fine-tuning: teacher, training, accuracy on the test images, and one `Step` in the recipe."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from . import __version__, artefact, data, distributed, measure, report, train
 from .artefact import Network
@@ -74,7 +74,7 @@ def finetune(
         settings,
         teacher=None if teacher is None else teacher.module,
         keep=keep,
-        store=None if kept is None else _store(kept, network, dataset, settings, teacher),
+        store=None if kept is None else kept_run(kept, network, dataset, settings, teacher),
         resume=resume,
         watch=watch,
     )
@@ -108,13 +108,24 @@ def finetune(
     return network
 
 
-def _store(path: Path, network: Network, dataset: data.Dataset, settings: Settings, teacher: Network | None) -> Store:
-    """Where the run is kept: with the recipe, so that the network can be had from it, and what another run has otherwise."""
+def kept_run(
+    path: Path,
+    network: Network,
+    dataset: data.Dataset,
+    settings: Settings,
+    teacher: Network | None,
+    more: Mapping[str, Any] | None = None,
+) -> Store:
+    """Where a run is kept: with the recipe, so that the network can be had from it, and what another run has otherwise.
+
+    `more` is what else must be the same for it to go on.
+    """
     assert dataset.train is not None
     identity = {
         **settings.identity(),
         "data": [dataset.name, len(dataset.train)],
         "teacher": None if teacher is None else teacher.sha256,
         "network": hashlib.sha256(network.recipe.dumps().encode()).hexdigest(),
+        **(more or {}),
     }
     return Store(path, identity, {artefact.KEY: network.recipe.dumps()})

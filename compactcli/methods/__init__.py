@@ -51,8 +51,15 @@ class Method:
     def start(
         self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
     ) -> list[Edit]:
-        """Edits to make before training; what is returned here is trained."""
+        """Edits to make before training; what is returned here is trained.
+
+        A search may parametrize layers in place instead; `end` makes them plain again.
+        """
         return []
+
+    def end(self, model: "nn.Module") -> str | None:
+        """Called after training: leave no parametrization behind. What to tell the user about how it went."""
+        return None
 
     def finish(
         self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"

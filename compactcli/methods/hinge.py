@@ -19,7 +19,7 @@ from ..channels import INPUT, OUTPUT, Channels, Ids, edits
 from ..errors import CompactError
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
-from . import Method
+from . import Method, Progress, _hinge_search
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -38,40 +38,131 @@ class Options:
         "of networks of equal cost take the more accurate, or the faster, which may prune channels that shortcuts share; "
         "auto: accuracy with images, speed without",
     ] = "auto"
+    by: Annotated[
+        Literal["error", "norm"], "after a search, keep by the output error that moments tell, or by the groups' norms alone"
+    ] = "error"
+    init: Annotated[_hinge_search.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
+    regularizer: Annotated[
+        Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
+    ] = "l1"
+    factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
+    balance: Annotated[bool, "search: draw at each matrix in proportion to its groups' mean norm at the start"] = True
+    rate: Annotated[float, "search: learning rate of the matrices, as a multiple of that of all else"] = 1.0
+    adjust: Annotated[bool, "search: let a block's last matrices learn as fast as its first, by their gradients"] = False
+    anneal: Annotated[float, "search: divide a given factor by it at each of the two lengths; 0: never"] = 0.0
+    anneal_first: Annotated[float, "search: summed norms of a block's first matrix, in the mean, at which to anneal"] = 0.0
+    anneal_second: Annotated[float, "search: those at which to anneal again"] = 0.0
+    threshold: Annotated[float, "search: share of the mean norm at the start below which a group is taken for gone"] = 5e-3
+    stop: Annotated[float, "search: end it where what is left is that share of the original above the ratio"] = 0.0
+    preset: Annotated[
+        Literal["none", "resnet20", "resnet20-cifar100", "resnet56", "resnet164", "resnext20", "resnext164", "densenet", "vgg16",
+                "wrn"],
+        "search: the paper's constants, for what is not set otherwise",
+    ] = "none"  # fmt: skip
 
     def __post_init__(self) -> None:
-        if not 0 < self.floor <= 1:
-            raise ValueError(f"floor={self.floor:g}: it is a share above 0, up to 1")
+        for name, value in _hinge_search.PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) == getattr(type(self), name):
+                object.__setattr__(self, name, value)
+        for name, good, wanted in (
+            ("floor", 0 < self.floor <= 1, "a share above 0, up to 1"),
+            ("factor", self.factor >= 0, "0 or more"),
+            ("rate", self.rate > 0, "above 0"),
+            ("anneal", self.anneal == 0 or self.anneal >= 1, "0, or 1 or more"),
+            ("threshold", self.threshold > 0, "above 0"),
+            ("stop", 0 <= self.stop < 1, "from 0 to below 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name):g}: it is {wanted}")
 
 
 class Hinge(Method):
     """Filters and ranks chosen over the whole network by one threshold on error per cost."""
 
     Options = Options
+    search: _hinge_search.Search | None = None
+    norms: list[Floats] | None = None  # of the groups that the search ended with
+
+    def start(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
+        """Matrices behind the layers, as parametrizations, and the state of the search."""
+        eligible = [index for index, _ in _decomposable(model, channels, budget)]
+        self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
+        if not found:
+            raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
+        self.search = _hinge_search.Search(model, found, budget, self.options)
+        return []
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """The matrices, at a learning rate of their own."""
+        if self.search is None:
+            return None
+        sides = [self.search.carriers(outer=False), self.search.carriers(outer=True)]
+        return [{"params": [model.get_parameter(name) for name in names], "rate": self.options.rate} for names in sides if names]
+
+    def regularise(self, model: nn.Module, progress: Progress) -> None:
+        if self.search is not None and self.options.adjust:
+            self.search.adjust(model)
+
+    def project(self, model: nn.Module, progress: Progress) -> None:
+        if self.search is not None:
+            self.search.step(model, progress)
+
+    def done(self, model: nn.Module) -> bool:
+        return self.search is not None and self.search.done(model)
+
+    def end(self, model: nn.Module) -> str | None:
+        """Plain layers again; how many groups the search has taken to zero."""
+        if self.search is None:
+            return None
+        self.norms = self.search.relative(model)
+        _hinge_search.detach_(model, self.divided)
+        gone, count = sum(int((norms <= self.options.threshold).sum()) for norms in self.norms), sum(map(len, self.norms))
+        return f"the search took {gone} of {count} groups to nothing"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.search is None else self.search.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.search is not None:
+            self.search.load_state_dict(state)
 
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """The filters to remove and the layers to decompose, so that the budget is met."""
         favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
         price: Price = "time" if favour == "speed" else "cost"
         dials, orders = [], []
-        if self.options.mode != "decompose":
-            for family, order, errors in _widths(model, channels, budget, moments, shared=favour == "speed"):
-                orders.append(order)
-                dials.append(self._dial(budget, price, errors, family=family))
-        if self.options.mode != "prune":
-            for index, errors in _ranks(model, channels, budget, moments):
-                dials.append(self._dial(budget, price, errors, layer=index))
+        if self.norms is not None and self.options.by == "norm":
+            widths, ranks = self._by_norm(budget, self.norms)
+        else:
+            mode = self.options.mode
+            widths = _widths(model, channels, budget, moments, shared=favour == "speed") if mode != "decompose" else []
+            ranks = _ranks(model, channels, budget, moments) if mode != "prune" else []
+        for family, order, errors in widths:
+            orders.append(order)
+            dials.append(self._dial(budget, price, errors, family=family))
+        for index, errors in ranks:
+            dials.append(self._dial(budget, price, errors, layer=index))
         settings = budget.solve(dials, price)
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         result = edits(channels, removed, model)
-        ranks = [
-            (budget.layers[dial.layer], n)
-            for dial, n in zip(dials, settings, strict=True)
-            if dial.layer is not None and n < dial.full
-        ]
-        for layer, rank in ranks:
-            result.append(_decompose(model, channels, layer, rank, removed))
+        for dial, rank in zip(dials, settings, strict=True):
+            if dial.layer is not None and rank < dial.full:
+                result.append(_decompose(model, channels, budget.layers[dial.layer], rank, removed))
         return result
+
+    def _by_norm(self, budget: Budget, norms: list[Floats]) -> tuple[list[tuple[int, Ids, Floats]], list[tuple[int, Floats]]]:
+        """Widths and ranks as `_widths` and `_ranks` give them, the squares of the groups' norms for errors."""
+        assert self.search is not None
+        widths, ranks = [], []
+        for each, own in zip(self.search.found, norms, strict=True):
+            order = np.argsort(own, kind="stable")
+            errors = np.concatenate([np.cumsum(own[order] ** 2)[::-1], [0.0]])
+            if each.family is not None:
+                widths.append((each.family, budget.families[each.family].sets[order], errors))
+            else:
+                assert each.layer is not None
+                ranks.append((each.layer, errors))
+        return widths, ranks
 
     def _dial(self, budget: Budget, price: Price, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
         full = len(errors) - 1
@@ -222,17 +313,11 @@ def _root(matrix: Tensor) -> Tensor:
 def _ranks(
     model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None
 ) -> list[tuple[int, Floats]]:
-    """(layer, error by rank) of the layers that may be decomposed: not the stem, not the classifier."""
+    """(layer, error by rank) of the layers that may be decomposed."""
     result = []
     worth = _worth(model, channels, budget) if moments is None else {}
-    for index, layer in enumerate(budget.layers):
-        module = model.get_submodule(layer.name)
-        ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
-        at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
-        fixed = at_end or not layer.called or layer.groups > 1
-        if fixed or not isinstance(module, nn.Conv2d | nn.Linear) or min(layer.shape[:2]) < 2:
-            continue
-        weight = module.weight.detach().flatten(1).double()
+    for index, layer in _decomposable(model, channels, budget):
+        weight = model.get_parameter(layer.weight).detach().flatten(1).double()
         if moments is not None and layer.name in moments:
             known = moments[layer.name]
             narrow, wide = known.worth, known.inputs
@@ -247,6 +332,18 @@ def _ranks(
             energy = torch.linalg.eigvalsh(gram if len(gram) < 256 else gram.float()).clamp_min(0).flip(0).double().numpy()
             errors = worth.get(layer.name, 1.0) * _error(_tails(energy) / max(float(energy.sum()), 1e-30))
         result.append((index, errors))
+    return result
+
+
+def _decomposable(model: nn.Module, channels: Channels, budget: Budget) -> list[tuple[int, Layer]]:
+    """(index, layer) of the layers that may be decomposed: not the stem, not the classifier."""
+    result = []
+    for index, layer in enumerate(budget.layers):
+        ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
+        at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
+        plain = isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
+        if plain and layer.called and layer.groups == 1 and min(layer.shape[:2]) >= 2 and not at_end:
+            result.append((index, layer))
     return result
 
 
