@@ -23,7 +23,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from rich.table import Table
 
 from compactcli import artefact, data, report
 from compactcli.artefact import Network
-from compactcli.cli.common import write_history
+from compactcli.cli.training import history_writer
 from compactcli.finetune import finetune
 from compactcli.history import Watch
 from compactcli.optim import Settings
@@ -100,7 +99,7 @@ def _trained(
     print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
     KEPT.mkdir(exist_ok=True)
     history = kept.with_suffix(".jsonl")  # a file, for a run that goes on after its last epoch tells of no epoch
-    watch = Watch(log=lambda line: print(f"  {line}", flush=True), history=partial(write_history, history))
+    watch = Watch(log=lambda line: print(f"  {line}", flush=True), history=history_writer(history))
     finetune(one, dataset, settings, teacher=original, keep="last", kept=kept, resume=resume, watch=watch)
     epochs = [json.loads(line) for line in history.read_text().splitlines()]
     kept.unlink()
