@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Init = Literal["svd2", "svd", "p-identity", "p-random", "disturbed-uniform", "disturbed-normal"]
 
-LOOK_EVERY = 5  # steps from one look at the complexity to the next
 PULL = 2.0  # how much faster than the way to zero asks for, for the gradient pulls back
 DONE_BY = 0.8  # share of the search by which what is too much shall be gone
 NOISE = 0.05  # of the disturbed starts
@@ -94,6 +93,7 @@ class Carrier:
     parameter: str
     axis: int
     of: Tensor  # the number of each position's group; the count of groups where it is in none
+    outer: bool  # whether its layer makes what other layers make as well: the last of a residual block
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,11 @@ class Groups:
     carriers: tuple[Carrier, ...]
     family: int | None = None  # index into the budget's families
     layer: int | None = None  # index into the budget's layers
-    outer: bool = False  # whether the matrix makes what other layers make as well: the last of a residual block
+
+    @property
+    def outer(self) -> bool:
+        """Whether its matrix, or the first of them, is the last of a residual block."""
+        return self.carriers[0].outer
 
     def norms(self, model: nn.Module) -> Tensor:
         """The norm of every group (count,)."""
@@ -150,32 +154,28 @@ def attach_(
         single = [layer for layer in makers if layer.groups == 1]
         if len(single) != 1 or len(family.sets) < 2:
             continue
-        maker, pointwise = single[0], [layer for layer in readers if layer.kernel == 1]
-        sides = [(maker.weight, maker.out_axis)]
+        maker, pointwise = single[0], [layer for layer in readers if layer.shape[2:] == (1, 1)]
+        sides = [(maker, maker.out_axis)]
         if len(makers) > 1:  # with what a grouped convolution makes of them
-            sides += [(layer.weight, layer.in_axis) for layer in pointwise]
-            matrices |= {maker.name, *(layer.name for layer in pointwise)}
+            sides += [(layer, layer.in_axis) for layer in pointwise]
         elif maker.kernel > 1 and readers and len(pointwise) == len(readers):
-            sides = [(layer.weight, layer.in_axis) for layer in pointwise]
-            matrices |= {layer.name for layer in pointwise}
+            sides = [(layer, layer.in_axis) for layer in pointwise]
         elif maker.kernel > 1 and maker.name in decomposable:
             products[maker.name] = maker
-            sides = [(_matrix(maker), 0)]
-        else:
-            matrices.add(maker.name)
-        positions = [
-            channels.axes[maker.weight, 0] if name == _matrix(maker) else channels.axes[name, axis] for name, axis in sides
-        ]
-        carriers = [Carrier(*side, _numbered(channels, at, family.sets)) for side, at in zip(sides, positions, strict=True)]
+        matrices |= {layer.name for layer, _ in sides} - products.keys()
+        carriers = []
+        for layer, axis in sides:
+            name = _matrix(layer) if layer.name in products else layer.weight
+            numbers = _numbered(channels, channels.axes[layer.weight, axis], family.sets)
+            carriers.append(Carrier(name, axis, numbers, _is_outer(channels, budget, layer)))
         found.append(Groups(len(family.sets), tuple(carriers), family=index))
     for index in eligible if mode != "prune" else ():
         layer = budget.layers[index]
-        if layer.name in matrices:
-            continue
-        products[layer.name] = layer
-        rank = min(layer.shape[0], layer.shape[1] * layer.kernel)
-        carrier = Carrier(_matrix(layer), 1, torch.arange(rank))
-        found.append(Groups(rank, (carrier,), layer=index, outer=_is_outer(channels, budget, layer)))
+        if layer.name not in matrices:
+            products[layer.name] = layer
+            rank = min(layer.shape[0], layer.shape[1] * layer.kernel)
+            carrier = Carrier(_matrix(layer), 1, torch.arange(rank), _is_outer(channels, budget, layer))
+            found.append(Groups(rank, (carrier,), layer=index))
     generator = torch.Generator().manual_seed(0)
     for name in products:
         parametrize.register_parametrization(model.get_submodule(name), "weight", Product(init, generator))
@@ -219,7 +219,8 @@ class Search:
 
     def carriers(self, *, outer: bool) -> list[str]:
         """The matrices' parameters, those of the last layers of residual blocks or the others."""
-        return list(dict.fromkeys(carrier.parameter for each in self.found if each.outer == outer for carrier in each.carriers))
+        carriers = (carrier for each in self.found for carrier in each.carriers)
+        return list(dict.fromkeys(carrier.parameter for carrier in carriers if carrier.outer == outer))
 
     def adjust(self, model: nn.Module) -> None:
         """Let the outer matrices learn as fast as the inner ones, by the ratio of their gradients (section 3.4)."""
@@ -235,28 +236,29 @@ class Search:
 
     def step(self, model: nn.Module, progress: Progress) -> None:
         """The proximal step behind the optimizer's."""
-        if progress.step % LOOK_EVERY == 0:
-            self.look(model, progress)
-        factor = self.options.factor / self.annealed(model)
+        norms = [each.norms(model) for each in self.found]
+        factor = self.options.factor / self.annealed(norms)
+        if not factor:
+            self.look(norms, progress)
         level = self.reach * (min(progress.share / DONE_BY, 1) if self.options.regularizer == "l0" else 1)  # it has no slow way
-        for each, mean in zip(self.found, self.means.tolist(), strict=True):
+        for each, own, mean in zip(self.found, norms, self.means.tolist(), strict=True):
             t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[-1]
             if not factor:
-                t = self.least(level * mean, min(self.speed, self.reach) * mean)
+                t = self.least(level * mean, self.speed * mean)
             if t > 0:
-                each.scale_(model, self.operator(each.norms(model), t))
+                each.scale_(model, self.operator(own, t))
 
-    def annealed(self, model: nn.Module) -> float:
+    def annealed(self, norms: Sequence[Tensor]) -> float:
         """What a given factor is divided by, as the norms of the inner matrices fall."""
         options = self.options
         if not options.factor or not options.anneal:
             return 1.0
-        length = float(torch.stack([each.norms(model).sum() for each in self.found if not each.outer]).mean())
+        length = float(torch.stack([own.sum() for each, own in zip(self.found, norms, strict=True) if not each.outer]).mean())
         return float(options.anneal ** ((length <= options.anneal_first) + (length <= options.anneal_second)))
 
-    def look(self, model: nn.Module, progress: Progress) -> None:
+    def look(self, groups: Sequence[Tensor], progress: Progress) -> None:
         """How far the groups are from the target, and how fast they must go to be there in time."""
-        norms = self.relative(model)
+        norms = self.relative(groups)
         candidates = np.unique(np.concatenate([[0.0], *norms]))
         low, high = 0, len(candidates) - 1
         while low < high:
@@ -267,12 +269,15 @@ class Search:
                 low = middle + 1
         self.reach = float(candidates[high])
         steps = progress.step / progress.share if progress.share else torch.inf  # of the whole search
-        self.speed = PULL * self.reach / max((DONE_BY - progress.share) * steps, 1.0)
+        self.speed = self.reach * min(PULL / max((DONE_BY - progress.share) * steps, 1.0), 1.0)
 
-    def relative(self, model: nn.Module) -> list[Floats]:
+    def relative(self, norms: Sequence[Tensor]) -> list[Floats]:
         """The norms of every family's and layer's groups, as shares of the mean that they began with."""
-        pairs = zip(self.found, self.means.tolist(), strict=True)
-        return [(each.norms(model).double().cpu() / mean).numpy() for each, mean in pairs]
+        return [(own.double().cpu() / mean).numpy() for own, mean in zip(norms, self.means.tolist(), strict=True)]
+
+    def norms(self, model: nn.Module) -> list[Floats]:
+        """The same, as they are now."""
+        return self.relative([each.norms(model) for each in self.found])
 
     def cost(self, norms: Sequence[Floats], threshold: float) -> float:
         """What the network costs with the groups above the threshold, and the floor of each; no weight is touched."""
@@ -288,7 +293,7 @@ class Search:
     def done(self, model: nn.Module) -> bool:
         """Whether what is left without the groups below the threshold costs at most that much more than the target."""
         most = self.budget.target + self.options.stop * self.budget.original
-        return self.cost(self.relative(model), self.options.threshold) <= most
+        return self.cost(self.norms(model), self.options.threshold) <= most
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"means": self.means, "standing": torch.tensor([self.reach, self.ratio, self.speed], dtype=torch.float64)}

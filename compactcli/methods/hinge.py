@@ -114,7 +114,7 @@ class Hinge(Method):
         """Plain layers again; how many groups the search has taken to zero."""
         if self.search is None:
             return None
-        self.norms = self.search.relative(model)
+        self.norms = self.search.norms(model)
         _hinge_search.detach_(model, self.divided)
         gone, count = sum(int((norms <= self.options.threshold).sum()) for norms in self.norms), sum(map(len, self.norms))
         return f"the search took {gone} of {count} groups to nothing"
