@@ -63,16 +63,19 @@ def compressed(network: Network, dataset: data.Dataset, ratio: float, count: int
     return compress(copy.deepcopy(network), "hinge", get("hinge")(), Target(ratio), calibration=calibration, seed=seed)
 
 
-def pruned(network: Network, dataset: data.Dataset, ratio: float) -> Network:
-    """Torch-Pruning's: at most that share of the MACs, as near as bisection comes, its batch-norm statistics measured anew."""
+def pruned(network: Network, dataset: data.Dataset, ratio: float, normalizer: str = "mean") -> Network:
+    """Torch-Pruning's: at most that share of the MACs, as near as bisection comes, its batch-norm statistics measured anew.
+
+    What the importances of a group are divided by, so that groups compare, is their mean unless said otherwise.
+    """
     wanted = ratio * measure.macs(network.module, network.input_shape)
     low, high = 0.0, 0.95
     for _ in range(12):
         middle = (low + high) / 2
-        model = _pruned(network, middle)
+        model = _pruned(network, middle, normalizer)
         low, high = (middle, high) if measure.macs(model, network.input_shape) > wanted else (low, middle)
     one = copy.copy(network)
-    one.module = _pruned(network, high)
+    one.module = _pruned(network, high, normalizer)
     assert dataset.train is not None
     _recalibrate_(one.module, dataset.train, network)
     return one
@@ -113,18 +116,22 @@ def _peer(network: Network, dataset: data.Dataset, ratio: float) -> dict[str, An
     return {"ratio": ratio, "macs_kept": kept, "images": 1024, "accuracy": accuracy, "seconds": time.perf_counter() - start}
 
 
-def _pruned(network: Network, share: float) -> nn.Module:
+def ignored(model: nn.Module) -> list[nn.Module]:
+    """The layers that Torch-Pruning must leave alone."""
+    return [module for name, module in model.named_modules() if name in ("conv1", "linear") or name.endswith("conv2")]
+
+
+def _pruned(network: Network, share: float, normalizer: str) -> nn.Module:
     import torch_pruning as tp
 
     model = copy.deepcopy(network.module)
-    ignored = [module for name, module in model.named_modules() if name in ("conv1", "linear") or name.endswith("conv2")]
     pruner = tp.pruner.MagnitudePruner(
         model,
         torch.randn(1, *network.input_shape),
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer),
         global_pruning=True,
         pruning_ratio=share,
-        ignored_layers=ignored,
+        ignored_layers=ignored(model),
     )
     pruner.step()
     return model
