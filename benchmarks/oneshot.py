@@ -2,10 +2,10 @@
 
 Two CIFAR-10 ResNets, 70 % and 50 % of MACs kept, unlabelled training images only, all 10,000 test images.
 
-Torch-Pruning: group L2 importance, global, the stem and every block's second conv ignored by hand (else its
-result does not run on these option-A shortcuts), the same MACs found by bisection on its ratio, then batch-norm
-statistics measured anew on the same images. Ours: `compress --method hinge --data`, three samplings each of 64, 256 and
-1,024 images.
+Torch-Pruning: group L2 importance, global, groups made comparable by their mean or their maximum, whichever gives the more
+accurate network; the stem and every block's second conv ignored by hand (else its result does not run on these option-A
+shortcuts), the same MACs found by bisection on its ratio, then batch-norm statistics measured anew on the same images.
+Ours: `compress --method hinge --data`, three samplings each of 64, 256 and 1,024 images.
 
     python -m benchmarks oneshot [--images 1024] [--networks resnet20] [--skip-peer]
 """
@@ -81,6 +81,13 @@ def pruned(network: Network, dataset: data.Dataset, ratio: float, normalizer: st
     return one
 
 
+def best_pruned(network: Network, dataset: data.Dataset, ratio: float) -> tuple[Network, str]:
+    """The better of Torch-Pruning's by either way to make groups comparable, on the test images; and which that was."""
+    ways = {way: pruned(network, dataset, ratio, way) for way in ("mean", "max")}
+    best = max(ways, key=lambda way: report.evaluate(ways[way], dataset).accuracy.top1)
+    return ways[best], best
+
+
 def macs_kept(one: Network, network: Network) -> float:
     """The share of the network's MACs."""
     return measure.macs(one.module, one.input_shape) / measure.macs(network.module, network.input_shape)
@@ -110,10 +117,11 @@ def _ours(network: Network, dataset: data.Dataset, ratio: float, count: int) -> 
 
 def _peer(network: Network, dataset: data.Dataset, ratio: float) -> dict[str, Any]:
     start = time.perf_counter()
-    one = pruned(network, dataset, ratio)
+    one, normalizer = best_pruned(network, dataset, ratio)
     accuracy, kept = report.evaluate(one, dataset).accuracy.top1, macs_kept(one, network)
-    print(f"  Torch-Pruning, {ratio:.0%} ({kept:.3f}): {accuracy:.2f} %", flush=True)
-    return {"ratio": ratio, "macs_kept": kept, "images": 1024, "accuracy": accuracy, "seconds": time.perf_counter() - start}
+    print(f"  Torch-Pruning, {ratio:.0%} ({kept:.3f}): {accuracy:.2f} %, normalizer {normalizer}", flush=True)
+    row = {"ratio": ratio, "macs_kept": kept, "images": 1024, "normalizer": normalizer, "accuracy": accuracy}
+    return row | {"seconds": time.perf_counter() - start}
 
 
 def ignored(model: nn.Module) -> list[nn.Module]:

@@ -37,7 +37,7 @@ from compactcli.history import Watch
 from compactcli.optim import Settings
 
 from ._common import RESULTS, checkpoint, images, write
-from .oneshot import compressed, macs_kept, pruned
+from .oneshot import best_pruned, compressed, macs_kept
 
 RATIO = 0.5
 IMAGES = 1024  # to calibrate on
@@ -50,7 +50,7 @@ Rows = dict[str, dict[str, Any]]
 CONTENDERS: dict[str, Callable[[Network, data.Dataset, int], Network]] = {  # (original, data, seed) -> what is to be trained
     "ours": lambda network, dataset, seed: compressed(network, dataset, RATIO, IMAGES, seed),
     "control": lambda network, dataset, seed: copy.deepcopy(network),
-    "peer": lambda network, dataset, seed: pruned(network, dataset, RATIO),
+    "peer": lambda network, dataset, seed: best_pruned(network, dataset, RATIO)[0],
 }
 
 

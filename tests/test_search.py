@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +338,9 @@ def run(path: Path | None, *options: str, die_at: int | None = None, resume: boo
     return {**weights(one.module), "edits": torch.tensor(list(one.recipe.dumps().encode()))}
 
 
-@pytest.mark.parametrize("options", [(), ("adjust=true", "regularizer=l1/2", "factor=0.01"), ("by=norm", "init=p-random", "rate=3")])
+@pytest.mark.parametrize(
+    "options", [(), ("adjust=true", "regularizer=l1/2", "factor=0.01"), ("by=norm", "init=p-random", "rate=3")]
+)
 def test_a_resumed_search_equals_an_unbroken_one(options, tmp_path):
     whole = run(None, *options)
     for number, deaths in enumerate([(1,), (3,), (4,), (5,), (4, 1)]):
@@ -385,3 +391,83 @@ def test_presets_are_the_papers_and_give_way_to_what_is_set(preset):
     options = parse_options(Hinge, [f"preset={preset}"])
     assert (options.factor, options.by) == (_hinge_search.PRESETS[preset]["factor"], "norm")
     assert parse_options(Hinge, [f"preset={preset}", "factor=0.5"]).factor == 0.5
+
+
+# The command
+
+TRAINED = ("--epochs", "2", "--finetune-epochs", "2", "--save-every", "2", "--batch-size", "100", "--precision", "float32")
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    to = ("--method", "hinge", "--ratio", "0.6", "--data", "digits", "-o", str(folder / "out"))
+    return [sys.executable, "-m", "compactcli", "compress", str(folder / "net.pt"), *to, *flags]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    torch.save(named("cifar:resnet8", width=4, num_classes=10).state_dict(), folder / "net.pt")
+    flags = (*TRAINED, "--history", str(folder / "epochs.jsonl"))
+    subprocess.run(command(folder, *flags), check=True, capture_output=True)
+    return folder
+
+
+def test_a_search_and_fine_tuning_in_one_command(unbroken):
+    assert sorted(path.name for path in unbroken.iterdir()) == ["epochs.jsonl", "net.pt", "out"]
+    epochs = [json.loads(line) for line in (unbroken / "epochs.jsonl").read_text().splitlines()]
+    assert {(epoch["stage"], epoch["epoch"]) for epoch in epochs} >= {
+        ("search", 0),
+        ("search", 1),
+        ("finetune", 0),
+        ("finetune", 2),
+    }
+    one = artefact.open_model(unbroken / "out")
+    assert [step.command for step in one.recipe.steps] == ["compress", "finetune"]
+    assert one.recipe.steps[0].options["search"]["teacher"] == one.recipe.steps[1].options["teacher"] == "net.pt"
+    assert one.recipe.source.measures.accuracy is not None
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_killed_command_goes_on_in_either_stage(stages, unbroken, tmp_path):
+    (tmp_path / "net.pt").write_bytes((unbroken / "net.pt").read_bytes())
+    flags = (*TRAINED, "--history", str(tmp_path / "epochs.jsonl"))
+    with subprocess.Popen(command(tmp_path, *flags), stderr=subprocess.PIPE, text=True) as process:
+        begun, epochs = 0, 0
+        while begun < stages or not epochs:  # the first epoch of the stage is over, and so kept
+            line = process.stderr.readline()
+            begun, epochs = (begun + 1, 0) if line.startswith("before training") else (begun, epochs + line.startswith("epoch"))
+        process.kill()
+    done = subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, text=True)
+    assert "resumed at step" in done.stderr
+    assert (tmp_path / "out").read_bytes() == (unbroken / "out").read_bytes()
+    assert told(tmp_path) == told(unbroken)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.jsonl", "net.pt", "out"]
+
+
+def told(folder: Path) -> list[tuple[str, int, float]]:
+    """Stage, epoch and accuracy of each line of the history."""
+    lines = (json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines())
+    return [(line["stage"], line["epoch"], line["accuracy"]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--epochs", "1", "--no-calibrate"), "--epochs and --finetune-epochs need images: give --data"),
+        (("--epochs", "1", "--keep", "none"), "--keep none: it is best or last"),
+        (("--epochs", "1", "--schedule", "none"), "schedule is none; it must be cosine, milestones or constant"),
+        (("--epochs", "1", "--state", "NET"), "that is another file of this command"),
+        (("--epochs", "1", "--set", "mode=prune", "--set", "factor=-1"), "factor=-1: it is 0 or more"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message, unbroken):
+    flags = tuple(str(unbroken / "net.pt") if flag == "NET" else flag for flag in flags)
+    done = subprocess.run(command(unbroken, *flags), capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert message in done.stderr
+
+
+def test_nothing_to_search_is_one_line(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(file.CompactError, match="nothing here that a search could thin out; leave out --epochs"):
+        begun(model, "mode=decompose")
