@@ -111,13 +111,14 @@ class Hinge(Method):
         return self.search is not None and self.search.done(model)
 
     def end(self, model: nn.Module) -> str | None:
-        """Plain layers again; how many groups the search has taken to zero."""
+        """Plain layers again; how far the search came."""
         if self.search is None:
             return None
         self.norms = self.search.norms(model)
         _hinge_search.detach_(model, self.divided)
         gone, count = sum(int((norms <= self.options.threshold).sum()) for norms in self.norms), sum(map(len, self.norms))
-        return f"the search took {gone} of {count} groups to nothing"
+        left = 100 * self.search.cost(self.norms, self.options.threshold) / self.search.budget.original
+        return f"hinge: {gone} of {count} groups are gone after the search; the rest has {left:.1f} % of {self.search.budget.of}"
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.search is None else self.search.state_dict()
