@@ -30,7 +30,7 @@ class _Call:
 def hinge(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Convolutions without bias, linear weights, twice the elements of batch normalisations, those of nn.ReLU.
 
-    Li et al., CVPR 2020.
+    In the authors' own ResNeXt and wide ResNet every ReLU is a function, so not counted. Li et al., CVPR 2020.
     """
     calls = _calls(model, input_shape)
     return _convolutions(calls) + _weights(calls) + 2 * _elements(calls, _BatchNorm) + _elements(calls, nn.ReLU)
