@@ -237,6 +237,7 @@ class Budget:
         original: float | None = None,
     ) -> None:
         self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
+        self.graph = graph
         self.layers, self._elsewhere = _costs(graph)
         self.families = families(channels)
         column = {axis: index for index, axis in enumerate(channels.axes)}

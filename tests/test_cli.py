@@ -25,6 +25,7 @@ from compactcli import artefact, report
 from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
+from compactcli.counters import COUNTERS
 
 COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
 HINGE = ("--method", "hinge", "--ratio")
@@ -128,7 +129,7 @@ FLAGS = {
     | {"--output", "-o", "--batch-size", "--device", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout"}
     | {"--clip-grad", "--ema", "--freeze-bn", "--sync-bn", "--patience", "--time-limit", "--resume", "--state", "--save-every"}
     | {"--keep", "--history", "--accumulate", "--workers", "--precision", "--compile"},
-    "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--json", "--verbose", "-v"},
+    "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
     | {"MODELS", "--batch-size", "--threads", "--repeats", "--device", "--json"},
@@ -463,6 +464,15 @@ def test_report_json(net, small):
     assert "Parameters" in run("report", small).stdout
     assert "layers that changed" not in run("report", small).stdout
     assert "layers that changed" in run("report", "-v", small).stdout
+
+
+def test_report_counts_as_a_paper_does(net, small):
+    tree = json.loads(run("report", "--json", small, "--baseline", net, "--counter", "hinge").stdout)
+    assert tree["counter"]["count"] < tree["counter"]["baseline"]
+    assert "By hinge's counter" in run("report", small, "--counter", "hinge").stdout
+    line = one_line(run("report", "nowhere.pt", "--counter", "thop"), 2)
+    assert line == f"compactcli: --counter thop: it is one of {', '.join(COUNTERS)}"
+    assert f"count as well: {', '.join(COUNTERS)}." in " ".join(run("report", "--help").stdout.split())
 
 
 def test_bench_json(net, small):

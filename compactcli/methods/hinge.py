@@ -19,7 +19,7 @@ from ..channels import INPUT, OUTPUT, Channels, Ids, edits
 from ..errors import CompactError
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
-from . import Method, Progress, _hinge_search
+from . import Method, Progress, _hinge_search, _two_slope
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -41,6 +41,7 @@ class Options:
     by: Annotated[
         Literal["error", "norm"], "after a search, keep by the output error that moments tell, or by the groups' norms alone"
     ] = "error"
+    two_slope: Annotated[bool, "give each ReLU inside a residual block a learnable slope on either side of zero"] = False
     init: Annotated[_hinge_search.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
     regularizer: Annotated[
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
@@ -131,6 +132,9 @@ class Hinge(Method):
         """The filters to remove and the layers to decompose, so that the budget is met."""
         favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
         price: Price = "time" if favour == "speed" else "cost"
+        units = _two_slope.replacements(model, budget.graph, channels, budget.layers) if self.options.two_slope else []
+        if budget.of == "params":
+            budget.target -= sum(len(unit.tensors) for unit in units)
         dials, orders = [], []
         if self.norms is not None and self.options.by == "norm":
             widths, ranks = self._by_norm(budget, self.norms)
@@ -149,7 +153,7 @@ class Hinge(Method):
         for dial, rank in zip(dials, settings, strict=True):
             if dial.layer is not None and rank < dial.full:
                 result.append(_decompose(model, channels, budget.layers[dial.layer], rank, removed))
-        return result
+        return [*result, *units]
 
     def _by_norm(self, budget: Budget, norms: list[Floats]) -> tuple[list[tuple[int, Ids, Floats]], list[tuple[int, Floats]]]:
         """Widths and ranks as `_widths` and `_ranks` give them, the squares of the groups' norms for errors."""
