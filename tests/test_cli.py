@@ -117,18 +117,23 @@ MODEL_FLAGS = {
 }
 DATA_FLAGS = {"--data", "--data-dir", "--download", "--limit"}
 FRESH_FLAGS = {"--fresh", "--seed"}
+TRAINING_FLAGS = {
+    *("--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"),
+    *("--batch-size", "--device", "--time-limit", "--resume", "--state", "--save-every", "--keep", "--history", "--workers"),
+    "--precision",
+}
 FLAGS = {
     "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--explain", "--json"},
     "compress": MODEL_FLAGS
     | FRESH_FLAGS
     | DATA_FLAGS
-    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--output", "-o"},
+    | TRAINING_FLAGS
+    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--finetune-epochs", "--output", "-o"},
     "finetune": MODEL_FLAGS
     | DATA_FLAGS
-    | {"--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"}
-    | {"--output", "-o", "--batch-size", "--device", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout"}
-    | {"--clip-grad", "--ema", "--freeze-bn", "--sync-bn", "--patience", "--time-limit", "--resume", "--state", "--save-every"}
-    | {"--keep", "--history", "--accumulate", "--workers", "--precision", "--compile"},
+    | TRAINING_FLAGS
+    | {"--output", "-o", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout", "--clip-grad", "--ema"}
+    | {"--freeze-bn", "--sync-bn", "--patience", "--accumulate", "--compile"},
     "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})

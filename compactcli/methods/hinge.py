@@ -358,7 +358,7 @@ def _tails(energy: Floats) -> Floats:
 
 
 def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, removed: list[int]) -> Replace:
-    """The layer, cut to what is kept, as two: W' holds the first right singular vectors, A the rest (`svd2`)."""
+    """The layer, cut to what is kept, as two: W' and A share the largest singular values and their vectors."""
     module = model.get_submodule(layer.name)
     assert isinstance(module, nn.Conv2d | nn.Linear)
     out, into = (torch.from_numpy(~np.isin(channels.axes[layer.weight, axis], removed)) for axis in (0, 1))
@@ -367,9 +367,7 @@ def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, re
     scaled = scale[:, None] * weight.flatten(1).double()  # (o, i*k*k) = U S V
     _, vectors = torch.linalg.eigh(_gram(scaled))
     U = vectors.flip(1)[:, : min(rank, *scaled.shape)]  # (o, r)
-    V = U.T @ scaled  # (r, i*k*k), not yet of unit length
-    S = V.norm(dim=1).clamp_min(1e-30)
-    V, A = V / S[:, None], U * S / scale[:, None]
+    A, V = _even(U / scale[:, None], U.T @ scaled)
     tensors = {
         "0.weight": V.reshape(-1, *weight.shape[1:]).to(weight.dtype).contiguous(),
         "1.weight": A.reshape(len(A), -1, *[1] * (weight.ndim - 2)).to(weight.dtype).contiguous(),
@@ -491,8 +489,18 @@ def _refit(pair: nn.Module, regression: Regression) -> None:
     scaled = regression.scale[:, None] * regression.weight  # (o, i*k*k)
     _, directions = torch.linalg.eigh(scaled @ regression.inputs @ scaled.T)
     U = directions[:, -len(first.weight) :]  # (o, r)
-    first.weight.data.copy_((U.T @ scaled).reshape(first.weight.shape))
-    second.weight.data.copy_((U / regression.scale[:, None]).reshape(second.weight.shape))
+    A, V = _even(U / regression.scale[:, None], U.T @ scaled)
+    first.weight.data.copy_(V.reshape(first.weight.shape))
+    second.weight.data.copy_(A.reshape(second.weight.shape))
+
+
+def _even(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (o, r) and (r, i*k*k) of the same product, each component as long in the one as in the other.
+
+    Both then learn at the pace of one learning rate.
+    """
+    share = (V.norm(dim=1).clamp_min(1e-30) / A.norm(dim=0).clamp_min(1e-30)).sqrt()
+    return A * share, V / share[:, None]
 
 
 LAYERS["hinge.decomposed"] = LayerKind(_build, _dense, _refit)
