@@ -494,13 +494,13 @@ def _refit(pair: nn.Module, regression: Regression) -> None:
     second.weight.data.copy_(A.reshape(second.weight.shape))
 
 
-def _even(A: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def _even(matrix: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
     """The factors (o, r) and (r, i*k*k) of the same product, each component as long in the one as in the other.
 
     Both then learn at the pace of one learning rate.
     """
-    share = (V.norm(dim=1).clamp_min(1e-30) / A.norm(dim=0).clamp_min(1e-30)).sqrt()
-    return A * share, V / share[:, None]
+    share = (filters.norm(dim=1).clamp_min(1e-30) / matrix.norm(dim=0).clamp_min(1e-30)).sqrt()
+    return matrix * share, filters / share[:, None]
 
 
 LAYERS["hinge.decomposed"] = LayerKind(_build, _dense, _refit)
