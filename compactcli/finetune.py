@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__, artefact, data, distributed, measure, report, train
+from . import __version__, artefact, data, distributed, measure, methods, report, train
 from .artefact import Network
 from .errors import CompactError
 from .history import Watch
@@ -73,6 +73,7 @@ def finetune(
         recipe.preprocessing,
         settings,
         teacher=None if teacher is None else teacher.module,
+        hooks=methods.attached(recipe, network.module),
         keep=keep,
         store=None if kept is None else kept_run(kept, network, dataset, settings, teacher),
         resume=resume,

@@ -87,14 +87,14 @@ class Settings:
 
 
 def optimizer(model: nn.Module, hooks: Iterable[Method], settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer over every trainable parameter: first those that no hook claims, then the hooks' groups in order.
-
-    A group's "rate" is its learning rate, as a multiple of the others'.
-    """
-    groups = [group for hook in hooks for group in hook.parameter_groups(model) or ()]
+    """The optimizer over every trainable parameter: first those that no hook claims, then the hooks' groups in order."""
+    groups = [dict(group) for hook in hooks for group in hook.parameter_groups(model) or ()]
     claimed = {id(parameter) for group in groups for parameter in group["params"]}
     plain = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in claimed]
-    groups = [{"params": plain}, *({"lr": settings.peak_lr * group.pop("rate", 1.0), **group} for group in groups)]
+    for group in groups:
+        rate, pace = group.pop("rate", 1.0), group.pop("pace", 1.0)
+        group.setdefault("lr", settings.peak_lr * rate * (pace if settings.optimizer == "sgd" else 1.0))
+    groups = [{"params": plain}, *groups]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.peak_lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(groups, lr=settings.peak_lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)

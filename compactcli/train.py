@@ -268,7 +268,8 @@ class _Run:
         distributed.share_(self.model.buffers())
         if self.store is None or not distributed.is_main():
             return
-        standing = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch, "ended": self.ended}
+        standing: dict[str, Any] = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen}
+        standing |= {"best": self.best.epoch, "ended": self.ended, "peaks": self.peaks}
         tensors = pack(self.model, self.optimizer, self.average, self.hooks)
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         self.store.save(tensors, {**standing, "records": [asdict(record) for record in self.records]})
@@ -282,7 +283,7 @@ class _Run:
         self.step, self.loss_sum, self.seen = standing["step"], standing["loss_sum"], standing["seen"]
         self.records = [EpochRecord(**record) for record in standing["records"]]
         self.best = next(record for record in self.records if record.epoch == standing["best"])
-        self.best_weights, self.ended = under("best", tensors), standing["ended"]
+        self.best_weights, self.ended, self.peaks = under("best", tensors), standing["ended"], standing["peaks"]
         unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
         return True
 

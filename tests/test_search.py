@@ -201,7 +201,7 @@ def test_the_factor_that_is_given_is_the_papers_step():
     method = begun(model, "factor=0.3", "mode=decompose")
     search = method.search
     before = [each.norms(model).clone() for each in search.found]
-    method.project(model, Progress(1, 0, 0.5, (0.1, 0.2)))
+    method.project(model, Progress(1, 0, 0.5, (0.2, 0.1)))
     for each, norms, mean in zip(search.found, before, search.means.tolist(), strict=True):
         assert torch.allclose(each.norms(model), (norms - 0.3 * mean * 0.2).clamp_min(0), rtol=1e-4, atol=1e-6)
 
@@ -210,7 +210,7 @@ def test_without_balance_all_matrices_are_drawn_alike():
     model = small()
     method = begun(model, "factor=0.3", "mode=decompose", "balance=false")
     before = [each.norms(model).clone() for each in method.search.found]
-    method.project(model, Progress(1, 0, 0.5, (0.1, 0.2)))
+    method.project(model, Progress(1, 0, 0.5, (0.2, 0.1)))
     for each, norms in zip(method.search.found, before, strict=True):
         assert torch.allclose(each.norms(model), (norms - 0.06).clamp_min(0), rtol=1e-4, atol=1e-6)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import CompactError, UsageError
-from ..recipe import Edit
+from ..recipe import Edit, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,8 +67,14 @@ class Method:
         """Edits to make after training, or at once where there is none."""
         return []
 
+    def attach(self, model: "nn.Module", edits: Sequence[Edit]) -> None:
+        """Get ready to train a network further that the method made by these edits, some of which others may have undone."""
+
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
-        """Groups for the optimizer; None for one group of all that trains."""
+        """Groups for the optimizer; None for one group of all that trains.
+
+        Learning rates are multiples of that of all else: "rate", and with plain gradient steps (sgd) times "pace".
+        """
         return None
 
     def regularise(self, model: "nn.Module", progress: Progress) -> None:
@@ -110,6 +116,16 @@ def get(name: str) -> type[Method]:
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__:
             return value
     raise CompactError(f"the method file {name}.py holds no Method")
+
+
+def attached(recipe: Recipe, model: "nn.Module") -> list[Method]:
+    """The hooks of the methods that made a network, to train it further."""
+    hooks = []
+    for step in recipe.steps:
+        if step.method is not None:
+            hooks.append(get(step.method)())
+            hooks[-1].attach(model, step.edits)
+    return hooks
 
 
 def register_layers(layers: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 A matrix A is what a layer's kernel W = A W' is made with (`Product`), or a 1x1 convolution or linear layer that is one
 already. A group is what of the matrices belongs to one thing that may go: a column of A makes a channel, a row of A reads
 one dimension of the layer's rank, the rows of the 1x1 convolutions behind a bottleneck's 3x3 read one of its channels, and
-where a grouped convolution ties channels, all that makes and reads them is one group. Li et al., CVPR 2020 (Hinge), 3.1-3.4.
+where a grouped convolution ties channels, all that makes and reads them is one group. Li et al., CVPR 2020 (Hinge), section 3.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ _OWN: dict[str, Any] = {
     "wrn": {"adjust": True, "anneal": 2.0, "anneal_first": 400 / 6, "anneal_second": 350 / 6}
     | {"factor": 4e-4, "init": "p-identity", "balance": False},
 }
-_ALL: dict[str, Any] = {"factor": 2e-4, "rate": 100.0, "floor": 0.2, "stop": 0.1, "by": "norm"}
+_ALL: dict[str, Any] = {"factor": 2e-4, "rate": 100.0, "floor": 0.2, "stop": 0.1, "pace": False, "by": "norm"}
 PRESETS: dict[str, Constants] = {name: {**_ALL, **own} for name, own in _OWN.items()}
 
 
@@ -188,6 +188,12 @@ def detach_(model: nn.Module, layers: Sequence[str]) -> None:
         parametrize.remove_parametrizations(model.get_submodule(name), "weight")
 
 
+def paces(matrix: Tensor, filters: Tensor) -> tuple[float, float]:
+    """Learning rates of A (o, r) and W' (r, i, k, k) at which a step moves A W' about as far as it would a plain kernel."""
+    one, other = (float(torch.linalg.matrix_norm(factor.detach().flatten(1).float(), 2)) for factor in (matrix, filters))
+    return 1 / max(other, 1e-3) ** 2, 1 / max(one, 1e-3) ** 2
+
+
 def _matrix(layer: Layer) -> str:
     return f"{layer.name}.parametrizations.weight.original0"
 
@@ -217,13 +223,25 @@ class Search:
         self.ratio = 0.0  # of inner matrices' gradients to the outer ones'; 0: not known yet
         self.speed = 0.0  # of the relative norms, per step
 
+    def parameter_groups(self, model: nn.Module, divided: Sequence[str]) -> list[dict[str, Any]]:
+        """The matrices, at a learning rate of their own; of the layers that were divided the filters as well."""
+        groups = []
+        whole = [name for outer in (False, True) for name in self.carriers(outer=outer)]
+        for layer in divided:
+            names = [f"{layer}.parametrizations.weight.original{number}" for number in (0, 1)]
+            factors = [model.get_parameter(name) for name in names]
+            first, second = paces(*factors) if self.options.pace else (1.0, 1.0)
+            groups += [{"params": factors[:1], "rate": self.options.rate, "pace": first}, {"params": factors[1:], "pace": second}]
+            whole = [name for name in whole if name not in names]
+        return [{"params": [model.get_parameter(name) for name in whole], "rate": self.options.rate}, *groups]
+
     def carriers(self, *, outer: bool) -> list[str]:
         """The matrices' parameters, those of the last layers of residual blocks or the others."""
         carriers = (carrier for each in self.found for carrier in each.carriers)
         return list(dict.fromkeys(carrier.parameter for carrier in carriers if carrier.outer == outer))
 
     def adjust(self, model: nn.Module) -> None:
-        """Let the outer matrices learn as fast as the inner ones, by the ratio of their gradients (section 3.4)."""
+        """Let the outer matrices learn as fast as the inner ones, by the ratio of their gradients, as in the authors' code."""
         inner, outer = (sum(float(e.slopes(model).sum()) for e in self.found if e.outer == side) for side in (False, True))
         if not inner or not outer:
             return
@@ -242,7 +260,7 @@ class Search:
             self.look(norms, progress)
         level = self.reach * (min(progress.share / DONE_BY, 1) if self.options.regularizer == "l0" else 1)  # it has no slow way
         for each, own, mean in zip(self.found, norms, self.means.tolist(), strict=True):
-            t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[-1]
+            t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[0] * self.options.rate
             if not factor:
                 t = self.least(level * mean, self.speed * mean)
             if t > 0:

@@ -6,7 +6,7 @@ rank: pruning and decomposition are two directions of group sparsity on one matr
 Where a shortcut ties the outputs of several layers, only the rank is free.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,6 +49,7 @@ class Options:
     factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
     balance: Annotated[bool, "search: draw at each matrix in proportion to its groups' mean norm at the start"] = True
     rate: Annotated[float, "search: learning rate of the matrices, as a multiple of that of all else"] = 1.0
+    pace: Annotated[bool, "search: let each factor of a kernel learn as fast as keeps the kernel's own pace"] = True
     adjust: Annotated[bool, "search: let a block's last matrices learn as fast as its first, by their gradients"] = False
     anneal: Annotated[float, "search: divide a given factor by it at each of the two lengths; 0: never"] = 0.0
     anneal_first: Annotated[float, "search: summed norms of a block's first matrix, in the mean, at which to anneal"] = 0.0
@@ -82,6 +83,7 @@ class Hinge(Method):
 
     Options = Options
     search: _hinge_search.Search | None = None
+    pairs: tuple[tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear], ...] = ()  # decomposed layers that are trained on
     norms: list[Floats] | None = None  # of the groups that the search ended with
 
     def start(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
@@ -93,12 +95,22 @@ class Hinge(Method):
         self.search = _hinge_search.Search(model, found, budget, self.options)
         return []
 
+    def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
+        """The layers that are decomposed still."""
+        modules = dict(model.named_modules())
+        found = [modules.get(edit.module) for edit in edits if isinstance(edit, Replace) and edit.layer == "hinge.decomposed"]
+        self.pairs = tuple(_parts(pair) for pair in found if isinstance(pair, nn.Sequential) and len(pair) == 2)
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
-        """The matrices, at a learning rate of their own."""
-        if self.search is None:
-            return None
-        sides = [self.search.carriers(outer=False), self.search.carriers(outer=True)]
-        return [{"params": [model.get_parameter(name) for name in names], "rate": self.options.rate} for names in sides if names]
+        """The factors of products, each at the pace at which a step moves the product no farther than it would a plain kernel.
+
+        With W = A W' a step against the gradient G moves W by A A^T G + G W'^T W'.
+        """
+        own = [] if self.search is None else self.search.parameter_groups(model, self.divided)
+        for first, second in self.pairs:
+            paces = _hinge_search.paces(second.weight, first.weight)
+            own += [{"params": [layer.weight], "pace": pace} for layer, pace in zip((second, first), paces, strict=True)]
+        return own
 
     def regularise(self, model: nn.Module, progress: Progress) -> None:
         if self.search is not None and self.options.adjust:
@@ -457,12 +469,18 @@ def _build(old: nn.Module, options: Mapping[str, int]) -> nn.Module:
     return nn.Sequential(first, nn.Conv2d(rank, len(old.weight), 1, bias=old.bias is not None, **where))
 
 
-def _dense(pair: nn.Module) -> nn.Module:
-    """The one layer that the two are equal to: kernel A W'."""
+def _parts(pair: nn.Module) -> tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear]:
+    """W' and A of a decomposed layer."""
     assert isinstance(pair, nn.Sequential)
     first, second = pair
     assert isinstance(first, nn.Conv2d | nn.Linear)
     assert isinstance(second, nn.Conv2d | nn.Linear)
+    return first, second
+
+
+def _dense(pair: nn.Module) -> nn.Module:
+    """The one layer that the two are equal to: kernel A W'."""
+    first, second = _parts(pair)
     layer = _like(first, len(first.weight[0]), len(second.weight), biased=second.bias is not None)
     tensors = {"weight": torch.einsum("or,r...->o...", second.weight.flatten(1), first.weight)}
     layer.load_state_dict(tensors if second.bias is None else {**tensors, "bias": second.bias})
@@ -482,10 +500,7 @@ def _like(layer: nn.Conv2d | nn.Linear, inputs: int, outputs: int, *, biased: bo
 
 def _refit(pair: nn.Module, regression: Regression) -> None:
     """Reduced-rank regression: the weight projected on the directions in which its outputs are strongest."""
-    assert isinstance(pair, nn.Sequential)
-    first, second = pair
-    assert isinstance(first, nn.Conv2d | nn.Linear)
-    assert isinstance(second, nn.Conv2d | nn.Linear)
+    first, second = _parts(pair)
     scaled = regression.scale[:, None] * regression.weight  # (o, i*k*k)
     _, directions = torch.linalg.eigh(scaled @ regression.inputs @ scaled.T)
     U = directions[:, -len(first.weight) :]  # (o, r)
