@@ -22,6 +22,7 @@ from compactcli.architectures import get as architecture
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.errors import UsageError
+from compactcli.finetune import finetune
 from compactcli.graph import trace
 from compactcli.history import Watch
 from compactcli.methods import Progress, _hinge_search, get, parse_options
@@ -162,7 +163,7 @@ def test_ordinary_weights_move_in_every_epoch():
         assert all(not torch.equal(before[name], after[name]) for name in after)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet164", "wrn16_10", "resnext20"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet164", "resnext20"])
 def test_every_parameter_is_trained_once(name):
     """In the authors' search the shortcuts' convolutions are in no group of the optimizer."""
     from compactcli import optim
@@ -242,6 +243,38 @@ def test_the_last_matrices_learn_by_the_ratio_of_gradients():
         model.get_parameter(name).grad.mul_(100)
     method.regularise(model, Progress(1, 0, 0.0, (0.1, 0.1, 0.1)))
     assert search.ratio == pytest.approx(9 / 5)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (4, 16, 1, 1), (16, 2, 3, 3)])
+@pytest.mark.parametrize("init", INITS)
+def test_a_step_moves_a_product_no_farther_than_twice_a_plain_kernel(init, shape):
+    """To first order, and in the norm of the gradient; without the paces some starts would move it hundreds of times as far."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (20 * torch.randn(shape, generator=generator) for _ in range(2))
+    product = _hinge_search.Product(init, generator)
+    matrix, filters = (factor.requires_grad_() for factor in product.right_inverse(weight))
+    (product(matrix, filters) * gradient).sum().backward()
+    first, second = _hinge_search.paces(matrix, filters)
+    with torch.no_grad():
+        moved = first * matrix.grad @ filters.flatten(1) + second * matrix @ filters.grad.flatten(1)
+    assert 0.1 < float(moved.norm() / gradient.norm()) < 2
+
+
+def test_decomposed_layers_are_trained_at_their_pace_and_adamw_at_none():
+    from compactcli import optim
+    from compactcli.methods import attached
+
+    one = network()
+    compress(one, "hinge", Hinge(parse_options(Hinge, ["mode=decompose"])), Target(0.5))
+    pairs = [layer for layer in one.module.modules() if isinstance(layer, nn.Sequential) and is_3x3(layer[0]) and len(layer) == 2]
+    assert pairs
+    for kind, rate in (("sgd", 0.02), ("adamw", 0.02)):
+        groups = optim.optimizer(one.module, attached(one.recipe, one.module), settings(optimizer=kind)).param_groups
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        assert rates.keys() == {id(parameter) for parameter in one.module.parameters()}
+        for first, second in pairs:
+            length = float(torch.linalg.matrix_norm(first.weight.detach().flatten(1), 2)) if kind == "sgd" else 1.0
+            assert rates[id(second.weight)] == pytest.approx(rate / length**2, rel=1e-4)
 
 
 # What it costs is followed from the norms
@@ -441,6 +474,28 @@ def test_a_killed_command_goes_on_in_either_stage(stages, unbroken, tmp_path):
     assert (tmp_path / "out").read_bytes() == (unbroken / "out").read_bytes()
     assert told(tmp_path) == told(unbroken)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.jsonl", "net.pt", "out"]
+
+
+def test_what_is_left_of_a_decomposed_networks_run_is_enough_to_end_it(tmp_path):
+    """Its learning rates are those of the weights that it began with, not of those that are left."""
+    one = network()
+    compress(one, "hinge", Hinge(parse_options(Hinge, ["mode=decompose"])), Target(0.5))
+    artefact.save(one, str(tmp_path / "small"))
+    one = artefact.open_model(tmp_path / "small")
+    chosen = Settings(epochs=2, batch_size=12, precision="float32", save_every=2)
+    whole = weights(finetune(artefact.open_model(tmp_path / "small"), images(), chosen).module)
+    kept, steps = tmp_path / "run.safetensors", 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 14:
+            raise DeadError
+
+    with pytest.raises(DeadError):
+        finetune(one, images(), chosen, kept=kept, watch=Watch(progress=progress))
+    left = artefact.open_interrupted(kept)
+    assert same(whole, weights(finetune(left, images(), chosen, kept=kept, resume=True).module))
 
 
 def told(folder: Path) -> list[tuple[str, int, float]]:
