@@ -104,6 +104,7 @@ def compress(
         original=whole,
     )
     if search is not None:
+        method.finish(module, channels, budget, None)  # a target that is out of reach is told before the search
         _searched_(network, method, channels, budget, search, log)
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
@@ -142,7 +143,8 @@ def _searched_(
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)
     edits = method.start(network.module, channels, budget, None)
-    surgery.apply_checked_(network.module, edits, channels.consumed, network.input_shape)
+    if edits:
+        surgery.apply_checked_(network.module, edits, channels.consumed, network.input_shape)
     fit_(
         network.module,
         search.dataset,

@@ -393,6 +393,13 @@ def test_another_search_is_refused(tmp_path):
         run(tmp_path, "regularizer=l0", resume=True)
 
 
+def test_what_is_out_of_reach_is_told_before_the_search():
+    one, before = network(), weights(network().module)
+    with pytest.raises(file.CompactError, match=r"--ratio 0.01 of macs is out of reach"):
+        compress(one, "hinge", Hinge(), Target(0.01), search=Search(images(), settings(epochs=1)))
+    assert same(before, weights(one.module))
+
+
 def test_the_step_tells_how_the_search_was(tmp_path):
     one, dataset = network(), images()
     calibration = Calibration(dataset.train.images()[:64], "colours")

@@ -6,6 +6,7 @@ rank: pruning and decomposition are two directions of group sparsity on one matr
 Where a shortcut ties the outputs of several layers, only the rank is free.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -145,7 +146,8 @@ class Hinge(Method):
         favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
         price: Price = "time" if favour == "speed" else "cost"
         units = _two_slope.replacements(model, budget.graph, channels, budget.layers) if self.options.two_slope else []
-        if budget.of == "params":
+        if units and budget.of == "params":
+            budget = copy.copy(budget)
             budget.target -= sum(len(unit.tensors) for unit in units)
         dials, orders = [], []
         if self.norms is not None and self.options.by == "norm":
