@@ -14,7 +14,7 @@ say how it was trained, where these are not the defaults. Until then the run is 
 --resume keeps the rows that there are and goes on with the run that was broken off.
 
     python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume]
-                                 [--epochs 15] [--lr 0.01] [--seed 0] [--limit 1000]
+                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--seed 0] [--limit 1000]
 """
 
 import argparse
@@ -43,7 +43,7 @@ RATIO = 0.5
 IMAGES = 1024  # to calibrate on
 MOST_BELOW_ORIGINAL = 0.5  # points
 LEAST_ABOVE_PEER = 0.5
-DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "seed": 0, "limit": None}
+DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "distill_weight": 0.4, "seed": 0, "limit": None}
 KEPT = Path(tempfile.gettempdir()) / "compactcli-recover"  # of runs that have not ended
 
 Rows = dict[str, dict[str, Any]]
@@ -62,13 +62,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of finetune")
+    parser.add_argument("--distill-weight", type=float, help="share of the teacher in the loss")
     parser.add_argument("--seed", type=int, help="of calibration and training")
     parser.add_argument("--limit", type=int, help="images of each split")
     parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks recover", *arguments])
-    flags = [f"--{flag} {value}" for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default]
-    settings = Settings(epochs=options.epochs, lr=options.lr, seed=options.seed)
+    chosen = {flag: value for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default}
+    flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in chosen.items()]
+    settings = Settings(epochs=options.epochs, lr=options.lr, distill_weight=options.distill_weight, seed=options.seed)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing

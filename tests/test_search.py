@@ -17,7 +17,7 @@ from test_resume import DeadError
 from test_train import same, weights
 from torch import Tensor, nn
 
-from compactcli import artefact, channels, data, measure, surgery, train
+from compactcli import artefact, channels, data, measure, report, surgery, train
 from compactcli.architectures import get as architecture
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
@@ -32,6 +32,7 @@ from compactcli.proximal import OPERATORS, STEPS
 from compactcli.recipe import Preprocessing
 
 Hinge = get("hinge")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 INITS = ("svd2", "svd", "p-identity", "p-random", "disturbed-uniform", "disturbed-normal")
 OF_THE_PAPER = ("resnet20", "resnet56", "resnet164", "resnext20", "resnext164", "densenet12_40", "vgg16", "wrn16_10")
@@ -275,6 +276,20 @@ def test_decomposed_layers_are_trained_at_their_pace_and_adamw_at_none():
         for first, second in pairs:
             length = float(torch.linalg.matrix_norm(first.weight.detach().flatten(1), 2)) if kind == "sgd" else 1.0
             assert rates[id(second.weight)] == pytest.approx(rate / length**2, rel=1e-4)
+
+
+def test_after_a_search_the_cut_costs_less():
+    """At equal cost: of the demo's network on its digits, calibrated alone or after a search."""
+    losses = []
+    for epochs in (0, 3):
+        one = artefact.open_model(EXAMPLES / "digits-resnet20.pt")
+        digits = data.open_dataset("digits", input_shape=one.input_shape, preprocessing=one.recipe.preprocessing)
+        teacher = copy.deepcopy(one)
+        search = Search(digits, settings(epochs=epochs, batch_size=64), teacher) if epochs else None
+        calibration = Calibration(digits.train.images()[:256], "digits")
+        compress(one, "hinge", Hinge(), Target(0.15), calibration=calibration, search=search)
+        losses.append(report.evaluate(one, digits).accuracy.loss)
+    assert losses[1] < losses[0]
 
 
 # What it costs is followed from the norms
