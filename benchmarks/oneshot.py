@@ -7,7 +7,7 @@ accurate network; the stem and every block's second conv ignored by hand (else i
 shortcuts), the same MACs found by bisection on its ratio, then batch-norm statistics measured anew on the same images.
 Ours: `compress --method hinge --data`, three samplings each of 64, 256 and 1,024 images.
 
-    python -m benchmarks oneshot [--images 1024] [--networks resnet20] [--skip-peer]
+    python -m benchmarks oneshot [--images 1024] [--networks resnet20] [--skip peer]
 """
 
 import argparse
@@ -36,23 +36,26 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="oneshot")
     parser.add_argument("--images", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
-    parser.add_argument("--skip-peer", action="store_true", help="keep the rows that there are")
+    parser.add_argument("--skip", choices=["ours", "peer"], help="keep the rows that there are")
     options = parser.parse_args(arguments)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         dataset = data.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=network.recipe.preprocessing)
         original = report.evaluate(network, dataset).accuracy.top1
         print(f"{name}: original {original:.2f} %")
-        rows = [_ours(network, dataset, ratio, count) for count in options.images for ratio in RATIOS]
-        peer = _earlier(name) if options.skip_peer else [_peer(network, dataset, ratio) for ratio in RATIOS]
+        counts = options.images
+        rows = (
+            _earlier(name, "ours") if options.skip == "ours" else [_ours(network, dataset, r, n) for n in counts for r in RATIOS]
+        )
+        peer = _earlier(name, "torch_pruning") if options.skip == "peer" else [_peer(network, dataset, r) for r in RATIOS]
         command = " ".join(["python -m benchmarks oneshot", *arguments])
         write(f"oneshot-{name}", {"command": command, "original": original, "ours": rows, "torch_pruning": peer})
 
 
-def _earlier(name: str) -> list[dict[str, Any]]:
-    """The peer's rows of an earlier run."""
+def _earlier(name: str, contender: str) -> list[dict[str, Any]]:
+    """The rows of an earlier run."""
     path = RESULTS / f"oneshot-{name}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["torch_pruning"] if path.exists() else []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())[contender] if path.exists() else []
     return rows
 
 
