@@ -353,10 +353,6 @@ def _show() -> None:
     Console(width=150).print(table)
 
 
-def _place(row: dict[str, Any]) -> tuple[float, int]:
-    return -row["run"]["ratio"], CONTENDERS.index(row["run"]["contender"])
-
-
 def _told(verdict: dict[str, Any] | None, sign: int) -> str:
     """How far a row is above another; what is not met is marked."""
     if verdict is None or verdict["points"] is None:

@@ -7,8 +7,8 @@ ResNet-56 on CIFAR-10 (JPEG images, decoded beforehand), batch 128, no teacher, 
   the original: with a matrix behind every layer and a proximal step after each of the optimizer's.
 
 In every repeat each trains once, in turn, in one process: WARM_UP steps that are not counted, then `--steps` that are; all the
-work of a step counts, its data included. The figure of a repeat is the mean step (every fifth of a search takes a longer look),
-what is told the median over the repeats. `proximal_share` is the part of a search step that the hooks take; what else it takes
+work of a step counts, its data included. The figure of a repeat is the mean step, what is told the median over the
+repeats. `proximal_share` is the part of a search step that the hooks take; what else it takes
 more than a plain one are the products of matrices and filters, and their gradients. Let nothing else run.
 
 Required: a search step takes at most 1.35 times as long as a plain one.
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     """Run and write benchmarks/results/search_speed.json."""
     parser = argparse.ArgumentParser(prog="search_speed")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="that are timed in every run; a multiple of 5")
+    parser.add_argument("--steps", type=int, default=20, help="that are timed in every run")
     options = parser.parse_args(arguments)
     load = os.getloadavg()[0]
     network = artefact.open_model(checkpoint(f"{NETWORK}-cifar10jpeg.th"))

@@ -272,11 +272,6 @@ class Budget:
         """No layer decomposed."""
         return np.full(len(self.layers), np.inf)
 
-    def worthwhile(self, along: Floats, ranks: Floats) -> Floats:
-        """The ranks at which a layer has fewer weights decomposed than whole; infinite for the others."""
-        out, into = along[..., self._out], along[..., self._in] * self._kernel
-        return np.where(ranks * (out + into) < out * into, ranks, np.inf)
-
     def cost(self, along: Floats, ranks: Floats) -> Floats:
         """MACs of one image, or parameters, at each state."""
         out, into = along[..., self._out], along[..., self._in] * self._kernel
@@ -297,9 +292,13 @@ class Budget:
 
     def most_rank(self, layer: int, along: Floats) -> float:
         """The largest rank at which a layer is no slower decomposed than whole, by the estimate."""
-        out, into, positions = along[self._out[layer]], along[self._in[layer]] * self._kernel[layer], self._positions[layer]
-        each = positions + WEIGHT_TIME  # the time of one weight
-        return float(each * out * into / (each * (out + into) + positions * self._output_time[layer]))
+        return float(self.most_ranks(along)[layer])
+
+    def most_ranks(self, along: Floats) -> Floats:
+        """The same for every layer."""
+        out, into = along[self._out], along[self._in] * self._kernel
+        each = self._positions + WEIGHT_TIME  # the time of one weight
+        return np.asarray(each * out * into / (each * (out + into) + self._positions * self._output_time))
 
     def solve(self, dials: Sequence[Dial], price: Price = "cost") -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.

@@ -1,22 +1,22 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__, artefact, calibrate, data, measure, surgery
+from . import __version__, artefact, calibrate, data, distributed, measure, surgery
 from .artefact import Network
 from .budget import Budget, Of
 from .channels import Channels
 from .errors import CompactError, UsageError
-from .finetune import kept_run
+from .finetune import check, kept_run
 from .graph import copied
 from .history import Watch
-from .methods import Method
+from .methods import Method, attached
 from .optim import Settings
 from .plain import plain_
 from .plan import plan
@@ -62,6 +62,7 @@ class Search:
     kept: Path | None = None
     resume: bool = False
     watch: Watch | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what else must be the same for it to go on
 
 
 def compress(
@@ -103,17 +104,16 @@ def compress(
         nearest=target.nearest,
         original=whole,
     )
+    if graph.baked and calibration is not None:
+        raise CompactError(
+            f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
+        )
     if search is not None:
-        method.finish(module, channels, budget, None)  # a target that is out of reach is told before the search
         _searched_(network, method, channels, budget, search, log)
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
         error = _edited_(module, edits, channels, shape)
         log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
-    elif graph.baked:
-        raise CompactError(
-            f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
-        )
     else:
         batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
         names = [layer.name for layer in budget.layers]
@@ -137,27 +137,29 @@ def _searched_(
     network: Network, method: Method, channels: Channels, budget: Budget, search: Search, log: Callable[[str], None]
 ) -> None:
     """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
-    data.check_classes(search.dataset, network.num_classes)
-    identity: dict[str, Any] = {"method": repr(method.options), "target": [budget.of, budget.target]}
+    check(network, search.dataset, search.teacher)
+    identity = {"method": repr(method.options), "target": [budget.of, budget.target], **search.identity}
     store = None
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)
-    edits = method.start(network.module, channels, budget, None)
-    if edits:
-        surgery.apply_checked_(network.module, edits, channels.consumed, network.input_shape)
-    fit_(
-        network.module,
-        search.dataset,
-        network.recipe.preprocessing,
-        search.settings,
-        teacher=None if search.teacher is None else search.teacher.module,
-        hooks=[method],
-        keep="last",
-        store=store,
-        resume=search.resume,
-        watch=search.watch,
-    )
-    told = method.end(network.module)
+    hooks = [*attached(network.recipe, network.module), method]
+    method.start(network.module, channels, budget)
+    try:
+        fit_(
+            network.module,
+            search.dataset,
+            network.recipe.preprocessing,
+            search.settings,
+            teacher=None if search.teacher is None else search.teacher.module,
+            hooks=hooks,
+            keep="last",
+            store=store,
+            resume=search.resume,
+            watch=search.watch,
+        )
+        distributed.share_(network.module.parameters())
+    finally:
+        told = method.end(network.module)
     if told is not None:
         log(told)
 

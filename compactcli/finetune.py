@@ -49,24 +49,21 @@ def finetune(
     keep: Literal["best", "last"] = "best",
     kept: Path | None = None,
     resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> Network:
     """Train the network in place on the training images; the same network, one step on, with its test accuracy.
 
     A network that was trained on the same images before does too well on those held out: `keep="last"` judges by none.
-    The run is kept in the file `kept` until it ends, and with `resume` goes on from there. Of many processes only the main
+    The run is kept in the file `kept` until it ends, and with `resume` goes on from there, where all is the same and
+    whatever else `identity` names. Of many processes only the main
     one has the step and the accuracy. Raises CompactError if the data does not fit the network, or the teacher does not.
     """
     watch = watch or Watch()
-    data.check_classes(dataset, network.num_classes)
+    check(network, dataset, teacher)
     if dataset.test is not None:
         data.labels_of(dataset.test)  # better before the work than after
     recipe = network.recipe
-    if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
-        raise CompactError(
-            f"the teacher {teacher.name} has {teacher.num_classes} classes and input {teacher.input_shape}, "
-            f"the network {network.num_classes} and {network.input_shape}; give the original with --teacher"
-        )
     history = train.fit_(
         network.module,
         dataset,
@@ -75,7 +72,7 @@ def finetune(
         teacher=None if teacher is None else teacher.module,
         hooks=methods.attached(recipe, network.module),
         keep=keep,
-        store=None if kept is None else kept_run(kept, network, dataset, settings, teacher),
+        store=None if kept is None else kept_run(kept, network, dataset, settings, teacher, identity),
         resume=resume,
         watch=watch,
     )
@@ -107,6 +104,18 @@ def finetune(
         recipe.then(step), dataset=dataset.name if dataset.named else recipe.dataset, classes=dataset.classes or recipe.classes
     )
     return network
+
+
+def check(network: Network, dataset: data.Dataset, teacher: Network | None) -> None:
+    """Raise CompactError if the data has no training images or does not fit the network, or the teacher does not."""
+    data.check_classes(dataset, network.num_classes)
+    if dataset.train is None:
+        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
+    if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
+        raise CompactError(
+            f"the teacher {teacher.name} has {teacher.num_classes} classes and input {teacher.input_shape}, "
+            f"the network {network.num_classes} and {network.input_shape}; give the original with --teacher"
+        )
 
 
 def kept_run(

@@ -24,7 +24,7 @@ from .methods import Method
 from .optim import Average
 
 KEY = "compactcli_run"  # the metadata entry that says where the run stands
-VERSION = 1
+VERSION = 2
 
 T = TypeVar("T")
 

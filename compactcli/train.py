@@ -215,7 +215,8 @@ class _Run:
         self.watch.log(f"epoch {self.epoch}/{self.settings.epochs}: {figures}, {left} left")
         self.loss_sum, self.seen = 0.0, 0
         patience = self.settings.patience
-        if any([hook.done(self.model) for hook in self.hooks]) and self.step < self.total_steps:
+        done = any([hook.done(self.model) for hook in self.hooks])
+        if distributed.total([done], self.settings.device)[0] and self.step < self.total_steps:
             self.ended = "the search is done"
         elif patience is not None and self.epoch - self.best.epoch >= patience and self.epoch < self.settings.epochs:
             self.ended = f"no better epoch in {patience}"

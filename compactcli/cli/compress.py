@@ -100,7 +100,12 @@ def command(
     from ..finetune import finetune
     from ..history import Watch
 
-    chosen = kind(methods.parse_options(kind, set or ()))
+    options = methods.parse_options(kind, set or ())
+    searches = {option.name for option in methods.option_list(kind) if option.help.startswith("search: ")}
+    idle = [name for name in (pair.partition("=")[0] for pair in set or ()) if name in searches and not epochs]
+    if idle:
+        raise UsageError(f"--set {idle[0]}: it is for a search; give --epochs as well")
+    chosen = kind(options)
     target = Target(ratio, of, _rounding(round), nearest)  # type: ignore[arg-type]
     started = time.perf_counter()
     with distributed.joined(device) as own_device:
@@ -127,7 +132,8 @@ def command(
         )  # fmt: skip
         dataset = None if no_calibrate else open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
         say = partial(note, quiet=quiet)
-        guide = _teacher(network, teacher, arch) if trains and not fresh else None
+        guide = None if not trains or (fresh and teacher is None) else _teacher(network, teacher, arch)
+        identity = {"compression": [network.sha256, method, repr(options), repr(target), limit, searching.identity()]}
         left = _compressed(kept, network, arch) if resume and kept is not None and kept.exists() else None
         network = left or network
 
@@ -140,15 +146,17 @@ def command(
             with common.progress_bar(quiet, "images" if epochs else "layers") as advance:
                 if epochs and dataset is not None:
                     watch = Watch(say, advance, training.history_writer(history, "search"))
-                    search = Search(dataset, searching, guide, kept, resume, watch)
+                    search = Search(dataset, searching, guide, kept, resume, watch, identity)
                 means = {"calibration": calibration, "search": search, "seed": seed}
                 compress(network, method, chosen, target, **means, log=say, progress=advance)  # type: ignore[arg-type]
-        if finetune_epochs and dataset is not None:
-            if time_limit is not None:  # of both together
-                finetuning = replace(finetuning, time_limit=max(time_limit - (time.perf_counter() - started), 1e-3))
+        spare = None if time_limit is None else time_limit - (time.perf_counter() - started)  # it is of both together
+        if spare is not None and spare <= 0 and finetune_epochs:
+            say("the time is up before fine-tuning; --resume goes on")
+        elif finetune_epochs and dataset is not None:
+            finetuning = replace(finetuning, time_limit=spare)
             with common.progress_bar(quiet, "images") as advance:
                 watch = Watch(say, advance, training.history_writer(history, "finetune", after="search" if epochs else None))
-                run = {"keep": keep, "kept": kept, "resume": left is not None}
+                run = {"keep": keep, "kept": kept, "resume": left is not None, "identity": identity}
                 finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)  # type: ignore[arg-type]
         if not distributed.is_main():
             return

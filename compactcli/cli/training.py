@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import streams
-from ..errors import UsageError
+from ..errors import CompactError, UsageError
 from .common import note
 
 if TYPE_CHECKING:
@@ -87,7 +87,10 @@ def history_writer(
     told = {} if stage is None else {"stage": stage}
     before = []
     if path is not None and path.exists() and after is not None:
-        before = [line for line in path.read_text().splitlines() if json.loads(line).get("stage") == after]
+        try:
+            before = [line for line in path.read_text().splitlines() if json.loads(line).get("stage") == after]
+        except (ValueError, AttributeError):
+            raise CompactError(f"--history {path}: that is no history of this command; give it a file of its own") from None
 
     def write(records: "Sequence[EpochRecord]") -> None:
         if path is not None:

@@ -45,17 +45,13 @@ class Method:
     Options: ClassVar[type] = NoOptions
     of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")  # what --ratio may be of; the first is the default
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by the option "preset": values for what is not set otherwise
+
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
-    def start(
-        self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
-    ) -> list[Edit]:
-        """Edits to make before training; what is returned here is trained.
-
-        A search may parametrize layers in place instead; `end` makes them plain again.
-        """
-        return []
+    def start(self, model: "nn.Module", channels: "Channels", budget: "Budget") -> None:
+        """Get ready for a search: layers may be parametrized in place; `end` makes them plain again."""
 
     def end(self, model: "nn.Module") -> str | None:
         """Called after training: leave no parametrization behind. What to tell the user about how it went."""
@@ -178,7 +174,7 @@ def parse_options(method: type[Method], pairs: Sequence[str]) -> Any:
             )
         values[name] = _value(known[name], text)
     try:
-        return method.Options(**values)
+        return method.Options(**{**method.presets.get(values.get("preset", ""), {}), **values})
     except ValueError as problem:
         raise UsageError(f"--set {problem}") from None
 

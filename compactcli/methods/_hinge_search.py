@@ -6,6 +6,7 @@ one dimension of the layer's rank, the rows of the 1x1 convolutions behind a bot
 where a grouped convolution ties channels, all that makes and reads them is one group. Li et al., CVPR 2020 (Hinge), section 3.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,22 +35,23 @@ EXPONENT = 1.35  # of that ratio in the learning rate
 
 Constants = dict[str, float | str | bool]
 
-# Of the paper's runs on CIFAR, from the authors' scripts, where learning rates are 0.1 for the matrices and 0.001 for all else.
-# Lengths are per matrix: theirs are of all matrices together but in the two plain ResNets.
+# Of the paper's runs on CIFAR, from the authors' scripts (there --lr 0.1, batches of 64). Lengths are per matrix: theirs are of
+# all matrices together but in the two plain ResNets. Other than there, the threshold is a share of the mean norm at the start,
+# survivors are chosen by squared norms per cost, and a block's two matrices need not keep as many groups as each other.
+_RESNET = {"mode": "decompose", "adjust": True, "anneal": 2.0}
 _OWN: dict[str, Any] = {
-    "resnet20": {"adjust": True, "anneal": 2.0, "anneal_first": 20.0, "anneal_second": 15.0},
-    "resnet20-cifar100": {"adjust": True, "anneal": 2.0, "anneal_first": 30.0, "anneal_second": 25.0},
-    "resnet56": {"adjust": True, "anneal": 2.0, "anneal_first": 10.0, "anneal_second": 5.0}
-    | {"factor": 4e-4, "regularizer": "l1/2"},
-    "resnet164": {"adjust": True, "threshold": 1e-3},
-    "resnext20": {"anneal": 2.0, "anneal_first": 75 / 6, "anneal_second": 60 / 6},
-    "resnext164": {},
-    "densenet": {"threshold": 1e-3},
+    "resnet20": _RESNET | {"anneal_first": 20.0, "anneal_second": 15.0},
+    "resnet20-cifar100": _RESNET | {"anneal_first": 30.0, "anneal_second": 25.0},
+    "resnet56": _RESNET | {"anneal_first": 10.0, "anneal_second": 5.0, "factor": 4e-4, "regularizer": "l1/2"},
+    "resnet164": {"mode": "prune", "adjust": True, "threshold": 1e-3},
+    "resnext20": {"mode": "prune", "anneal": 2.0, "anneal_first": 75 / 6, "anneal_second": 60 / 6},
+    "resnext164": {"mode": "prune"},
+    "densenet": {"mode": "decompose", "threshold": 1e-3},
     "vgg16": {"anneal": 2.0, "anneal_first": 400 / 12, "anneal_second": 200 / 12, "threshold": 5e-2, "balance": False},
     "wrn": {"adjust": True, "anneal": 2.0, "anneal_first": 400 / 6, "anneal_second": 350 / 6}
     | {"factor": 4e-4, "init": "p-identity", "balance": False},
 }
-_ALL: dict[str, Any] = {"factor": 2e-4, "rate": 100.0, "floor": 0.2, "stop": 0.1, "pace": False, "by": "norm"}
+_ALL: dict[str, Any] = {"factor": 2e-4, "others": 0.01, "floor": 0.2, "stop": 0.1, "pace": False, "by": "norm"}
 PRESETS: dict[str, Constants] = {name: {**_ALL, **own} for name, own in _OWN.items()}
 
 
@@ -120,8 +122,9 @@ class Groups:
 
     def slopes(self, model: nn.Module) -> Tensor:
         """The norm of every group's gradient (count,)."""
-        gradients = [(model.get_parameter(carrier.parameter).grad, carrier) for carrier in self.carriers]
-        return torch.stack([self._energies(g, carrier) for g, carrier in gradients if g is not None]).sum(0).sqrt()
+        weights = [(model.get_parameter(carrier.parameter), carrier) for carrier in self.carriers]
+        energies = [self._energies(weight if weight.grad is None else weight.grad, carrier) for weight, carrier in weights]
+        return torch.stack(energies).sum(0).sqrt()
 
     def _energies(self, weight: Tensor, carrier: Carrier) -> Tensor:
         energy = weight.float().square().transpose(0, carrier.axis).flatten(1).sum(1)
@@ -146,6 +149,8 @@ def attach_(
     products: dict[str, Layer] = {}
     found: list[Groups] = []
     matrices: set[str] = set()  # the layers that are one themselves
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    eligible = [index for index in eligible if holders[id(model.get_parameter(budget.layers[index].weight))] == 1]  # none is tied
     decomposable = {budget.layers[index].name for index in eligible}
     for index, family in enumerate(budget.families if mode != "decompose" else ()):
         axes = {axis for axis, _ in family.axes}
@@ -173,7 +178,7 @@ def attach_(
         layer = budget.layers[index]
         if layer.name not in matrices:
             products[layer.name] = layer
-            rank = min(layer.shape[0], layer.shape[1] * layer.kernel)
+            rank = min(layer.shape[0], layer.shape[1] * layer.kernel) if init.startswith("svd") else layer.shape[0]
             carrier = Carrier(_matrix(layer), 1, torch.arange(rank), _is_outer(channels, budget, layer))
             found.append(Groups(rank, (carrier,), layer=index))
     generator = torch.Generator().manual_seed(0)
@@ -185,7 +190,10 @@ def attach_(
 def detach_(model: nn.Module, layers: Sequence[str]) -> None:
     """Leave the layers plain, with the kernels that they had."""
     for name in layers:
-        parametrize.remove_parametrizations(model.get_submodule(name), "weight")
+        module = model.get_submodule(name)
+        parametrize.remove_parametrizations(module, "weight")
+        for other in [own for own in module._parameters if own != "weight"]:  # the weight is first again
+            module._parameters[other] = module._parameters.pop(other)
 
 
 def paces(matrix: Tensor, filters: Tensor) -> tuple[float, float]:
@@ -224,16 +232,16 @@ class Search:
         self.speed = 0.0  # of the relative norms, per step
 
     def parameter_groups(self, model: nn.Module, divided: Sequence[str]) -> list[dict[str, Any]]:
-        """The matrices, at a learning rate of their own; of the layers that were divided the filters as well."""
-        groups = []
-        whole = [name for outer in (False, True) for name in self.carriers(outer=outer)]
+        """The matrices, at the run's learning rate, and all else at its share of it; factors of divided layers at their paces."""
+        others = self.options.others
+        left = dict(model.named_parameters())
+        groups: list[dict[str, Any]] = []
         for layer in divided:
-            names = [f"{layer}.parametrizations.weight.original{number}" for number in (0, 1)]
-            factors = [model.get_parameter(name) for name in names]
-            first, second = paces(*factors) if self.options.pace else (1.0, 1.0)
-            groups += [{"params": factors[:1], "rate": self.options.rate, "pace": first}, {"params": factors[1:], "pace": second}]
-            whole = [name for name in whole if name not in names]
-        return [{"params": [model.get_parameter(name) for name in whole], "rate": self.options.rate}, *groups]
+            matrix, filters = (left.pop(f"{layer}.parametrizations.weight.original{number}") for number in (0, 1))
+            first, second = paces(matrix, filters) if self.options.pace else (1.0, 1.0)
+            groups += [{"params": [matrix], "pace": first}, {"params": [filters], "rate": others, "pace": second}]
+        whole = [left.pop(name) for outer in (False, True) for name in self.carriers(outer=outer) if name in left]
+        return [{"params": whole}, {"params": list(left.values()), "rate": others}, *groups]
 
     def carriers(self, *, outer: bool) -> list[str]:
         """The matrices' parameters, those of the last layers of residual blocks or the others."""
@@ -241,7 +249,11 @@ class Search:
         return list(dict.fromkeys(carrier.parameter for carrier in carriers if carrier.outer == outer))
 
     def adjust(self, model: nn.Module) -> None:
-        """Let the outer matrices learn as fast as the inner ones, by the ratio of their gradients, as in the authors' code."""
+        """Let the outer matrices learn as fast as the inner ones, by the running ratio of their gradients.
+
+        Only their gradients are scaled, not the learning rates of all others (the authors' p1), so it is for sgd; and the
+        ratio is smoothed, which theirs hardly is.
+        """
         inner, outer = (sum(float(e.slopes(model).sum()) for e in self.found if e.outer == side) for side in (False, True))
         if not inner or not outer:
             return
@@ -258,9 +270,11 @@ class Search:
         factor = self.options.factor / self.annealed(norms)
         if not factor:
             self.look(norms, progress)
-        level = self.reach * (min(progress.share / DONE_BY, 1) if self.options.regularizer == "l0" else 1)  # it has no slow way
+        level = self.reach
+        if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
+            level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
         for each, own, mean in zip(self.found, norms, self.means.tolist(), strict=True):
-            t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[0] * self.options.rate
+            t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[0]
             if not factor:
                 t = self.least(level * mean, self.speed * mean)
             if t > 0:
@@ -271,7 +285,8 @@ class Search:
         options = self.options
         if not options.factor or not options.anneal:
             return 1.0
-        length = float(torch.stack([own.sum() for each, own in zip(self.found, norms, strict=True) if not each.outer]).mean())
+        inner = [own.sum() for each, own in zip(self.found, norms, strict=True) if not each.outer]
+        length = float(torch.stack(inner or [own.sum() for own in norms]).mean())
         return float(options.anneal ** ((length <= options.anneal_first) + (length <= options.anneal_second)))
 
     def look(self, groups: Sequence[Tensor], progress: Progress) -> None:
@@ -287,7 +302,8 @@ class Search:
                 low = middle + 1
         self.reach = float(candidates[high])
         steps = progress.step / progress.share if progress.share else torch.inf  # of the whole search
-        self.speed = self.reach * min(PULL / max((DONE_BY - progress.share) * steps, 1.0), 1.0)
+        wanted = self.reach * min(PULL / max((DONE_BY - progress.share) * steps, 1.0), 1.0)
+        self.speed = min(wanted, self.options.speed)
 
     def relative(self, norms: Sequence[Tensor]) -> list[Floats]:
         """The norms of every family's and layer's groups, as shares of the mean that they began with."""
@@ -306,7 +322,8 @@ class Search:
                 along -= (each.count - kept) * self.budget.per_set[each.family]
             else:
                 ranks[each.layer] = kept
-        return float(self.budget.cost(along, self.budget.worthwhile(along, ranks)))
+        decomposed = np.where(ranks <= self.budget.most_ranks(along), ranks, np.inf)
+        return float(self.budget.cost(along, decomposed))
 
     def done(self, model: nn.Module) -> bool:
         """Whether what is left without the groups below the threshold costs at most that much more than the target."""

@@ -40,7 +40,7 @@ class Options:
         "auto: accuracy with images, speed without",
     ] = "auto"
     by: Annotated[
-        Literal["error", "norm"], "after a search, keep by the output error that moments tell, or by the groups' norms alone"
+        Literal["error", "norm"], "search: keep by the output error that moments tell, or by the groups' squared norms"
     ] = "error"
     two_slope: Annotated[bool, "give each ReLU inside a residual block a learnable slope on either side of zero"] = False
     init: Annotated[_hinge_search.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
@@ -48,8 +48,9 @@ class Options:
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
     ] = "l1"
     factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
+    speed: Annotated[float, "search: most that a norm loses in a step, as a share of the mean norm at the start"] = 1e-3
     balance: Annotated[bool, "search: draw at each matrix in proportion to its groups' mean norm at the start"] = True
-    rate: Annotated[float, "search: learning rate of the matrices, as a multiple of that of all else"] = 1.0
+    others: Annotated[float, "search: learning rate of all but the matrices, as a share of theirs"] = 1.0
     pace: Annotated[bool, "search: let each factor of a kernel learn as fast as keeps the kernel's own pace"] = True
     adjust: Annotated[bool, "search: let a block's last matrices learn as fast as its first, by their gradients"] = False
     anneal: Annotated[float, "search: divide a given factor by it at each of the two lengths; 0: never"] = 0.0
@@ -64,13 +65,11 @@ class Options:
     ] = "none"  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, value in _hinge_search.PRESETS.get(self.preset, {}).items():
-            if getattr(self, name) == getattr(type(self), name):
-                object.__setattr__(self, name, value)
         for name, good, wanted in (
             ("floor", 0 < self.floor <= 1, "a share above 0, up to 1"),
             ("factor", self.factor >= 0, "0 or more"),
-            ("rate", self.rate > 0, "above 0"),
+            ("others", self.others > 0, "above 0"),
+            ("speed", self.speed > 0, "above 0"),
             ("anneal", self.anneal == 0 or self.anneal >= 1, "0, or 1 or more"),
             ("threshold", self.threshold > 0, "above 0"),
             ("stop", 0 <= self.stop < 1, "from 0 to below 1"),
@@ -83,24 +82,35 @@ class Hinge(Method):
     """Filters and ranks chosen over the whole network by one threshold on error per cost."""
 
     Options = Options
+    presets = _hinge_search.PRESETS
     search: _hinge_search.Search | None = None
     pairs: tuple[tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear], ...] = ()  # decomposed layers that are trained on
     norms: list[Floats] | None = None  # of the groups that the search ended with
 
-    def start(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
-        """Matrices behind the layers, as parametrizations, and the state of the search."""
+    def start(self, model: nn.Module, channels: Channels, budget: Budget) -> None:
+        """Matrices behind the layers, as parametrizations, and the state of the search.
+
+        Raises CompactError for a target that will be out of reach.
+        """
+        if self.options.by == "error":
+            self._chosen(model, channels, budget, None, searches=True)
         eligible = [index for index, _ in _decomposable(model, channels, budget)]
         self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
         if not found:
             raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
         self.search = _hinge_search.Search(model, found, budget, self.options)
-        return []
+        if self.options.by == "norm":
+            self.norms = self.search.norms(model)
+            self._chosen(model, channels, budget, None, searches=True)
 
     def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         """The layers that are decomposed still."""
         modules = dict(model.named_modules())
         found = [modules.get(edit.module) for edit in edits if isinstance(edit, Replace) and edit.layer == "hinge.decomposed"]
-        self.pairs = tuple(_parts(pair) for pair in found if isinstance(pair, nn.Sequential) and len(pair) == 2)
+        plain = [
+            layer for layer in found if layer is not None and all(isinstance(p, nn.Conv2d | nn.Linear) for p in layer.children())
+        ]
+        self.pairs = tuple(_parts(layer) for layer in plain if isinstance(layer, nn.Sequential) and len(layer) == 2)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """The factors of products, each at the pace at which a step moves the product no farther than it would a plain kernel.
@@ -143,31 +153,34 @@ class Hinge(Method):
 
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """The filters to remove and the layers to decompose, so that the budget is met."""
-        favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
-        price: Price = "time" if favour == "speed" else "cost"
         units = _two_slope.replacements(model, budget.graph, channels, budget.layers) if self.options.two_slope else []
         if units and budget.of == "params":
             budget = copy.copy(budget)
             budget.target -= sum(len(unit.tensors) for unit in units)
-        dials, orders = [], []
+        removed, ranks = self._chosen(model, channels, budget, moments, searches=self.search is not None)
+        decomposed = [_decompose(model, channels, layer, rank, removed) for layer, rank in ranks]
+        return [*edits(channels, removed, model), *decomposed, *units]
+
+    def _chosen(
+        self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, searches: bool
+    ) -> tuple[list[int], list[tuple[Layer, int]]]:
+        """The sets to remove, and the ranks of the layers to decompose."""
+        images = searches or moments is not None
+        favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
+        price: Price = "time" if favour == "speed" else "cost"
         if self.norms is not None and self.options.by == "norm":
             widths, ranks = self._by_norm(budget, self.norms)
         else:
             mode = self.options.mode
             widths = _widths(model, channels, budget, moments, shared=favour == "speed") if mode != "decompose" else []
             ranks = _ranks(model, channels, budget, moments) if mode != "prune" else []
-        for family, order, errors in widths:
-            orders.append(order)
-            dials.append(self._dial(budget, price, errors, family=family))
-        for index, errors in ranks:
-            dials.append(self._dial(budget, price, errors, layer=index))
+        dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
+        dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
         settings = budget.solve(dials, price)
+        orders = [order for _, order, _ in widths]
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
-        result = edits(channels, removed, model)
-        for dial, rank in zip(dials, settings, strict=True):
-            if dial.layer is not None and rank < dial.full:
-                result.append(_decompose(model, channels, budget.layers[dial.layer], rank, removed))
-        return [*result, *units]
+        chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
+        return removed, [(budget.layers[layer], rank) for layer, rank in chosen if layer is not None]
 
     def _by_norm(self, budget: Budget, norms: list[Floats]) -> tuple[list[tuple[int, Ids, Floats]], list[tuple[int, Floats]]]:
         """Widths and ranks as `_widths` and `_ranks` give them, the squares of the groups' norms for errors."""
@@ -180,7 +193,9 @@ class Hinge(Method):
                 widths.append((each.family, budget.families[each.family].sets[order], errors))
             else:
                 assert each.layer is not None
-                ranks.append((each.layer, errors))
+                layer = budget.layers[each.layer]
+                most = min(layer.shape[0], layer.shape[1] * layer.kernel)  # a start may have more of them
+                ranks.append((each.layer, np.append(errors[:most], 0.0)))
         return widths, ranks
 
     def _dial(self, budget: Budget, price: Price, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
