@@ -14,7 +14,7 @@ say how it was trained, where these are not the defaults. Until then the run is 
 --resume keeps the rows that there are and goes on with the run that was broken off.
 
     python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume]
-                                 [--epochs 15] [--lr 0.01] [--seed 0] [--limit 1000]
+                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--seed 0] [--limit 1000]
 """
 
 import argparse
@@ -23,7 +23,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +31,26 @@ from rich.table import Table
 
 from compactcli import artefact, data, report
 from compactcli.artefact import Network
-from compactcli.cli.common import write_history
+from compactcli.cli.training import history_writer
 from compactcli.finetune import finetune
 from compactcli.history import Watch
 from compactcli.optim import Settings
 
 from ._common import RESULTS, checkpoint, images, write
-from .oneshot import compressed, macs_kept, pruned
+from .oneshot import best_pruned, compressed, macs_kept
 
 RATIO = 0.5
 IMAGES = 1024  # to calibrate on
 MOST_BELOW_ORIGINAL = 0.5  # points
 LEAST_ABOVE_PEER = 0.5
-DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "seed": 0, "limit": None}
+DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "distill_weight": 0.4, "seed": 0, "limit": None}
 KEPT = Path(tempfile.gettempdir()) / "compactcli-recover"  # of runs that have not ended
 
 Rows = dict[str, dict[str, Any]]
 CONTENDERS: dict[str, Callable[[Network, data.Dataset, int], Network]] = {  # (original, data, seed) -> what is to be trained
     "ours": lambda network, dataset, seed: compressed(network, dataset, RATIO, IMAGES, seed),
     "control": lambda network, dataset, seed: copy.deepcopy(network),
-    "peer": lambda network, dataset, seed: pruned(network, dataset, RATIO),
+    "peer": lambda network, dataset, seed: best_pruned(network, dataset, RATIO)[0],
 }
 
 
@@ -63,13 +62,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of finetune")
+    parser.add_argument("--distill-weight", type=float, help="share of the teacher in the loss")
     parser.add_argument("--seed", type=int, help="of calibration and training")
     parser.add_argument("--limit", type=int, help="images of each split")
     parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks recover", *arguments])
-    flags = [f"--{flag} {value}" for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default]
-    settings = Settings(epochs=options.epochs, lr=options.lr, seed=options.seed)
+    chosen = {flag: value for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default}
+    flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in chosen.items()]
+    settings = Settings(epochs=options.epochs, lr=options.lr, distill_weight=options.distill_weight, seed=options.seed)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
@@ -100,7 +101,7 @@ def _trained(
     print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
     KEPT.mkdir(exist_ok=True)
     history = kept.with_suffix(".jsonl")  # a file, for a run that goes on after its last epoch tells of no epoch
-    watch = Watch(log=lambda line: print(f"  {line}", flush=True), history=partial(write_history, history))
+    watch = Watch(log=lambda line: print(f"  {line}", flush=True), history=history_writer(history))
     finetune(one, dataset, settings, teacher=original, keep="last", kept=kept, resume=resume, watch=watch)
     epochs = [json.loads(line) for line in history.read_text().splitlines()]
     kept.unlink()

@@ -72,8 +72,12 @@ class Clock:
         if len(self.ends) == WARM_UP + self.steps:
             raise Enough
 
+    def seconds(self) -> float:
+        """Of the steps that are timed."""
+        return self.ends[-1] - self.ends[WARM_UP - 1]
+
     def images_per_second(self) -> float:
-        return self.steps * SETTINGS.batch_size / (self.ends[-1] - self.ends[WARM_UP - 1])
+        return self.steps * SETTINGS.batch_size / self.seconds()
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, help=f"that are timed in every run; by default {STEPS}")
     options = parser.parse_args(arguments)
     steps = {name: options.steps or STEPS[name] for name in options.networks}
-    least = math.ceil((WARM_UP + max(steps.values())) * SETTINGS.batch_size / (1 - SETTINGS.validation_share)) + 1
+    least = images_needed(max(steps.values()))
     if options.images < least:  # then an epoch of ours, and its validation, would end while the clock runs
         parser.error(f"--images {options.images}: so many steps take {least:,} or more")
     load = os.getloadavg()[0]
     networks = [_timed(name, options.images, steps[name], options.repeats) for name in options.networks]
-    settings = {**SETTINGS.identity(), "computed_in": _precision(), "warm_up": WARM_UP, "workers": _cores()}
+    settings = {**SETTINGS.identity(), "computed_in": precision(), "warm_up": WARM_UP, "workers": _cores()}
     command = " ".join(["python -m benchmarks train_speed", *arguments])
     result = {"command": command, "load_before": load, "images": options.images, "repeats": options.repeats}
     write("train_speed", {**result, "settings": settings, "required": REQUIRED, "networks": networks})
@@ -125,13 +129,18 @@ def _timed(name: str, count: int, steps: int, repeats: int) -> dict[str, Any]:
 def _speed(contender: str, name: str, count: int, steps: int) -> float:
     """Images per second of one run."""
     network = artefact.fresh(artefact.Wishes(f"cifar:{name}"), 0)
-    material, clock = _material(network, count), Clock(steps)
+    material, clock = material_of(network, count), Clock(steps)
     with suppress(Enough):
         CONTENDERS[contender](network.module, material, clock)
     return clock.images_per_second()
 
 
-def _material(network: Network, count: int) -> Material:
+def images_needed(steps: int) -> int:
+    """Training images of which an epoch does not end before so many steps are timed."""
+    return math.ceil((WARM_UP + steps) * SETTINGS.batch_size / (1 - SETTINGS.validation_share)) + 1
+
+
+def material_of(network: Network, count: int) -> Material:
     """That many training images, decoded."""
     preprocessing = network.recipe.preprocessing
     dataset = data.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=preprocessing, limit=count)
@@ -160,7 +169,7 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=120).print(table)
 
 
-def _precision() -> str:
+def precision() -> str:
     """What `auto` is on this machine."""
     with optim.autocast(SETTINGS):
         return "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"

@@ -237,6 +237,7 @@ class Budget:
         original: float | None = None,
     ) -> None:
         self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
+        self.graph = graph
         self.layers, self._elsewhere = _costs(graph)
         self.families = families(channels)
         column = {axis: index for index, axis in enumerate(channels.axes)}
@@ -291,9 +292,13 @@ class Budget:
 
     def most_rank(self, layer: int, along: Floats) -> float:
         """The largest rank at which a layer is no slower decomposed than whole, by the estimate."""
-        out, into, positions = along[self._out[layer]], along[self._in[layer]] * self._kernel[layer], self._positions[layer]
-        each = positions + WEIGHT_TIME  # the time of one weight
-        return float(each * out * into / (each * (out + into) + positions * self._output_time[layer]))
+        return float(self.most_ranks(along)[layer])
+
+    def most_ranks(self, along: Floats) -> Floats:
+        """The same for every layer."""
+        out, into = along[self._out], along[self._in] * self._kernel
+        each = self._positions + WEIGHT_TIME  # the time of one weight
+        return np.asarray(each * out * into / (each * (out + into) + self._positions * self._output_time))
 
     def solve(self, dials: Sequence[Dial], price: Price = "cost") -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.

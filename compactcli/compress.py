@@ -1,21 +1,27 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__, artefact, calibrate, measure, surgery
+from . import __version__, artefact, calibrate, data, distributed, measure, surgery
 from .artefact import Network
 from .budget import Budget, Of
 from .channels import Channels
 from .errors import CompactError, UsageError
+from .finetune import check, kept_run
 from .graph import copied
-from .methods import Method
+from .history import Watch
+from .methods import Method, attached
+from .optim import Settings
 from .plain import plain_
 from .plan import plan
 from .recipe import Edit, Measures, Step, without_tensors
+from .train import fit_
 
 # `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
 ROUND = {"cpu": 16, "cuda": None}
@@ -46,6 +52,19 @@ class Calibration:
     dataset: str
 
 
+@dataclass(frozen=True)
+class Search:
+    """What a method trains the network on before it decides, how, and where that is kept."""
+
+    dataset: data.Dataset
+    settings: Settings
+    teacher: Network | None = None
+    kept: Path | None = None
+    resume: bool = False
+    watch: Watch | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what else must be the same for it to go on
+
+
 def compress(
     network: Network,
     name: str,
@@ -53,11 +72,15 @@ def compress(
     target: Target,
     *,
     calibration: Calibration | None = None,
+    search: Search | None = None,
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
-    """Change the network in place with a method: from its weights alone, or calibrated on images; the same network, one step on.
+    """Change the network in place with a method; the same network, one step on.
+
+    From its weights alone; calibrated on images; or, with those as well, after a search that trains it with the method's
+    hooks: what is then made smaller, and refitted to, is the network that the search ends with.
 
     Raises CompactError if a weight is not finite, the target is out of reach or the law is broken.
     """
@@ -81,14 +104,16 @@ def compress(
         nearest=target.nearest,
         original=whole,
     )
+    if graph.baked and calibration is not None:
+        raise CompactError(
+            f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
+        )
+    if search is not None:
+        _searched_(network, method, channels, budget, search, log)
     if calibration is None:
         edits = method.finish(module, channels, budget, None)
         error = _edited_(module, edits, channels, shape)
         log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
-    elif graph.baked:
-        raise CompactError(
-            f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
-        )
     else:
         batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
         names = [layer.name for layer in budget.layers]
@@ -101,9 +126,42 @@ def compress(
     log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
     images = None if calibration is None else len(calibration.images)
     options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **asdict(method.options)}
+    if search is not None:
+        options["search"] = {**search.settings.identity(), "teacher": None if search.teacher is None else search.teacher.name}
     step = Step("compress", name, options, without_tensors([*plain, *edits]), Measures(params, macs), error, __version__)
     network.recipe = network.recipe.then(step)
     return network
+
+
+def _searched_(
+    network: Network, method: Method, channels: Channels, budget: Budget, search: Search, log: Callable[[str], None]
+) -> None:
+    """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
+    check(network, search.dataset, search.teacher)
+    identity = {"method": repr(method.options), "target": [budget.of, budget.target], **search.identity}
+    store = None
+    if search.kept is not None:
+        store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)
+    hooks = [*attached(network.recipe, network.module), method]
+    method.start(network.module, channels, budget)
+    try:
+        fit_(
+            network.module,
+            search.dataset,
+            network.recipe.preprocessing,
+            search.settings,
+            teacher=None if search.teacher is None else search.teacher.module,
+            hooks=hooks,
+            keep="last",
+            store=store,
+            resume=search.resume,
+            watch=search.watch,
+        )
+        distributed.share_(network.module.parameters())
+    finally:
+        told = method.end(network.module)
+    if told is not None:
+        log(told)
 
 
 def _edited_(module: nn.Module, edits: Sequence[Edit], channels: Channels, shape: Sequence[int]) -> float:

@@ -1,12 +1,12 @@
 """The driver of fine-tuning: teacher, training, accuracy on the test images, and one `Step` in the recipe."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from . import __version__, artefact, data, distributed, measure, report, train
+from . import __version__, artefact, data, distributed, measure, methods, report, train
 from .artefact import Network
 from .errors import CompactError
 from .history import Watch
@@ -49,32 +49,30 @@ def finetune(
     keep: Literal["best", "last"] = "best",
     kept: Path | None = None,
     resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
 ) -> Network:
     """Train the network in place on the training images; the same network, one step on, with its test accuracy.
 
     A network that was trained on the same images before does too well on those held out: `keep="last"` judges by none.
-    The run is kept in the file `kept` until it ends, and with `resume` goes on from there. Of many processes only the main
+    The run is kept in the file `kept` until it ends, and with `resume` goes on from there, where all is the same and
+    whatever else `identity` names. Of many processes only the main
     one has the step and the accuracy. Raises CompactError if the data does not fit the network, or the teacher does not.
     """
     watch = watch or Watch()
-    data.check_classes(dataset, network.num_classes)
+    check(network, dataset, teacher)
     if dataset.test is not None:
         data.labels_of(dataset.test)  # better before the work than after
     recipe = network.recipe
-    if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
-        raise CompactError(
-            f"the teacher {teacher.name} has {teacher.num_classes} classes and input {teacher.input_shape}, "
-            f"the network {network.num_classes} and {network.input_shape}; give the original with --teacher"
-        )
     history = train.fit_(
         network.module,
         dataset,
         recipe.preprocessing,
         settings,
         teacher=None if teacher is None else teacher.module,
+        hooks=methods.attached(recipe, network.module),
         keep=keep,
-        store=None if kept is None else _store(kept, network, dataset, settings, teacher),
+        store=None if kept is None else kept_run(kept, network, dataset, settings, teacher, identity),
         resume=resume,
         watch=watch,
     )
@@ -108,13 +106,36 @@ def finetune(
     return network
 
 
-def _store(path: Path, network: Network, dataset: data.Dataset, settings: Settings, teacher: Network | None) -> Store:
-    """Where the run is kept: with the recipe, so that the network can be had from it, and what another run has otherwise."""
+def check(network: Network, dataset: data.Dataset, teacher: Network | None) -> None:
+    """Raise CompactError if the data has no training images or does not fit the network, or the teacher does not."""
+    data.check_classes(dataset, network.num_classes)
+    if dataset.train is None:
+        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
+    if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
+        raise CompactError(
+            f"the teacher {teacher.name} has {teacher.num_classes} classes and input {teacher.input_shape}, "
+            f"the network {network.num_classes} and {network.input_shape}; give the original with --teacher"
+        )
+
+
+def kept_run(
+    path: Path,
+    network: Network,
+    dataset: data.Dataset,
+    settings: Settings,
+    teacher: Network | None,
+    more: Mapping[str, Any] | None = None,
+) -> Store:
+    """Where a run is kept: with the recipe, so that the network can be had from it, and what another run has otherwise.
+
+    `more` is what else must be the same for it to go on.
+    """
     assert dataset.train is not None
     identity = {
         **settings.identity(),
         "data": [dataset.name, len(dataset.train)],
         "teacher": None if teacher is None else teacher.sha256,
         "network": hashlib.sha256(network.recipe.dumps().encode()).hexdigest(),
+        **(more or {}),
     }
     return Store(path, identity, {artefact.KEY: network.recipe.dumps()})

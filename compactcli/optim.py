@@ -88,8 +88,13 @@ class Settings:
 
 def optimizer(model: nn.Module, hooks: Iterable[Method], settings: Settings) -> torch.optim.Optimizer:
     """The optimizer over every trainable parameter: first those that no hook claims, then the hooks' groups in order."""
-    groups = [group for hook in hooks for group in hook.parameter_groups(model) or ()]
-    claimed = {id(parameter) for group in groups for parameter in group["params"]}
+    groups = [dict(group) for hook in hooks for group in hook.parameter_groups(model) or ()]
+    claimed: set[int] = set()
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in claimed]
+        claimed |= {id(parameter) for parameter in group["params"]}
+        rate, pace = group.pop("rate", 1.0), group.pop("pace", 1.0)
+        group.setdefault("lr", settings.peak_lr * rate * (pace if settings.optimizer == "sgd" else 1.0))
     plain = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in claimed]
     groups = [{"params": plain}, *groups]
     if settings.optimizer == "adamw":

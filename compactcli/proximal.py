@@ -60,3 +60,12 @@ OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "log-sum": log_sum,
     "l0": l0,
 }
+
+# By operator: the step t that shortens a group of norm n by s, or removes it; for l1-2 about so, for l0 the one that removes it.
+STEPS: dict[str, Callable[[float, float], float]] = {
+    "l1": lambda n, s: s,
+    "l1/2": lambda n, s: 4 * min(s, n / 3) * math.sqrt(max(n - s, 2 * n / 3)),
+    "l1-2": lambda n, s: s,
+    "log-sum": lambda n, s: min(s, n / 2) * max(n - s, n / 2),
+    "l0": lambda n, s: n * n / 2,
+}

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import architectures, artefact, budget, data, measure
+from . import architectures, artefact, budget, counters, data, measure
 from .artefact import Network
 from .channels import Channels
 from .data import Split
@@ -54,8 +54,14 @@ def _split_name(dataset: data.Dataset, split: Split) -> str:
     return "test" if split is dataset.test else split.name
 
 
-def report(network: Network, baseline: Network | None, dataset: data.Dataset | None) -> dict[str, Any]:
-    """The measures of a network beside those of the first of its history: schema compactcli/report/1."""
+def report(
+    network: Network, baseline: Network | None, dataset: data.Dataset | None, *, counter: str | None = None
+) -> dict[str, Any]:
+    """The measures of a network beside those of the first of its history: schema compactcli/report/1.
+
+    With `counter`, a paper's own count as well. Raises UsageError if there is none of that name.
+    """
+    counted = {} if counter is None else {"counter": _counted(counter, network, baseline)}
     evaluated = {} if dataset is None else {id(n): evaluate(n, dataset) for n in (network, baseline) if n is not None}
     # In the memory format in which load() gives them.
     pair = [network.module] if baseline is None else [network.module, baseline.module]
@@ -90,7 +96,15 @@ def report(network: Network, baseline: Network | None, dataset: data.Dataset | N
             for step in network.recipe.steps
         ],
         "layers": _layers(network),
+        **counted,
     }
+
+
+def _counted(name: str, network: Network, baseline: Network | None) -> dict[str, Any]:
+    """What a paper's counter makes of the network, and of the one it is compared with."""
+    count = counters.get(name)
+    before = None if baseline is None else count(baseline.module, baseline.input_shape)
+    return {"name": name, "count": count(network.module, network.input_shape), "baseline": before}
 
 
 def _model(network: Network, evaluated: Evaluated | None, latency_ms: float) -> dict[str, Any]:
@@ -242,17 +256,22 @@ def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> Renderabl
     summary = Table(title=f"{model['arch']}, input {shape_text(model['input_shape'])}", title_justify="left")
     for name in ("", "original", "now", "kept"):
         summary.add_column(name, justify="left" if not name else "right")
-    for label, key, unit in (
-        ("Parameters", "params", ""),
-        ("MACs", "macs", ""),
-        ("FLOPs", "flops", ""),
-        ("File", "size_bytes", " B"),
-        ("Latency", "latency_ms", " ms"),
-    ):
-        kept = _ratio(model[key], first.get(key))
-        summary.add_row(
-            label, _number(first.get(key), unit), _number(model[key], unit), "-" if kept is None else f"{100 * kept:.1f} %"
+    rows = [
+        (label, first.get(key), model[key], unit)
+        for label, key, unit in (
+            ("Parameters", "params", ""),
+            ("MACs", "macs", ""),
+            ("FLOPs", "flops", ""),
+            ("File", "size_bytes", " B"),
+            ("Latency", "latency_ms", " ms"),
         )
+    ]
+    if "counter" in tree:
+        own = tree["counter"]
+        rows.insert(3, (f"By {own['name']}'s counter", own["baseline"], own["count"], ""))
+    for label, before, now, unit in rows:
+        kept = _ratio(now, before)
+        summary.add_row(label, _number(before, unit), _number(now, unit), "-" if kept is None else f"{100 * kept:.1f} %")
     delta = tree["accuracy_delta"]
     summary.add_row(
         "Accuracy", _percent(first.get("accuracy")), _percent(model["accuracy"]), "-" if delta is None else f"{delta:+.2f} points"

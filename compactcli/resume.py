@@ -24,7 +24,7 @@ from .methods import Method
 from .optim import Average
 
 KEY = "compactcli_run"  # the metadata entry that says where the run stands
-VERSION = 1
+VERSION = 2
 
 T = TypeVar("T")
 
@@ -69,9 +69,9 @@ def _brief(value: Any) -> str:
     return text if len(text) < 40 else f"{text[:8]}..."
 
 
-def check(path: Path) -> None:
-    """Raise CompactError if a file is none that a store wrote; its tensors are not read."""
-    _opened(path, lambda file: None)
+def check(path: Path) -> dict[str, str]:
+    """The metadata of a file that a store wrote; its tensors are not read. Raises CompactError if it is none."""
+    return _opened(path, lambda file: None)[1]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

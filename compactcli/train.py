@@ -215,7 +215,8 @@ class _Run:
         self.watch.log(f"epoch {self.epoch}/{self.settings.epochs}: {figures}, {left} left")
         self.loss_sum, self.seen = 0.0, 0
         patience = self.settings.patience
-        if any([hook.done(self.model) for hook in self.hooks]):
+        done = any([hook.done(self.model) for hook in self.hooks])
+        if distributed.total([done], self.settings.device)[0] and self.step < self.total_steps:
             self.ended = "the search is done"
         elif patience is not None and self.epoch - self.best.epoch >= patience and self.epoch < self.settings.epochs:
             self.ended = f"no better epoch in {patience}"
@@ -268,7 +269,8 @@ class _Run:
         distributed.share_(self.model.buffers())
         if self.store is None or not distributed.is_main():
             return
-        standing = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch, "ended": self.ended}
+        standing: dict[str, Any] = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen}
+        standing |= {"best": self.best.epoch, "ended": self.ended, "peaks": self.peaks}
         tensors = pack(self.model, self.optimizer, self.average, self.hooks)
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         self.store.save(tensors, {**standing, "records": [asdict(record) for record in self.records]})
@@ -282,7 +284,7 @@ class _Run:
         self.step, self.loss_sum, self.seen = standing["step"], standing["loss_sum"], standing["seen"]
         self.records = [EpochRecord(**record) for record in standing["records"]]
         self.best = next(record for record in self.records if record.epoch == standing["best"])
-        self.best_weights, self.ended = under("best", tensors), standing["ended"]
+        self.best_weights, self.ended, self.peaks = under("best", tensors), standing["ended"], standing["peaks"]
         unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
         return True
 

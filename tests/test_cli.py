@@ -25,6 +25,7 @@ from compactcli import artefact, report
 from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
+from compactcli.counters import COUNTERS
 
 COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
 HINGE = ("--method", "hinge", "--ratio")
@@ -116,19 +117,24 @@ MODEL_FLAGS = {
 }
 DATA_FLAGS = {"--data", "--data-dir", "--download", "--limit"}
 FRESH_FLAGS = {"--fresh", "--seed"}
+TRAINING_FLAGS = {
+    *("--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"),
+    *("--batch-size", "--device", "--time-limit", "--resume", "--state", "--save-every", "--keep", "--history", "--workers"),
+    "--precision",
+}
 FLAGS = {
     "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--explain", "--json"},
     "compress": MODEL_FLAGS
     | FRESH_FLAGS
     | DATA_FLAGS
-    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--output", "-o"},
+    | TRAINING_FLAGS
+    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--finetune-epochs", "--output", "-o"},
     "finetune": MODEL_FLAGS
     | DATA_FLAGS
-    | {"--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"}
-    | {"--output", "-o", "--batch-size", "--device", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout"}
-    | {"--clip-grad", "--ema", "--freeze-bn", "--sync-bn", "--patience", "--time-limit", "--resume", "--state", "--save-every"}
-    | {"--keep", "--history", "--accumulate", "--workers", "--precision", "--compile"},
-    "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--json", "--verbose", "-v"},
+    | TRAINING_FLAGS
+    | {"--output", "-o", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout", "--clip-grad", "--ema"}
+    | {"--freeze-bn", "--sync-bn", "--patience", "--accumulate", "--compile"},
+    "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
     | {"MODELS", "--batch-size", "--threads", "--repeats", "--device", "--json"},
@@ -463,6 +469,15 @@ def test_report_json(net, small):
     assert "Parameters" in run("report", small).stdout
     assert "layers that changed" not in run("report", small).stdout
     assert "layers that changed" in run("report", "-v", small).stdout
+
+
+def test_report_counts_as_a_paper_does(net, small):
+    tree = json.loads(run("report", "--json", small, "--baseline", net, "--counter", "hinge").stdout)
+    assert tree["counter"]["count"] < tree["counter"]["baseline"]
+    assert "By hinge's counter" in run("report", small, "--counter", "hinge").stdout
+    line = one_line(run("report", "nowhere.pt", "--counter", "thop"), 2)
+    assert line == f"compactcli: --counter thop: it is one of {', '.join(COUNTERS)}"
+    assert f"count as well: {', '.join(COUNTERS)}." in " ".join(run("report", "--help").stdout.split())
 
 
 def test_bench_json(net, small):

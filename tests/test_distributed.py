@@ -103,6 +103,18 @@ def test_the_command_in_two_processes(piped: bool, tmp_path: Path) -> None:
     assert open_model(tmp_path / "out.safetensors").recipe.steps[0].options["batch_norm"] == "sync"
 
 
+def test_a_search_and_fine_tuning_in_two_processes(tmp_path: Path) -> None:
+    """One of them writes one file, and tells how it went."""
+    torch.save(named("cifar:resnet8", width=4, num_classes=10).state_dict(), tmp_path / "net.pt")
+    stages = ("--epochs", "1", "--finetune-epochs", "1", "--batch-size", "200", "--precision", "float32")
+    flags = ("net.pt", "--method", "hinge", "--ratio", "0.6", "--data", "digits", "-o", "out", *stages)
+    done = torchrun("-m", "compactcli", "compress", *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt", "out"]
+    assert done.stderr.decode().count("groups are gone after the search") == 1
+    assert [step.command for step in open_model(tmp_path / "out").recipe.steps] == ["compress", "finetune"]
+
+
 def test_the_command_writes_to_a_pipe_from_two_processes(tmp_path: Path) -> None:
     torch.save(named("cifar:resnet8", width=4).state_dict(), tmp_path / "net.pt")
     flags = ("--data", "digits", "--epochs", "1", "--limit", "200")

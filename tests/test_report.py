@@ -12,7 +12,7 @@ from rich.console import Console
 from test_artefact import network, smaller
 from test_compress import own
 
-from compactcli import artefact, data, measure, report
+from compactcli import artefact, counters, data, measure, report
 from compactcli.artefact import Wishes, open_model
 from compactcli.errors import CompactError
 from compactcli.recipe import Measures, Preprocessing
@@ -181,6 +181,25 @@ def test_tables_show_a_dash_for_what_is_not_known(pair):
     assert accuracy.count("-") == 3
     assert f"{sum(p.numel() for p in original.module.parameters()):,}" in text
     assert "None" not in text_of(report.report_tables(report.report(network(width=4), None, None), layers=True))
+
+
+def test_a_papers_own_count_is_there_when_asked_for(pair):
+    original, small = pair
+    tree = report.report(small, original, None, counter="fcf")
+    assert set(tree) == REPORT | {"counter"}
+    before, now = (counters.fcf(each.module, (1, 32, 32)) for each in pair)
+    assert tree["counter"] == {"name": "fcf", "count": now, "baseline": before}
+    assert now < before
+    row = next(line for line in text_of(report.report_tables(tree)).splitlines() if "By fcf's counter" in line)
+    assert all(figure in row for figure in (f"{before:,}", f"{now:,}", f"{100 * now / before:.1f} %"))
+
+
+def test_a_papers_own_count_of_the_first_network_needs_its_file(pair):
+    _, small = pair
+    tree = report.report(small, None, None, counter="hinge")
+    assert tree["counter"] == {"name": "hinge", "count": counters.hinge(small.module, (1, 32, 32)), "baseline": None}
+    row = next(line for line in text_of(report.report_tables(tree)).splitlines() if "By hinge's counter" in line)
+    assert row.count("-") == 2
 
 
 # Analysis

@@ -20,7 +20,7 @@ ORDER = [
     {"errors", "recipe", "distributed", "vision", "proximal"},
     {"graph", "data", "streams", "cifar", "batchnorm", "history"},
     {"architectures", "signatures", "detection", "checkpoint", "channels", "surgery", "budget", "calibrate", "plain", "plan"},
-    {"methods", "measure"},
+    {"methods", "measure", "counters"},
     {"artefact", "optim", "resume", "train"},
     {"compress", "finetune", "report", "explain", "export"},
     {"cli"},

@@ -4,9 +4,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from ..artefact import Network
     from ..data import Dataset
-    from ..history import EpochRecord
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -165,12 +163,6 @@ def open_network(
     for line in network.notes:
         note(f"{network.name}: {line}", quiet)
     return network
-
-
-def write_history(path: Path, records: "Sequence[EpochRecord]") -> None:
-    """A JSON line per epoch; the file is whole at any moment."""
-    text = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    streams.write(text.encode(), str(path))
 
 
 def open_data(

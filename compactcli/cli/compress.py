@@ -1,14 +1,20 @@
 """`compactcli compress`."""
 
+import time
+from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import streams
 from ..errors import UsageError
-from . import common
+from . import common, training
 from .common import guarded, note, open_data, open_network
+
+if TYPE_CHECKING:
+    from ..artefact import Network
 
 
 @guarded
@@ -30,11 +36,37 @@ def command(
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the method; may be repeated.")] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of the method's search before it decides; 0: calibrate only.")] = 0,
+    finetune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning afterwards.")] = 0,
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
     limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Use the weights alone, whatever --data says.")] = False,
+    lr: training.LearningRate = None,
+    weight_decay: training.WeightDecay = 1e-4,
+    optimizer: training.Optimizer = "sgd",
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cosine|milestones|constant", help="Learning rate over time. [default: constant in a search, then cosine]"
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="FILE|none", help="Network to learn from. [default: the one that is compressed]")
+    ] = None,
+    distill_weight: training.DistillWeight = 0.4,
+    temperature: training.Temperature = 4.0,
+    keep: training.Keep = "best",
+    resume: training.Resume = False,
+    state: training.State = None,
+    save_every: training.SaveEvery = 500,
+    time_limit: training.TimeLimit = None,
+    history: training.History = None,
+    batch_size: common.BatchSize = 128,
+    workers: training.Workers = None,
+    precision: training.Precision = "auto",
+    device: common.Device = "cpu",
     output: common.Output = None,
     arch: common.Arch = None,
     arch_kwargs: common.ArchKwargs = None,
@@ -50,36 +82,108 @@ def command(
     """Make a network smaller and write it as a self-describing safetensors file.
 
     compactcli compress resnet56.pt --method hinge --ratio 0.5 --data cifar10 -o small.safetensors
+
+    compactcli compress resnet56.pt --method hinge --ratio 0.5 --data cifar10 --epochs 5 --finetune-epochs 15 -o small.safetensors
     """
     from .. import methods
 
     kind = methods.get(method)
     if of is not None and of not in ("macs", "params"):
         raise UsageError(f"--of {of}: it is macs or params")
-    from ..compress import Calibration, Target, compress
-
-    chosen = kind(methods.parse_options(kind, set or ()))
-    target = Target(ratio, of, _rounding(round), nearest)  # type: ignore[arg-type]
-    source = "-" if fresh else streams.model_source(model)
-    destination = streams.model_target(output, arch.rpartition(":")[2] if fresh and arch else source, f"{method}-{ratio:g}")
-    network = open_network(
-        model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
-        trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
-    )  # fmt: skip
-    from .. import artefact
+    training.check_keep(keep)
+    trains = epochs > 0 or finetune_epochs > 0
+    if trains and (data is None or no_calibrate):
+        raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
+    from .. import artefact, distributed, optim
+    from ..compress import Calibration, Search, Target, compress
     from ..data import sample
+    from ..finetune import finetune
+    from ..history import Watch
 
-    dataset = None if no_calibrate else open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
-    images = None
-    if dataset is not None:
-        split = dataset.train or dataset.test
-        assert split is not None
-        images = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
-    with common.progress_bar(quiet) as advance:
-        said = partial(note, quiet=quiet)
-        compress(network, method, chosen, target, calibration=images, seed=seed, log=said, progress=advance)
-    size = artefact.save(network, destination)
-    note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+    options = methods.parse_options(kind, set or ())
+    searches = {option.name for option in methods.option_list(kind) if option.help.startswith("search: ")}
+    idle = [name for name in (pair.partition("=")[0] for pair in set or ()) if name in searches and not epochs]
+    if idle:
+        raise UsageError(f"--set {idle[0]}: it is for a search; give --epochs as well")
+    chosen = kind(options)
+    target = Target(ratio, of, _rounding(round), nearest)  # type: ignore[arg-type]
+    started = time.perf_counter()
+    with distributed.joined(device) as own_device:
+        plan = partial(
+            optim.Settings, lr=lr, weight_decay=weight_decay, optimizer=optimizer, batch_size=batch_size,  # type: ignore[arg-type]
+            distill_weight=distill_weight, temperature=temperature, save_every=save_every, time_limit=time_limit, seed=seed,
+            device=own_device, precision=precision, workers=workers,  # type: ignore[arg-type]
+        )  # fmt: skip
+        searching = plan(epochs=epochs, schedule=schedule or "constant")  # type: ignore[arg-type]
+        finetuning = plan(epochs=finetune_epochs, schedule=schedule or "cosine")  # type: ignore[arg-type]
+        quiet = quiet or not distributed.is_main()
+        source = "-" if fresh else streams.model_source(model)
+        named = arch.rpartition(":")[2] if fresh and arch else source
+        destination = streams.model_target(output, named, f"{method}-{ratio:g}") if distributed.is_main() else "-"
+        kept: Path | None = None
+        if trains:
+            others = (destination, history, source)
+            own = training.run_file(destination, state, others, resume=resume, quiet=quiet) if distributed.is_main() else None
+            kept = distributed.shared(own)
+        common.check_device(own_device)
+        network = open_network(
+            model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
+            trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
+        )  # fmt: skip
+        dataset = None if no_calibrate else open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
+        say = partial(note, quiet=quiet)
+        guide = None if not trains or (fresh and teacher is None) else _teacher(network, teacher, arch)
+        identity = {"compression": [network.sha256, method, repr(options), repr(target), limit, searching.identity()]}
+        left = _compressed(kept, network, arch) if resume and kept is not None and kept.exists() else None
+        network = left or network
+
+        if left is None:
+            calibration = search = None
+            if dataset is not None:
+                split = dataset.train or dataset.test
+                assert split is not None
+                calibration = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
+            with common.progress_bar(quiet, "images" if epochs else "layers") as advance:
+                if epochs and dataset is not None:
+                    watch = Watch(say, advance, training.history_writer(history, "search"))
+                    search = Search(dataset, searching, guide, kept, resume, watch, identity)
+                means = {"calibration": calibration, "search": search, "seed": seed}
+                compress(network, method, chosen, target, **means, log=say, progress=advance)  # type: ignore[arg-type]
+        spare = None if time_limit is None else time_limit - (time.perf_counter() - started)  # it is of both together
+        if spare is not None and spare <= 0 and finetune_epochs:
+            say("the time is up before fine-tuning; --resume goes on")
+        elif finetune_epochs and dataset is not None:
+            finetuning = replace(finetuning, time_limit=spare)
+            with common.progress_bar(quiet, "images") as advance:
+                watch = Watch(say, advance, training.history_writer(history, "finetune", after="search" if epochs else None))
+                run = {"keep": keep, "kept": kept, "resume": left is not None, "identity": identity}
+                finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)  # type: ignore[arg-type]
+        if not distributed.is_main():
+            return
+        size = artefact.save(network, destination)
+        note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+        if kept is not None and not time_limit:
+            kept.unlink(missing_ok=True)
+
+
+def _compressed(kept: Path, network: "Network", arch: str | None) -> "Network | None":
+    """The network that an interrupted run had compressed and was fine-tuning; None if it was not that far."""
+    from .. import artefact, resume
+    from ..recipe import Recipe
+
+    recipe = Recipe.loads(resume.check(kept)[artefact.KEY])
+    return artefact.open_interrupted(kept, artefact.Wishes(arch)) if len(recipe.steps) > len(network.recipe.steps) else None
+
+
+def _teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
+    """The network to learn from: the file given, or the network as it is before it is compressed."""
+    from copy import deepcopy
+
+    from ..artefact import open_beside
+
+    if wanted == "none":
+        return None
+    return deepcopy(network) if wanted is None else open_beside(wanted, network, arch)
 
 
 def _rounding(text: str | None) -> int | None:

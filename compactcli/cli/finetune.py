@@ -1,6 +1,5 @@
 """`compactcli finetune`."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 
 from .. import streams
 from ..errors import UsageError
-from . import common
+from . import common, training
 from .common import guarded, note, open_data, open_network
 
 
@@ -18,9 +17,9 @@ def command(
     model: common.Model = None,
     data: common.Data = None,
     epochs: Annotated[int, typer.Option(min=0, help="Passes over the training images.")] = 10,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 0.05 for sgd, 0.001 for adamw]")] = None,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay, on every parameter.")] = 1e-4,
-    optimizer: Annotated[str, typer.Option(metavar="sgd|adamw", help="Optimizer; sgd has Nesterov momentum 0.9.")] = "sgd",
+    lr: training.LearningRate = None,
+    weight_decay: training.WeightDecay = 1e-4,
+    optimizer: training.Optimizer = "sgd",
     schedule: Annotated[
         str, typer.Option(metavar="cosine|milestones|constant", help="Learning rate over time, after a warm-up.")
     ] = "cosine",
@@ -31,8 +30,8 @@ def command(
     teacher: Annotated[
         str | None, typer.Option(metavar="FILE|none", help="Network to learn from. [default: the original, where it is found]")
     ] = None,
-    distill_weight: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")] = 0.4,
-    temperature: Annotated[float, typer.Option(help="Softmax temperature of the distillation.")] = 4.0,
+    distill_weight: training.DistillWeight = 0.4,
+    temperature: training.Temperature = 4.0,
     label_smoothing: Annotated[float, typer.Option(help="Share of each label that is spread over all classes.")] = 0.0,
     cutout: Annotated[
         int, typer.Option(min=0, metavar="PIXELS", help="Blank a square of that side in every training image.")
@@ -44,32 +43,20 @@ def command(
     freeze_bn: Annotated[bool, typer.Option("--freeze-bn", help="Batch-norm keeps its running statistics.")] = False,
     sync_bn: Annotated[bool, typer.Option("--sync-bn", help="Batch-norm over the images of all processes.")] = False,
     patience: Annotated[int | None, typer.Option(metavar="N", help="End after N epochs without a better one.")] = None,
-    time_limit: Annotated[float | None, typer.Option(metavar="SECONDS", help="End after that long; --resume goes on.")] = None,
-    keep: Annotated[
-        str,
-        typer.Option(metavar="best|last", help="Which epoch's weights: the best on images held out, or the last."),
-    ] = "best",
+    time_limit: training.TimeLimit = None,
+    keep: training.Keep = "best",
     output: common.Output = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the same result.")
-    ] = False,
-    state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the run is kept. [default: OUTPUT.resume.safetensors]")
-    ] = None,
-    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Write --state that often, and after each epoch.")] = 500,
-    history: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON line per epoch.")] = None,
+    resume: training.Resume = False,
+    state: training.State = None,
+    save_every: training.SaveEvery = 500,
+    history: training.History = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
     limit: common.Limit = None,
     batch_size: common.BatchSize = 128,
     accumulate: Annotated[int, typer.Option(min=1, metavar="PARTS", help="Compute each batch in parts: less memory.")] = 1,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Threads that decode ahead; 0: decode all first. [default: 2 where they do not fit in memory]"),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 where the hardware computes in it.")
-    ] = "auto",
+    workers: training.Workers = None,
+    precision: training.Precision = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     device: common.Device = "cpu",
     seed: common.Seed = 0,
@@ -88,8 +75,7 @@ def command(
 
     torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
-    if keep not in ("best", "last"):
-        raise UsageError(f"--keep {keep}: it is best or last")
+    training.check_keep(keep)
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
     from .. import artefact, distributed, optim
@@ -106,17 +92,12 @@ def command(
             device=own_device, precision=precision, compile=compile, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
         quiet = quiet or not distributed.is_main()
-        left: Path | None = distributed.shared(_left(model, output, state) if resume else None)
+        left: Path | None = distributed.shared(training.left_run(model, output, state) if resume else None)
         source = streams.model_source(model) if left is None else str(left)
         destination = streams.model_target(output, source, "tuned") if distributed.is_main() else "-"
-        kept: Path | None = distributed.shared(_kept(destination, state, (destination, history, None if left else source)))
-        if resume and kept is None:
-            raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
-        if kept is not None and kept.exists() != resume:
-            note(
-                f"{kept.name}: " + ("not there; beginning anew" if resume else "replaced; --resume would have gone on with it"),
-                quiet,
-            )
+        others = (destination, history, None if left else source)
+        own = training.run_file(destination, state, others, resume=resume, quiet=quiet) if distributed.is_main() else None
+        kept: Path | None = distributed.shared(own)
         wishes: Any = {"arch": arch, "trust_pickle": trust_pickle, "mean": mean, "std": std}
         wishes |= {"arch_kwargs": arch_kwargs, "input_shape": input_shape, "quiet": quiet}
         network = open_network(model, **wishes) if left is None else artefact.open_interrupted(left, artefact.Wishes(arch))
@@ -129,7 +110,7 @@ def command(
         say = partial(note, quiet=quiet)
         guide = find_teacher(network, teacher, arch=arch, log=say)
         with common.progress_bar(quiet, "images") as advance:
-            watch = Watch(say, advance, partial(common.write_history, history) if history else lambda records: None)
+            watch = Watch(say, advance, training.history_writer(history))
             finetune(network, dataset, settings, teacher=guide, keep=keep, kept=kept, resume=resume, watch=watch)  # type: ignore[arg-type]
         if not distributed.is_main():
             return
@@ -137,29 +118,3 @@ def command(
         note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
         if kept is not None and not time_limit:
             kept.unlink(missing_ok=True)
-
-
-def _beside(destination: str) -> Path:
-    """Where the run is kept that makes that file."""
-    return Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors")
-
-
-def _left(model: str | None, output: str | None, state: Path | None) -> Path | None:
-    """What an interrupted run left, where no model is given and it is there."""
-    kept = state or (None if output in (None, "-") else _beside(str(output)))
-    return kept if model is None and kept is not None and kept.exists() else None
-
-
-def _kept(destination: str, state: Path | None, others: Sequence[str | Path | None]) -> Path | None:
-    """Where the run is kept. Raises UsageError if it is one of the other files, CompactError if it cannot be written."""
-    kept = state or (None if destination == "-" else _beside(destination))
-    if kept is None:
-        return None
-    if kept.resolve() in [Path(other).resolve() for other in others if other is not None]:
-        raise UsageError(f"--state {kept}: that is another file of this command; give one of its own")
-    streams.check_folder(str(kept))
-    if kept.exists():
-        from .. import resume
-
-        resume.check(kept)  # never replace what is none of ours
-    return kept

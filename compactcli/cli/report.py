@@ -15,6 +15,10 @@ def command(
         str | None,
         typer.Option(metavar="FILE", help="Network to compare with. [default: what the file remembers of the original]"),
     ] = None,
+    counter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A paper's own count as well: hinge, fcf."),
+    ] = None,
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
@@ -34,6 +38,10 @@ def command(
 
     compactcli report small.safetensors --baseline resnet56.pt --data cifar10
     """
+    if counter is not None:
+        from .. import counters
+
+        counters.get(counter)
     network = open_network(
         model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
         trust_pickle=trust_pickle, quiet=quiet,
@@ -42,7 +50,7 @@ def command(
 
     other = None if baseline is None else artefact.open_beside(baseline, network, arch)
     dataset = open_data(network, data, data_dir=data_dir, download=download, limit=limit, seed=0)
-    tree = report.report(network, other, dataset)
+    tree = report.report(network, other, dataset, counter=counter)
     if json:
         common.write_json(tree)
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import CompactError, UsageError
-from ..recipe import Edit
+from ..recipe import Edit, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,14 +45,17 @@ class Method:
     Options: ClassVar[type] = NoOptions
     of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")  # what --ratio may be of; the first is the default
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by the option "preset": values for what is not set otherwise
+
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
-    def start(
-        self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
-    ) -> list[Edit]:
-        """Edits to make before training; what is returned here is trained."""
-        return []
+    def start(self, model: "nn.Module", channels: "Channels", budget: "Budget") -> None:
+        """Get ready for a search: layers may be parametrized in place; `end` makes them plain again."""
+
+    def end(self, model: "nn.Module") -> str | None:
+        """Called after training: leave no parametrization behind. What to tell the user about how it went."""
+        return None
 
     def finish(
         self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
@@ -60,8 +63,14 @@ class Method:
         """Edits to make after training, or at once where there is none."""
         return []
 
+    def attach(self, model: "nn.Module", edits: Sequence[Edit]) -> None:
+        """Get ready to train a network further that the method made by these edits, some of which others may have undone."""
+
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
-        """Groups for the optimizer; None for one group of all that trains."""
+        """Groups for the optimizer; None for one group of all that trains.
+
+        Learning rates are multiples of that of all else: "rate", and with plain gradient steps (sgd) times "pace".
+        """
         return None
 
     def regularise(self, model: "nn.Module", progress: Progress) -> None:
@@ -103,6 +112,16 @@ def get(name: str) -> type[Method]:
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__:
             return value
     raise CompactError(f"the method file {name}.py holds no Method")
+
+
+def attached(recipe: Recipe, model: "nn.Module") -> list[Method]:
+    """The hooks of the methods that made a network, to train it further."""
+    hooks = []
+    for step in recipe.steps:
+        if step.method is not None:
+            hooks.append(get(step.method)())
+            hooks[-1].attach(model, step.edits)
+    return hooks
 
 
 def register_layers(layers: Sequence[str]) -> None:
@@ -155,7 +174,7 @@ def parse_options(method: type[Method], pairs: Sequence[str]) -> Any:
             )
         values[name] = _value(known[name], text)
     try:
-        return method.Options(**values)
+        return method.Options(**{**method.presets.get(values.get("preset", ""), {}), **values})
     except ValueError as problem:
         raise UsageError(f"--set {problem}") from None
 

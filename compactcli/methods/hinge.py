@@ -6,7 +6,8 @@ rank: pruning and decomposition are two directions of group sparsity on one matr
 Where a shortcut ties the outputs of several layers, only the rank is free.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from ..channels import INPUT, OUTPUT, Channels, Ids, edits
 from ..errors import CompactError
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
-from . import Method
+from . import Method, Progress, _hinge_search, _two_slope
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -38,40 +39,164 @@ class Options:
         "of networks of equal cost take the more accurate, or the faster, which may prune channels that shortcuts share; "
         "auto: accuracy with images, speed without",
     ] = "auto"
+    by: Annotated[
+        Literal["error", "norm"], "search: keep by the output error that moments tell, or by the groups' squared norms"
+    ] = "error"
+    two_slope: Annotated[bool, "give each ReLU inside a residual block a learnable slope on either side of zero"] = False
+    init: Annotated[_hinge_search.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
+    regularizer: Annotated[
+        Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
+    ] = "l1"
+    factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
+    speed: Annotated[float, "search: most that a norm loses in a step, as a share of the mean norm at the start"] = 1e-3
+    balance: Annotated[bool, "search: draw at each matrix in proportion to its groups' mean norm at the start"] = True
+    others: Annotated[float, "search: learning rate of all but the matrices, as a share of theirs"] = 1.0
+    pace: Annotated[bool, "search: let each factor of a kernel learn as fast as keeps the kernel's own pace"] = True
+    adjust: Annotated[bool, "search: let a block's last matrices learn as fast as its first, by their gradients"] = False
+    anneal: Annotated[float, "search: divide a given factor by it at each of the two lengths; 0: never"] = 0.0
+    anneal_first: Annotated[float, "search: summed norms of a block's first matrix, in the mean, at which to anneal"] = 0.0
+    anneal_second: Annotated[float, "search: those at which to anneal again"] = 0.0
+    threshold: Annotated[float, "search: share of the mean norm at the start below which a group is taken for gone"] = 5e-3
+    stop: Annotated[float, "search: end it where what is left is that share of the original above the ratio"] = 0.0
+    preset: Annotated[
+        Literal["none", "resnet20", "resnet20-cifar100", "resnet56", "resnet164", "resnext20", "resnext164", "densenet", "vgg16",
+                "wrn"],
+        "search: the paper's constants, for what is not set otherwise",
+    ] = "none"  # fmt: skip
 
     def __post_init__(self) -> None:
-        if not 0 < self.floor <= 1:
-            raise ValueError(f"floor={self.floor:g}: it is a share above 0, up to 1")
+        for name, good, wanted in (
+            ("floor", 0 < self.floor <= 1, "a share above 0, up to 1"),
+            ("factor", self.factor >= 0, "0 or more"),
+            ("others", self.others > 0, "above 0"),
+            ("speed", self.speed > 0, "above 0"),
+            ("anneal", self.anneal == 0 or self.anneal >= 1, "0, or 1 or more"),
+            ("threshold", self.threshold > 0, "above 0"),
+            ("stop", 0 <= self.stop < 1, "from 0 to below 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name):g}: it is {wanted}")
 
 
 class Hinge(Method):
     """Filters and ranks chosen over the whole network by one threshold on error per cost."""
 
     Options = Options
+    presets = _hinge_search.PRESETS
+    search: _hinge_search.Search | None = None
+    pairs: tuple[tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear], ...] = ()  # decomposed layers that are trained on
+    norms: list[Floats] | None = None  # of the groups that the search ended with
+
+    def start(self, model: nn.Module, channels: Channels, budget: Budget) -> None:
+        """Matrices behind the layers, as parametrizations, and the state of the search.
+
+        Raises CompactError for a target that will be out of reach.
+        """
+        if self.options.by == "error":
+            self._chosen(model, channels, budget, None, searches=True)
+        eligible = [index for index, _ in _decomposable(model, channels, budget)]
+        self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
+        if not found:
+            raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
+        self.search = _hinge_search.Search(model, found, budget, self.options)
+        if self.options.by == "norm":
+            self.norms = self.search.norms(model)
+            self._chosen(model, channels, budget, None, searches=True)
+
+    def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
+        """The layers that are decomposed still."""
+        modules = dict(model.named_modules())
+        found = [modules.get(edit.module) for edit in edits if isinstance(edit, Replace) and edit.layer == "hinge.decomposed"]
+        plain = [
+            layer for layer in found if layer is not None and all(isinstance(p, nn.Conv2d | nn.Linear) for p in layer.children())
+        ]
+        self.pairs = tuple(_parts(layer) for layer in plain if isinstance(layer, nn.Sequential) and len(layer) == 2)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """The factors of products, each at the pace at which a step moves the product no farther than it would a plain kernel.
+
+        With W = A W' a step against the gradient G moves W by A A^T G + G W'^T W'.
+        """
+        own = [] if self.search is None else self.search.parameter_groups(model, self.divided)
+        for first, second in self.pairs:
+            paces = _hinge_search.paces(second.weight, first.weight)
+            own += [{"params": [layer.weight], "pace": pace} for layer, pace in zip((second, first), paces, strict=True)]
+        return own
+
+    def regularise(self, model: nn.Module, progress: Progress) -> None:
+        if self.search is not None and self.options.adjust:
+            self.search.adjust(model)
+
+    def project(self, model: nn.Module, progress: Progress) -> None:
+        if self.search is not None:
+            self.search.step(model, progress)
+
+    def done(self, model: nn.Module) -> bool:
+        return self.search is not None and self.search.done(model)
+
+    def end(self, model: nn.Module) -> str | None:
+        """Plain layers again; how far the search came."""
+        if self.search is None:
+            return None
+        self.norms = self.search.norms(model)
+        _hinge_search.detach_(model, self.divided)
+        gone, count = sum(int((norms <= self.options.threshold).sum()) for norms in self.norms), sum(map(len, self.norms))
+        left = 100 * self.search.cost(self.norms, self.options.threshold) / self.search.budget.original
+        return f"hinge: {gone} of {count} groups are gone after the search; the rest has {left:.1f} % of {self.search.budget.of}"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.search is None else self.search.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.search is not None:
+            self.search.load_state_dict(state)
 
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """The filters to remove and the layers to decompose, so that the budget is met."""
-        favour = self.options.favour if self.options.favour != "auto" else "speed" if moments is None else "accuracy"
+        units = _two_slope.replacements(model, budget.graph, channels, budget.layers) if self.options.two_slope else []
+        if units and budget.of == "params":
+            budget = copy.copy(budget)
+            budget.target -= sum(len(unit.tensors) for unit in units)
+        removed, ranks = self._chosen(model, channels, budget, moments, searches=self.search is not None)
+        decomposed = [_decompose(model, channels, layer, rank, removed) for layer, rank in ranks]
+        return [*edits(channels, removed, model), *decomposed, *units]
+
+    def _chosen(
+        self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, searches: bool
+    ) -> tuple[list[int], list[tuple[Layer, int]]]:
+        """The sets to remove, and the ranks of the layers to decompose."""
+        images = searches or moments is not None
+        favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
         price: Price = "time" if favour == "speed" else "cost"
-        dials, orders = [], []
-        if self.options.mode != "decompose":
-            for family, order, errors in _widths(model, channels, budget, moments, shared=favour == "speed"):
-                orders.append(order)
-                dials.append(self._dial(budget, price, errors, family=family))
-        if self.options.mode != "prune":
-            for index, errors in _ranks(model, channels, budget, moments):
-                dials.append(self._dial(budget, price, errors, layer=index))
+        if self.norms is not None and self.options.by == "norm":
+            widths, ranks = self._by_norm(budget, self.norms)
+        else:
+            mode = self.options.mode
+            widths = _widths(model, channels, budget, moments, shared=favour == "speed") if mode != "decompose" else []
+            ranks = _ranks(model, channels, budget, moments) if mode != "prune" else []
+        dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
+        dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
         settings = budget.solve(dials, price)
+        orders = [order for _, order, _ in widths]
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
-        result = edits(channels, removed, model)
-        ranks = [
-            (budget.layers[dial.layer], n)
-            for dial, n in zip(dials, settings, strict=True)
-            if dial.layer is not None and n < dial.full
-        ]
-        for layer, rank in ranks:
-            result.append(_decompose(model, channels, layer, rank, removed))
-        return result
+        chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
+        return removed, [(budget.layers[layer], rank) for layer, rank in chosen if layer is not None]
+
+    def _by_norm(self, budget: Budget, norms: list[Floats]) -> tuple[list[tuple[int, Ids, Floats]], list[tuple[int, Floats]]]:
+        """Widths and ranks as `_widths` and `_ranks` give them, the squares of the groups' norms for errors."""
+        assert self.search is not None
+        widths, ranks = [], []
+        for each, own in zip(self.search.found, norms, strict=True):
+            order = np.argsort(own, kind="stable")
+            errors = np.concatenate([np.cumsum(own[order] ** 2)[::-1], [0.0]])
+            if each.family is not None:
+                widths.append((each.family, budget.families[each.family].sets[order], errors))
+            else:
+                assert each.layer is not None
+                layer = budget.layers[each.layer]
+                most = min(layer.shape[0], layer.shape[1] * layer.kernel)  # a start may have more of them
+                ranks.append((each.layer, np.append(errors[:most], 0.0)))
+        return widths, ranks
 
     def _dial(self, budget: Budget, price: Price, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
         full = len(errors) - 1
@@ -222,17 +347,11 @@ def _root(matrix: Tensor) -> Tensor:
 def _ranks(
     model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None
 ) -> list[tuple[int, Floats]]:
-    """(layer, error by rank) of the layers that may be decomposed: not the stem, not the classifier."""
+    """(layer, error by rank) of the layers that may be decomposed."""
     result = []
     worth = _worth(model, channels, budget) if moments is None else {}
-    for index, layer in enumerate(budget.layers):
-        module = model.get_submodule(layer.name)
-        ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
-        at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
-        fixed = at_end or not layer.called or layer.groups > 1
-        if fixed or not isinstance(module, nn.Conv2d | nn.Linear) or min(layer.shape[:2]) < 2:
-            continue
-        weight = module.weight.detach().flatten(1).double()
+    for index, layer in _decomposable(model, channels, budget):
+        weight = model.get_parameter(layer.weight).detach().flatten(1).double()
         if moments is not None and layer.name in moments:
             known = moments[layer.name]
             narrow, wide = known.worth, known.inputs
@@ -250,13 +369,25 @@ def _ranks(
     return result
 
 
+def _decomposable(model: nn.Module, channels: Channels, budget: Budget) -> list[tuple[int, Layer]]:
+    """(index, layer) of the layers that may be decomposed: not the stem, not the classifier."""
+    result = []
+    for index, layer in enumerate(budget.layers):
+        ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
+        at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
+        plain = isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
+        if plain and layer.called and layer.groups == 1 and min(layer.shape[:2]) >= 2 and not at_end:
+            result.append((index, layer))
+    return result
+
+
 def _tails(energy: Floats) -> Floats:
     """The energy beyond each rank, of energies that descend; 0 at full rank."""
     return np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
 
 
 def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, removed: list[int]) -> Replace:
-    """The layer, cut to what is kept, as two: W' holds the first right singular vectors, A the rest (`svd2`)."""
+    """The layer, cut to what is kept, as two: W' and A share the largest singular values and their vectors."""
     module = model.get_submodule(layer.name)
     assert isinstance(module, nn.Conv2d | nn.Linear)
     out, into = (torch.from_numpy(~np.isin(channels.axes[layer.weight, axis], removed)) for axis in (0, 1))
@@ -265,9 +396,7 @@ def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, re
     scaled = scale[:, None] * weight.flatten(1).double()  # (o, i*k*k) = U S V
     _, vectors = torch.linalg.eigh(_gram(scaled))
     U = vectors.flip(1)[:, : min(rank, *scaled.shape)]  # (o, r)
-    V = U.T @ scaled  # (r, i*k*k), not yet of unit length
-    S = V.norm(dim=1).clamp_min(1e-30)
-    V, A = V / S[:, None], U * S / scale[:, None]
+    A, V = _even(U / scale[:, None], U.T @ scaled)
     tensors = {
         "0.weight": V.reshape(-1, *weight.shape[1:]).to(weight.dtype).contiguous(),
         "1.weight": A.reshape(len(A), -1, *[1] * (weight.ndim - 2)).to(weight.dtype).contiguous(),
@@ -357,12 +486,18 @@ def _build(old: nn.Module, options: Mapping[str, int]) -> nn.Module:
     return nn.Sequential(first, nn.Conv2d(rank, len(old.weight), 1, bias=old.bias is not None, **where))
 
 
-def _dense(pair: nn.Module) -> nn.Module:
-    """The one layer that the two are equal to: kernel A W'."""
+def _parts(pair: nn.Module) -> tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear]:
+    """W' and A of a decomposed layer."""
     assert isinstance(pair, nn.Sequential)
     first, second = pair
     assert isinstance(first, nn.Conv2d | nn.Linear)
     assert isinstance(second, nn.Conv2d | nn.Linear)
+    return first, second
+
+
+def _dense(pair: nn.Module) -> nn.Module:
+    """The one layer that the two are equal to: kernel A W'."""
+    first, second = _parts(pair)
     layer = _like(first, len(first.weight[0]), len(second.weight), biased=second.bias is not None)
     tensors = {"weight": torch.einsum("or,r...->o...", second.weight.flatten(1), first.weight)}
     layer.load_state_dict(tensors if second.bias is None else {**tensors, "bias": second.bias})
@@ -382,15 +517,22 @@ def _like(layer: nn.Conv2d | nn.Linear, inputs: int, outputs: int, *, biased: bo
 
 def _refit(pair: nn.Module, regression: Regression) -> None:
     """Reduced-rank regression: the weight projected on the directions in which its outputs are strongest."""
-    assert isinstance(pair, nn.Sequential)
-    first, second = pair
-    assert isinstance(first, nn.Conv2d | nn.Linear)
-    assert isinstance(second, nn.Conv2d | nn.Linear)
+    first, second = _parts(pair)
     scaled = regression.scale[:, None] * regression.weight  # (o, i*k*k)
     _, directions = torch.linalg.eigh(scaled @ regression.inputs @ scaled.T)
     U = directions[:, -len(first.weight) :]  # (o, r)
-    first.weight.data.copy_((U.T @ scaled).reshape(first.weight.shape))
-    second.weight.data.copy_((U / regression.scale[:, None]).reshape(second.weight.shape))
+    A, V = _even(U / regression.scale[:, None], U.T @ scaled)
+    first.weight.data.copy_(V.reshape(first.weight.shape))
+    second.weight.data.copy_(A.reshape(second.weight.shape))
+
+
+def _even(matrix: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors (o, r) and (r, i*k*k) of the same product, each component as long in the one as in the other.
+
+    Both then learn at the pace of one learning rate.
+    """
+    share = (filters.norm(dim=1).clamp_min(1e-30) / matrix.norm(dim=0).clamp_min(1e-30)).sqrt()
+    return matrix * share, filters / share[:, None]
 
 
 LAYERS["hinge.decomposed"] = LayerKind(_build, _dense, _refit)

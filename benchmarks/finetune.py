@@ -1,0 +1,360 @@
+"""Accuracy after a search and fine-tuning, ours beside Torch-Pruning 1.6.1: `python -m benchmarks finetune`.
+
+ResNet-20 on CIFAR-10 (JPEG images) at 50 % and 24 % of its MACs, 20 epochs of training in all with the original as teacher;
+the last weights (the originals have seen all training images, so none of them can tell which are best), all 10,000 test
+images.
+
+- auto, prune, decompose: `compress --method hinge --set mode=... --data --epochs 5`, then `finetune` for what is left of the
+  epochs; what a search that ends early does not use is fine-tuning's;
+- calibrated: `auto` without a search, all epochs of fine-tuning;
+- peer: Torch-Pruning's group-norm pruner with sparse learning, then pruned to the same MACs as in `oneshot`, then as ours.
+
+The peer's settings are those of its own CIFAR-10 figures (`--method group_sl` of reproduce/main.py, reproduce/readme.md):
+`GroupNormPruner` with reg 5e-4 and its growth of 2^4 towards the least important channels, `GroupMagnitudeImportance(p=2,
+normalizer="max")`, global, `update_regularizer()` at each epoch's start and `regularize(model)` after backward, SGD at
+learning rate 0.01 without weight decay, a tenth of it from 60 % and again from 80 % of the epochs on. There are 100 of those,
+here as many as ours searches for: --peer-lr and --peer-reg try more. Our loop's are Nesterov's momentum, the warm-up and the
+teacher. Iterative pruning in 400 steps, as there, gives the widths that bisection does: the largest importance is 1 in each
+group, so that none is emptied.
+
+Required: auto at least 0.5 points (at 50 %) and 1.0 (at 24 %) above the best of the peer's rows, and behind neither prune nor
+decompose by more than 0.3. What the search is worth, auto beside calibrated, is told.
+
+A row is written to benchmarks/results/finetune-resnet20.json the moment its contender ends, under its name, its ratio and the
+flags that say how it was trained, where these are not the defaults. Until then search and fine-tuning are kept in a file each
+in the temporary folder. After a kill --resume keeps the rows that there are and goes on with the run that was broken off:
+a search that had ended is not repeated, only what is derived from it in seconds.
+
+    python -m benchmarks finetune [--ratios 0.5 0.24] [--only auto peer] [--resume] [--set NAME=VALUE ...]
+                                  [--search-epochs 5] [--epochs 20] [--lr 0.05] [--seed 0] [--limit 1000]
+                                  [--peer-lr 0.01] [--peer-reg 0.0005]
+"""
+
+import argparse
+import copy
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from compactcli import artefact, data, report
+from compactcli.artefact import Network
+from compactcli.budget import Floats
+from compactcli.compress import Calibration, Search, Target, compress
+from compactcli.finetune import finetune, kept_run
+from compactcli.history import EpochRecord, Watch
+from compactcli.methods import Method, Progress, parse_options
+from compactcli.methods.hinge import Hinge
+from compactcli.optim import Settings
+from compactcli.train import fit_
+
+from ._common import RESULTS, checkpoint, images, write
+from .oneshot import ignored, macs_kept, pruned
+
+NETWORK = "resnet20"
+IMAGES = 1024  # to calibrate on
+OURS = ("auto", "prune", "decompose", "calibrated")
+CONTENDERS = (*OURS, "peer")
+LEAST_ABOVE_PEER = {0.5: 0.5, 0.24: 1.0}  # points, by ratio
+MOST_BEHIND = 0.3  # points, of prune and of decompose
+BINS = 20
+KEPT = Path(tempfile.gettempdir()) / "compactcli-finetune"  # of runs that have not ended
+
+Rows = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a row is the result of."""
+
+    contender: str
+    ratio: float
+    search_epochs: int = 5
+    epochs: int = 20  # search and fine-tuning together
+    lr: float | None = None  # peak, of ours in both stages and of the peer's fine-tuning; None: that of the commands
+    seed: int = 0
+    limit: int | None = None  # images of each split
+    set: tuple[str, ...] = ()  # further options of hinge
+    peer_lr: float = 0.01  # of its sparse learning
+    peer_reg: float = 5e-4
+
+    @property
+    def key(self) -> str:
+        flags = [(item.name, getattr(self, item.name), item.default) for item in fields(self)[2:]]
+        told = {name: " ".join(value) if name == "set" else value for name, value, default in flags if value != default}
+        return " ".join([f"{self.contender} {self.ratio:g}", *(f"--{name.replace('_', '-')} {told[name]}" for name in told)])
+
+    @property
+    def file(self) -> Path:
+        """Where the run is kept, but for the stage and the ending."""
+        return KEPT / re.sub(r"[^\w.=-]+", "_", self.key)
+
+    def settings(self, epochs: int, **others: Any) -> Settings:
+        return Settings(**{"epochs": epochs, "lr": self.lr, "seed": self.seed, **others})
+
+    def of(self, contender: str) -> "Run":
+        """The run of another contender to compare with: alike, but for the flags that do not concern it."""
+        own: dict[str, Any] = {} if contender != "calibrated" else {"search_epochs": Run.search_epochs}
+        own |= {} if contender in OURS else {"set": Run.set}
+        own |= {} if contender == "peer" else {"peer_lr": Run.peer_lr, "peer_reg": Run.peer_reg}
+        return replace(self, contender=contender, **own)
+
+
+@dataclass
+class Made:
+    """A network to be fine-tuned, and how it came about."""
+
+    network: Network
+    options: dict[str, Any]
+    search: list[dict[str, Any]] = field(default_factory=list)  # its epochs
+    norms: Floats | None = None  # of the groups that the search ended with, as shares of their means at its start
+
+
+def main(arguments: list[str]) -> None:
+    """Run and write benchmarks/results/finetune-resnet20.json."""
+    parser = argparse.ArgumentParser(prog="finetune")
+    parser.add_argument("--ratios", nargs="+", type=float, default=list(LEAST_ABOVE_PEER))
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
+    parser.add_argument("--search-epochs", type=int, default=Run.search_epochs)
+    parser.add_argument("--epochs", type=int, default=Run.epochs, help="of search and fine-tuning together")
+    parser.add_argument("--lr", type=float, help="peak learning rate; by default that of the commands")
+    parser.add_argument("--seed", type=int, default=Run.seed, help="of calibration and training")
+    parser.add_argument("--limit", type=int, help="images of each split")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of hinge; may be repeated")
+    parser.add_argument("--peer-lr", type=float, default=Run.peer_lr, help="of the peer's sparse learning")
+    parser.add_argument("--peer-reg", type=float, default=Run.peer_reg, help="strength of the peer's regularisation")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.search_epochs < options.epochs:
+        parser.error(f"--search-epochs {options.search_epochs}: 1 or more, and fewer than --epochs {options.epochs}")
+    if any(pair.startswith("mode=") for pair in options.set):
+        parser.error("--set mode: it is the contender's; see --only")
+    wanted = {item.name: getattr(options, item.name) for item in fields(Run)[2:]} | {"set": tuple(sorted(options.set))}
+    original = artefact.open_model(checkpoint(f"{NETWORK}-cifar10jpeg.th"))
+    shape, preprocessing = original.input_shape, original.recipe.preprocessing
+    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+    command = " ".join(["python -m benchmarks finetune", *arguments])
+    for ratio in options.ratios:
+        for contender in options.only:
+            run = Run(contender, ratio, **wanted).of(contender)
+            if options.resume and run.key in _rows():
+                continue
+            print(f"{NETWORK}, {run.key}", flush=True)
+            row = {"run": asdict(run), "command": command, **_ended(run, original, dataset, options.resume)}
+            write(f"finetune-{NETWORK}", {"rows": _judged(_rows() | {run.key: row})})
+    _show()
+
+
+def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> dict[str, Any]:
+    """Search, make smaller and fine-tune: the accuracies on the test images, and how it went."""
+    KEPT.mkdir(exist_ok=True)
+    search, tuning = (Path(f"{run.file}.{stage}.safetensors") for stage in ("search", "finetune"))
+    if not resume:  # else a run that is broken off now would go on with the fine-tuning of an earlier one
+        search.unlink(missing_ok=True)
+        tuning.unlink(missing_ok=True)
+    make = _sparse if run.contender == "peer" else _compressed
+    made = make(run, original, dataset, search, resume)
+    one, used = made.network, made.search[-1]["epoch"] if made.search else 0
+    row = {
+        "macs_kept": macs_kept(one, original),
+        "original": report.evaluate(original, dataset).accuracy.top1,
+        "before": report.evaluate(one, dataset).accuracy.top1,
+    }
+    print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
+    settings, epochs = run.settings(run.epochs - used), _Epochs()
+    finetune(one, dataset, settings, teacher=original, keep="last", kept=tuning, resume=resume, watch=epochs.watch())
+    tuning.unlink()
+    search.unlink(missing_ok=True)
+    step = one.recipe.steps[-1]
+    return row | {
+        "after": step.measures.accuracy,
+        "evaluated": step.measures.evaluated,
+        "epochs": {"search": used, "finetune": epochs.told[-1]["epoch"]},
+        "seconds": sum(epoch["seconds"] for epoch in [*made.search, *epochs.told]),
+        "options": made.options,
+        "settings": step.options,
+        "search_history": made.search,
+        "history": epochs.told,
+        "norms": None if made.norms is None else _histogram(made.norms),
+    }
+
+
+class _Epochs:
+    """The epochs of a training run, those before a kill included."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+
+    def watch(self) -> Watch:
+        return Watch(log=_say, history=self._take)
+
+    def _take(self, records: Sequence[EpochRecord]) -> None:
+        self.told = [asdict(record) for record in records]
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _histogram(norms: Floats) -> dict[str, Any]:
+    """Of the groups' relative norms, from 0 to the largest."""
+    counts, edges = np.histogram(norms, bins=BINS, range=(0.0, max(float(norms.max()), 1e-12)))
+    return {"groups": len(norms), "edges": edges.tolist(), "counts": counts.tolist()}
+
+
+# The contenders
+
+
+def _compressed(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
+    """Ours: a copy of the original, after the search if there is one, calibrated."""
+    assert dataset.train is not None
+    one, epochs, search = copy.deepcopy(original), _Epochs(), None
+    if run.contender != "calibrated":
+        settings = run.settings(run.search_epochs, schedule="constant")  # as `compress` has it
+        search = Search(dataset, settings, original, kept, resume, epochs.watch())
+    mode = "auto" if run.contender == "calibrated" else run.contender
+    method = Hinge(parse_options(Hinge, [f"mode={mode}", *run.set]))
+    calibration = Calibration(data.sample(dataset.train, IMAGES, run.seed), dataset.name)
+    means: dict[str, Any] = {"calibration": calibration, "search": search, "seed": run.seed}
+    compress(one, "hinge", method, Target(run.ratio), **means, log=_say)
+    norms = None if method.norms is None else np.concatenate(method.norms)
+    return Made(one, dict(one.recipe.steps[-1].options), epochs.told, norms)
+
+
+def _sparse(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
+    """Torch-Pruning's: a copy of the original after sparse learning, pruned, batch-norm statistics measured anew."""
+    one, epochs = copy.deepcopy(original), _Epochs()
+    settings = run.settings(run.search_epochs, lr=run.peer_lr, weight_decay=0.0, schedule="milestones", milestones=(0.6, 0.8))
+    method = SparseLearning(one.module, one.input_shape, run.peer_reg)
+    before = method.norms()
+    store = kept_run(kept, one, dataset, settings, original, {"method": f"sparse learning, {run.peer_reg:g}"})
+    fit_(
+        one.module,
+        dataset,
+        one.recipe.preprocessing,
+        settings,
+        teacher=original.module,
+        hooks=[method],
+        keep="last",
+        store=store,
+        resume=resume,
+        watch=epochs.watch(),
+    )
+    norms = np.concatenate([after / start.mean() for after, start in zip(method.norms(), before, strict=True)])
+    options = {"ratio": run.ratio, "reg": run.peer_reg, "p": 2, "normalizer": "max", "search": settings.identity()}
+    return Made(pruned(one, dataset, run.ratio, "max"), options, epochs.told, norms)
+
+
+class SparseLearning(Method):
+    """Torch-Pruning's group-norm pruner as hooks of our loop."""
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int], reg: float) -> None:
+        import torch_pruning as tp
+
+        super().__init__()
+        self.epoch = -1
+        self.pruner = tp.pruner.GroupNormPruner(
+            model,
+            torch.randn(1, *input_shape),
+            importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"),
+            reg=reg,
+            global_pruning=True,
+            ignored_layers=ignored(model),
+        )
+        self.measured = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
+
+    def regularise(self, model: nn.Module, progress: Progress) -> None:
+        if progress.epoch != self.epoch:
+            self.epoch = progress.epoch
+            self.pruner.update_regularizer()
+        self.pruner.regularize(model)
+
+    def norms(self) -> list[Floats]:
+        """The norm of every channel, by group, as its importance has it."""
+        self.pruner.update_regularizer()
+        return [self.measured(group).sqrt().double().numpy() for group in self.pruner._groups]
+
+
+# The results
+
+
+def _rows() -> Rows:
+    """The rows of every run so far: other processes may be adding those of other contenders."""
+    path = RESULTS / f"finetune-{NETWORK}.json"
+    rows: Rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return rows
+
+
+def _run(row: dict[str, Any]) -> Run:
+    return Run(**{**row["run"], "set": tuple(row["run"]["set"])})
+
+
+def _judged(rows: Rows) -> Rows:
+    """The same; those of auto beside what is required of them, as far as the others' are there."""
+    for row in rows.values():
+        run = _run(row)
+        if run.contender == "auto":
+            peers = [other["after"] for other in _peers(rows, run)]
+            above = row["after"] - max(peers) if peers else None
+            least = LEAST_ABOVE_PEER.get(run.ratio)
+            met = None if above is None or least is None else above >= least
+            row["above_peer"] = {"points": above, "at_least": least, "met": met}
+            for other in ("prune", "decompose"):
+                behind = _difference(rows.get(run.of(other).key), row)
+                met = None if behind is None else behind <= MOST_BEHIND
+                row[f"behind_{other}"] = {"points": behind, "at_most": MOST_BEHIND, "met": met}
+            worth = _difference(rows.get(run.of("calibrated").key), row)
+            row["above_calibrated"] = {"points": None if worth is None else -worth}
+    return rows
+
+
+def _peers(rows: Rows, run: Run) -> Iterator[dict[str, Any]]:
+    """The peer's rows that are to be compared with, whatever its sparse learning was like."""
+    for row in rows.values():
+        own = _run(row)
+        if replace(own, peer_lr=Run.peer_lr, peer_reg=Run.peer_reg) == run.of("peer"):
+            yield row
+
+
+def _difference(row: dict[str, Any] | None, other: dict[str, Any]) -> float | None:
+    return None if row is None else float(row["after"] - other["after"])
+
+
+def _show() -> None:
+    table = Table("contender", title=NETWORK, title_justify="left")
+    for column in (
+        "MACs kept",
+        "before",
+        "after",
+        "original",
+        "epochs",
+        "minutes",
+        "above peer",
+        "prune",
+        "decompose",
+        "calibrated",
+    ):
+        table.add_column(column, justify="right")
+    for key, row in sorted(_rows().items(), key=lambda item: (-_run(item[1]).ratio, CONTENDERS.index(_run(item[1]).contender))):
+        accuracies = (f"{row[figure]:.2f}" for figure in ("before", "after", "original"))
+        epochs = f"{row['epochs']['search']} + {row['epochs']['finetune']}"
+        verdicts = [_told(row.get("above_peer"), 1), *(_told(row.get(f"behind_{other}"), -1) for other in ("prune", "decompose"))]
+        others = (epochs, f"{row['seconds'] / 60:.0f}", *verdicts, _told(row.get("above_calibrated"), 1))
+        table.add_row(key, f"{row['macs_kept']:.3f}", *accuracies, *others)
+    Console(width=150).print(table)
+
+
+def _told(verdict: dict[str, Any] | None, sign: int) -> str:
+    """How far a row is above another; what is not met is marked."""
+    if verdict is None or verdict["points"] is None:
+        return ""
+    return f"{sign * verdict['points'] + 0.0:+.2f}" + ("" if verdict.get("met", True) is not False else " !")

@@ -1,0 +1,100 @@
+"""What the commands that train share: their flags, and where an interrupted run is kept."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import streams
+from ..errors import CompactError, UsageError
+from .common import note
+
+if TYPE_CHECKING:
+    from ..history import EpochRecord
+
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 0.05 for sgd, 0.001 for adamw]")]
+WeightDecay = Annotated[float, typer.Option(min=0.0, help="Weight decay, on every parameter.")]
+Optimizer = Annotated[str, typer.Option(metavar="sgd|adamw", help="Optimizer; sgd has Nesterov momentum 0.9.")]
+DistillWeight = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")]
+Temperature = Annotated[float, typer.Option(help="Softmax temperature of the distillation.")]
+Keep = Annotated[str, typer.Option(metavar="best|last", help="Which epoch's weights: the best on images held out, or the last.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted, to the same result.")]
+State = Annotated[Path | None, typer.Option(metavar="FILE", help="Where the run is kept. [default: OUTPUT.resume.safetensors]")]
+SaveEvery = Annotated[int, typer.Option(metavar="STEPS", help="Write --state that often, and after each epoch.")]
+TimeLimit = Annotated[float | None, typer.Option(metavar="SECONDS", help="End after that long; --resume goes on.")]
+History = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JSON line per epoch.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Threads that decode ahead; 0: decode all first. [default: 2 where they do not fit in memory]"),
+]
+Precision = Annotated[
+    str, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 where the hardware computes in it.")
+]
+
+
+def check_keep(keep: str) -> None:
+    """Raise UsageError for a word that --keep does not know."""
+    if keep not in ("best", "last"):
+        raise UsageError(f"--keep {keep}: it is best or last")
+
+
+def left_run(model: str | None, output: str | None, state: Path | None) -> Path | None:
+    """What an interrupted run left, where no model is given and it is there."""
+    kept = state or (None if output in (None, "-") else _beside(str(output)))
+    return kept if model is None and kept is not None and kept.exists() else None
+
+
+def run_file(
+    destination: str, state: Path | None, others: Sequence[str | Path | None], *, resume: bool, quiet: bool
+) -> Path | None:
+    """Where the run is kept; None where there is no place, for the model goes to stdout.
+
+    Raises UsageError if it is one of the other files, or nowhere though it is asked for; CompactError if it cannot be written.
+    """
+    kept = state or (None if destination == "-" else _beside(destination))
+    if kept is None:
+        if resume:
+            raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
+        return None
+    if kept.resolve() in [Path(other).resolve() for other in others if other is not None]:
+        raise UsageError(f"--state {kept}: that is another file of this command; give one of its own")
+    streams.check_folder(str(kept))
+    if kept.exists():
+        from .. import resume as file
+
+        file.check(kept)  # never replace what is none of ours
+    if kept.exists() != resume:
+        note(
+            f"{kept.name}: " + ("not there; beginning anew" if resume else "replaced; --resume would have gone on with it"), quiet
+        )
+    return kept
+
+
+def _beside(destination: str) -> Path:
+    """Where the run is kept that makes that file."""
+    return Path(f"{destination.removesuffix('.safetensors')}.resume.safetensors")
+
+
+def history_writer(
+    path: Path | None, stage: str | None = None, *, after: str | None = None
+) -> "Callable[[Sequence[EpochRecord]], None]":
+    """What writes a JSON line per epoch, of that stage of a command that has several, behind the lines that there are of the
+    stage `after`. The file is whole at any moment.
+    """
+    told = {} if stage is None else {"stage": stage}
+    before = []
+    if path is not None and path.exists() and after is not None:
+        try:
+            before = [line for line in path.read_text().splitlines() if json.loads(line).get("stage") == after]
+        except (ValueError, AttributeError):
+            raise CompactError(f"--history {path}: that is no history of this command; give it a file of its own") from None
+
+    def write(records: "Sequence[EpochRecord]") -> None:
+        if path is not None:
+            lines = [*before, *(json.dumps(told | asdict(record)) for record in records)]
+            streams.write("".join(f"{line}\n" for line in lines).encode(), str(path))
+
+    return write

@@ -1,0 +1,114 @@
+"""Multiply-accumulates as the papers' authors counted them, so that their figures can be compared with ours.
+
+Each counter follows modules, as theirs do: what code does without one is not counted. "Elements" are those of a
+module's output for one image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import UsageError
+from .graph import operation, run_fake, trace
+
+Counter = Callable[[nn.Module, Sequence[int]], int]  # (model, input shape) -> count for one image
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One run of a module: its first argument and its output, of one image."""
+
+    module: Any
+    image: torch.Size
+    output: torch.Size
+
+
+def hinge(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Convolutions without bias, linear weights, twice the elements of batch normalisations, those of nn.ReLU.
+
+    In the authors' own ResNeXt and wide ResNet every ReLU is a function, so not counted. Li et al., CVPR 2020.
+    """
+    calls = _calls(model, input_shape)
+    return _convolutions(calls) + _weights(calls) + 2 * _elements(calls, _BatchNorm) + _elements(calls, nn.ReLU)
+
+
+def fcf(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Convolutions without bias, linear weights and biases, elements of batch normalisations and nn.ReLU, k*k per pooled one.
+
+    A ReLU that reads a sum, at the end of a residual block, is a function in their networks: it is not counted here,
+    module or not. Li et al., CVPR 2019.
+    """
+    calls = _calls(model, input_shape)
+    rectified = _elements(calls, nn.ReLU) - _rectified_sums(model, input_shape)
+    return _convolutions(calls) + _weights(calls) + _biases(calls) + _elements(calls, _BatchNorm) + rectified + _pooled(calls)
+
+
+COUNTERS: dict[str, Counter] = {"hinge": hinge, "fcf": fcf}
+
+
+def get(name: str) -> Counter:
+    """The counter of that name. Raises UsageError with those there are."""
+    if name not in COUNTERS:
+        raise UsageError(f"--counter {name}: it is one of {', '.join(COUNTERS)}")
+    return COUNTERS[name]
+
+
+def _calls(model: nn.Module, input_shape: Sequence[int]) -> list[_Call]:
+    """Every run of every module that takes and gives a tensor, on fake tensors."""
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            calls.append(_Call(module, args[0].shape, output.shape))
+
+    def hook(shadow: nn.Module) -> None:
+        calls.clear()  # of a first run that code which depends on values has broken off
+        for module in shadow.modules():
+            module.register_forward_hook(note)
+
+    run_fake(model, input_shape, batch=1, change=hook)
+    return calls
+
+
+def _elements(calls: Sequence[_Call], kind: type[nn.Module]) -> int:
+    return sum(call.output.numel() for call in calls if isinstance(call.module, kind))
+
+
+def _convolutions(calls: Sequence[_Call]) -> int:
+    return sum(call.output.numel() * call.module.weight[0].numel() for call in calls if isinstance(call.module, nn.Conv2d))
+
+
+def _weights(calls: Sequence[_Call]) -> int:
+    return sum(call.module.weight.numel() for call in calls if isinstance(call.module, nn.Linear))
+
+
+def _biases(calls: Sequence[_Call]) -> int:
+    linear = [call.module for call in calls if isinstance(call.module, nn.Linear)]
+    return sum(module.bias.numel() for module in linear if module.bias is not None)
+
+
+def _pooled(calls: Sequence[_Call]) -> int:
+    """What pooling reads: k*k for each element it makes."""
+    total = 0
+    for call in calls:
+        if isinstance(call.module, nn.MaxPool2d | nn.AvgPool2d):
+            size = call.module.kernel_size
+            total += call.output.numel() * (size * size if isinstance(size, int) else size[0] * size[1])
+        elif isinstance(call.module, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+            total += call.image.numel()
+    return total
+
+
+def _rectified_sums(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Elements of nn.ReLU modules where they read a sum."""
+    graph = trace(model, input_shape, batch=1)
+    total = 0
+    for node in graph.nodes:
+        if operation(node) in ("relu", "relu_") and isinstance(model.get_submodule(graph.owners[node]), nn.ReLU):
+            source: Any = node.args[0]
+            total += node.meta["val"].numel() if operation(source) in ("add", "add_") else 0
+    return total

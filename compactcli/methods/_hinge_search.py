@@ -1,0 +1,338 @@
+"""The search of hinge: proximal gradient on the groups of matrices while the network trains, until enough of them are nothing.
+
+A matrix A is what a layer's kernel W = A W' is made with (`Product`), or a 1x1 convolution or linear layer that is one
+already. A group is what of the matrices belongs to one thing that may go: a column of A makes a channel, a row of A reads
+one dimension of the layer's rank, the rows of the 1x1 convolutions behind a bottleneck's 3x3 read one of its channels, and
+where a grouped convolution ties channels, all that makes and reads them is one group. Li et al., CVPR 2020 (Hinge), section 3.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..budget import Budget, Floats, Layer
+from ..channels import Channels, Ids
+from ..proximal import OPERATORS, STEPS
+from . import Progress
+
+if TYPE_CHECKING:
+    from .hinge import Options
+
+Init = Literal["svd2", "svd", "p-identity", "p-random", "disturbed-uniform", "disturbed-normal"]
+
+PULL = 2.0  # how much faster than the way to zero asks for, for the gradient pulls back
+DONE_BY = 0.8  # share of the search by which what is too much shall be gone
+NOISE = 0.05  # of the disturbed starts
+MOMENTUM = 0.9  # of the running ratio of gradients
+MOST = 9 / 5  # that ratio, and the inverse of the least
+EXPONENT = 1.35  # of that ratio in the learning rate
+
+Constants = dict[str, float | str | bool]
+
+# Of the paper's runs on CIFAR, from the authors' scripts (there --lr 0.1, batches of 64). Lengths are per matrix: theirs are of
+# all matrices together but in the two plain ResNets. Other than there, the threshold is a share of the mean norm at the start,
+# survivors are chosen by squared norms per cost, and a block's two matrices need not keep as many groups as each other.
+_RESNET = {"mode": "decompose", "adjust": True, "anneal": 2.0}
+_OWN: dict[str, Any] = {
+    "resnet20": _RESNET | {"anneal_first": 20.0, "anneal_second": 15.0},
+    "resnet20-cifar100": _RESNET | {"anneal_first": 30.0, "anneal_second": 25.0},
+    "resnet56": _RESNET | {"anneal_first": 10.0, "anneal_second": 5.0, "factor": 4e-4, "regularizer": "l1/2"},
+    "resnet164": {"mode": "prune", "adjust": True, "threshold": 1e-3},
+    "resnext20": {"mode": "prune", "anneal": 2.0, "anneal_first": 75 / 6, "anneal_second": 60 / 6},
+    "resnext164": {"mode": "prune"},
+    "densenet": {"mode": "decompose", "threshold": 1e-3},
+    "vgg16": {"anneal": 2.0, "anneal_first": 400 / 12, "anneal_second": 200 / 12, "threshold": 5e-2, "balance": False},
+    "wrn": {"adjust": True, "anneal": 2.0, "anneal_first": 400 / 6, "anneal_second": 350 / 6}
+    | {"factor": 4e-4, "init": "p-identity", "balance": False},
+}
+_ALL: dict[str, Any] = {"factor": 2e-4, "others": 0.01, "floor": 0.2, "stop": 0.1, "pace": False, "by": "norm"}
+PRESETS: dict[str, Constants] = {name: {**_ALL, **own} for name, own in _OWN.items()}
+
+
+class Product(nn.Module):
+    """A kernel as a product: weight (o, i, k, k) = A (o, r) times W' (r, i, k, k)."""
+
+    def __init__(self, init: Init, generator: torch.Generator) -> None:
+        super().__init__()
+        self.init, self.generator = init, generator
+
+    def forward(self, matrix: Tensor, filters: Tensor) -> Tensor:
+        with torch.autocast(matrix.device.type, enabled=False):
+            return (matrix @ filters.flatten(1)).view(len(matrix), *filters.shape[1:])
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A and W' for a kernel: with every start their product is the kernel.
+
+        svd2: W' = the right singular vectors, A = U S, so that the rows of A are as long as the singular values. svd: W' =
+        S V, A = U. p-identity: A = 1. p-random: A is Xavier normal. disturbed: A = 1 + noise, its columns of length 1.
+        """
+        matrix = weight.flatten(1).double()  # (o, i*k*k)
+        o = len(matrix)
+        if self.init in ("svd2", "svd"):
+            U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+            A, filters = (U * S, V) if self.init == "svd2" else (U, S[:, None] * V)
+        else:
+            normal = torch.randn(o, o, generator=self.generator, dtype=torch.float64)
+            uniform = 2 * torch.rand(o, o, generator=self.generator, dtype=torch.float64) - 1
+            identity = torch.eye(o, dtype=torch.float64)
+            noisy = identity + NOISE * (uniform if self.init == "disturbed-uniform" else normal)
+            disturbed = noisy / noisy.norm(dim=1, keepdim=True)
+            A = {"p-identity": identity, "p-random": normal / o**0.5}.get(self.init, disturbed).to(weight.device)
+            filters = torch.linalg.solve(A, matrix)
+        return A.to(weight.dtype), filters.view(-1, *weight.shape[1:]).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """One axis of a parameter, along which its slices belong to groups."""
+
+    parameter: str
+    axis: int
+    of: Tensor  # the number of each position's group; the count of groups where it is in none
+    outer: bool  # whether its layer makes what other layers make as well: the last of a residual block
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What may go from one family of alike channels, or of one layer's rank."""
+
+    count: int
+    carriers: tuple[Carrier, ...]
+    family: int | None = None  # index into the budget's families
+    layer: int | None = None  # index into the budget's layers
+
+    @property
+    def outer(self) -> bool:
+        """Whether its matrix, or the first of them, is the last of a residual block."""
+        return self.carriers[0].outer
+
+    def norms(self, model: nn.Module) -> Tensor:
+        """The norm of every group (count,)."""
+        energy = torch.zeros(())
+        for carrier in self.carriers:
+            weight = model.get_parameter(carrier.parameter).detach()
+            energy = energy.to(weight.device) + self._energies(weight, carrier)
+        return energy.sqrt()
+
+    def slopes(self, model: nn.Module) -> Tensor:
+        """The norm of every group's gradient (count,)."""
+        weights = [(model.get_parameter(carrier.parameter), carrier) for carrier in self.carriers]
+        energies = [self._energies(weight if weight.grad is None else weight.grad, carrier) for weight, carrier in weights]
+        return torch.stack(energies).sum(0).sqrt()
+
+    def _energies(self, weight: Tensor, carrier: Carrier) -> Tensor:
+        energy = weight.float().square().transpose(0, carrier.axis).flatten(1).sum(1)
+        return energy.new_zeros(self.count + 1).index_add_(0, carrier.of.to(energy.device), energy)[:-1]
+
+    def scale_(self, model: nn.Module, factors: Tensor) -> None:
+        """Multiply every group with its factor (count,), in place."""
+        every = torch.cat([factors, factors.new_ones(1)])
+        for carrier in self.carriers:
+            weight = model.get_parameter(carrier.parameter).data
+            shape = [-1 if axis == carrier.axis else 1 for axis in range(weight.ndim)]
+            weight.mul_(every[carrier.of.to(weight.device)].to(weight.dtype).view(shape))
+
+
+def attach_(
+    model: nn.Module, channels: Channels, budget: Budget, eligible: Sequence[int], mode: str, init: Init
+) -> tuple[list[str], list[Groups]]:
+    """Give the layers that need one a matrix of their own; (those layers, all groups).
+
+    `eligible` are the layers that may be decomposed, as indices into the budget's.
+    """
+    products: dict[str, Layer] = {}
+    found: list[Groups] = []
+    matrices: set[str] = set()  # the layers that are one themselves
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    eligible = [index for index in eligible if holders[id(model.get_parameter(budget.layers[index].weight))] == 1]  # none is tied
+    decomposable = {budget.layers[index].name for index in eligible}
+    for index, family in enumerate(budget.families if mode != "decompose" else ()):
+        axes = {axis for axis, _ in family.axes}
+        makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
+        readers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
+        single = [layer for layer in makers if layer.groups == 1]
+        if len(single) != 1 or len(family.sets) < 2:
+            continue
+        maker, pointwise = single[0], [layer for layer in readers if layer.shape[2:] == (1, 1)]
+        sides = [(maker, maker.out_axis)]
+        if len(makers) > 1:  # with what a grouped convolution makes of them
+            sides += [(layer, layer.in_axis) for layer in pointwise]
+        elif maker.kernel > 1 and readers and len(pointwise) == len(readers):
+            sides = [(layer, layer.in_axis) for layer in pointwise]
+        elif maker.kernel > 1 and maker.name in decomposable:
+            products[maker.name] = maker
+        matrices |= {layer.name for layer, _ in sides} - products.keys()
+        carriers = []
+        for layer, axis in sides:
+            name = _matrix(layer) if layer.name in products else layer.weight
+            numbers = _numbered(channels, channels.axes[layer.weight, axis], family.sets)
+            carriers.append(Carrier(name, axis, numbers, _is_outer(channels, budget, layer)))
+        found.append(Groups(len(family.sets), tuple(carriers), family=index))
+    for index in eligible if mode != "prune" else ():
+        layer = budget.layers[index]
+        if layer.name not in matrices:
+            products[layer.name] = layer
+            rank = min(layer.shape[0], layer.shape[1] * layer.kernel) if init.startswith("svd") else layer.shape[0]
+            carrier = Carrier(_matrix(layer), 1, torch.arange(rank), _is_outer(channels, budget, layer))
+            found.append(Groups(rank, (carrier,), layer=index))
+    generator = torch.Generator().manual_seed(0)
+    for name in products:
+        parametrize.register_parametrization(model.get_submodule(name), "weight", Product(init, generator))
+    return list(products), found
+
+
+def detach_(model: nn.Module, layers: Sequence[str]) -> None:
+    """Leave the layers plain, with the kernels that they had."""
+    for name in layers:
+        module = model.get_submodule(name)
+        parametrize.remove_parametrizations(module, "weight")
+        for other in [own for own in module._parameters if own != "weight"]:  # the weight is first again
+            module._parameters[other] = module._parameters.pop(other)
+
+
+def paces(matrix: Tensor, filters: Tensor) -> tuple[float, float]:
+    """Learning rates of A (o, r) and W' (r, i, k, k) at which a step moves A W' about as far as it would a plain kernel."""
+    one, other = (float(torch.linalg.matrix_norm(factor.detach().flatten(1).float(), 2)) for factor in (matrix, filters))
+    return 1 / max(other, 1e-3) ** 2, 1 / max(one, 1e-3) ** 2
+
+
+def _matrix(layer: Layer) -> str:
+    return f"{layer.name}.parametrizations.weight.original0"
+
+
+def _is_outer(channels: Channels, budget: Budget, layer: Layer) -> bool:
+    own = set(channels.axes[layer.weight, layer.out_axis].tolist())
+    others = (other for other in budget.layers if other.groups == 1 and other != layer)
+    return any(own & set(channels.axes[other.weight, other.out_axis].tolist()) for other in others)
+
+
+def _numbered(channels: Channels, positions: Ids, sets: Ids) -> Tensor:
+    """For every position of an axis the place of its set among `sets`; their count where it is none of them."""
+    place = np.full(channels.count, len(sets))
+    place[sets] = np.arange(len(sets))
+    return torch.from_numpy(place[positions])
+
+
+class Search:
+    """Where a search stands: how hard it draws, and how far it is from its target."""
+
+    def __init__(self, model: nn.Module, found: Sequence[Groups], budget: Budget, options: "Options") -> None:
+        self.found, self.budget, self.options = list(found), budget, options
+        self.operator, self.least = OPERATORS[options.regularizer], STEPS[options.regularizer]
+        means = torch.stack([each.norms(model).mean().double() for each in found]).clamp_min(1e-30)
+        self.means = means if options.balance else means.mean().expand_as(means).clone()
+        self.reach = torch.inf  # the relative norm up to which groups must go for the target
+        self.ratio = 0.0  # of inner matrices' gradients to the outer ones'; 0: not known yet
+        self.speed = 0.0  # of the relative norms, per step
+
+    def parameter_groups(self, model: nn.Module, divided: Sequence[str]) -> list[dict[str, Any]]:
+        """The matrices, at the run's learning rate, and all else at its share of it; factors of divided layers at their paces."""
+        others = self.options.others
+        left = dict(model.named_parameters())
+        groups: list[dict[str, Any]] = []
+        for layer in divided:
+            matrix, filters = (left.pop(f"{layer}.parametrizations.weight.original{number}") for number in (0, 1))
+            first, second = paces(matrix, filters) if self.options.pace else (1.0, 1.0)
+            groups += [{"params": [matrix], "pace": first}, {"params": [filters], "rate": others, "pace": second}]
+        whole = [left.pop(name) for outer in (False, True) for name in self.carriers(outer=outer) if name in left]
+        return [{"params": whole}, {"params": list(left.values()), "rate": others}, *groups]
+
+    def carriers(self, *, outer: bool) -> list[str]:
+        """The matrices' parameters, those of the last layers of residual blocks or the others."""
+        carriers = (carrier for each in self.found for carrier in each.carriers)
+        return list(dict.fromkeys(carrier.parameter for carrier in carriers if carrier.outer == outer))
+
+    def adjust(self, model: nn.Module) -> None:
+        """Let the outer matrices learn as fast as the inner ones, by the running ratio of their gradients.
+
+        Only their gradients are scaled, not the learning rates of all others (the authors' p1), so it is for sgd; and the
+        ratio is smoothed, which theirs hardly is.
+        """
+        inner, outer = (sum(float(e.slopes(model).sum()) for e in self.found if e.outer == side) for side in (False, True))
+        if not inner or not outer:
+            return
+        now = inner / outer
+        self.ratio = min(max(MOMENTUM * self.ratio + (1 - MOMENTUM) * now if self.ratio else now, 1 / MOST), MOST)
+        for name in self.carriers(outer=True):
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            gradient.mul_(self.ratio**EXPONENT)
+
+    def step(self, model: nn.Module, progress: Progress) -> None:
+        """The proximal step behind the optimizer's."""
+        norms = [each.norms(model) for each in self.found]
+        factor = self.options.factor / self.annealed(norms)
+        if not factor:
+            self.look(norms, progress)
+        level = self.reach
+        if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
+            level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
+        for each, own, mean in zip(self.found, norms, self.means.tolist(), strict=True):
+            t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[0]
+            if not factor:
+                t = self.least(level * mean, self.speed * mean)
+            if t > 0:
+                each.scale_(model, self.operator(own, t))
+
+    def annealed(self, norms: Sequence[Tensor]) -> float:
+        """What a given factor is divided by, as the norms of the inner matrices fall."""
+        options = self.options
+        if not options.factor or not options.anneal:
+            return 1.0
+        inner = [own.sum() for each, own in zip(self.found, norms, strict=True) if not each.outer]
+        length = float(torch.stack(inner or [own.sum() for own in norms]).mean())
+        return float(options.anneal ** ((length <= options.anneal_first) + (length <= options.anneal_second)))
+
+    def look(self, groups: Sequence[Tensor], progress: Progress) -> None:
+        """How far the groups are from the target, and how fast they must go to be there in time."""
+        norms = self.relative(groups)
+        candidates = np.unique(np.concatenate([[0.0], *norms]))
+        low, high = 0, len(candidates) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.cost(norms, float(candidates[middle])) <= self.budget.target:
+                high = middle
+            else:
+                low = middle + 1
+        self.reach = float(candidates[high])
+        steps = progress.step / progress.share if progress.share else torch.inf  # of the whole search
+        wanted = self.reach * min(PULL / max((DONE_BY - progress.share) * steps, 1.0), 1.0)
+        self.speed = min(wanted, self.options.speed)
+
+    def relative(self, norms: Sequence[Tensor]) -> list[Floats]:
+        """The norms of every family's and layer's groups, as shares of the mean that they began with."""
+        return [(own.double().cpu() / mean).numpy() for own, mean in zip(norms, self.means.tolist(), strict=True)]
+
+    def norms(self, model: nn.Module) -> list[Floats]:
+        """The same, as they are now."""
+        return self.relative([each.norms(model) for each in self.found])
+
+    def cost(self, norms: Sequence[Floats], threshold: float) -> float:
+        """What the network costs with the groups above the threshold, and the floor of each; no weight is touched."""
+        along, ranks = self.budget.along(), self.budget.ranks()
+        for each, own in zip(self.found, norms, strict=True):
+            kept = max(int((own > threshold).sum()), int(np.ceil(self.options.floor * each.count)), 1)
+            if each.family is not None:
+                along -= (each.count - kept) * self.budget.per_set[each.family]
+            else:
+                ranks[each.layer] = kept
+        decomposed = np.where(ranks <= self.budget.most_ranks(along), ranks, np.inf)
+        return float(self.budget.cost(along, decomposed))
+
+    def done(self, model: nn.Module) -> bool:
+        """Whether what is left without the groups below the threshold costs at most that much more than the target."""
+        most = self.budget.target + self.options.stop * self.budget.original
+        return self.cost(self.norms(model), self.options.threshold) <= most
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"means": self.means, "standing": torch.tensor([self.reach, self.ratio, self.speed], dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.means = state["means"].clone()
+        self.reach, self.ratio, self.speed = state["standing"].tolist()
