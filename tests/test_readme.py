@@ -80,6 +80,11 @@ def _coverage_row(peer):
     return [*(peer[key] for key in ("runs", "same_outputs", "law", "train")), f"{100 * peer['cnns_mean_free']:.0f} %"]
 
 
+def test_the_time_of_a_search_step_holds_the_results():
+    found = json.loads((RESULTS / "search_speed.json").read_text())
+    assert f"A step of a search takes {found['ratio']:.2f} times a plain step" in " ".join(README.split())
+
+
 def test_the_figures_of_training_hold_the_results():
     networks = json.loads((RESULTS / "train_speed.json").read_text())["networks"]
     rows = next(network["contenders"] for network in networks if network["network"] == "resnet20")
@@ -87,4 +92,6 @@ def test_the_figures_of_training_hold_the_results():
         (row,) = [row for row in rows if row["contender"] == contender]
         assert f"{row['images_per_second']:,.0f}" in README
     recovered = json.loads((RESULTS / "recover-resnet20.json").read_text())["rows"]
-    assert all(f"{recovered[contender]['after']:.2f} %" in README for contender in ("ours", "peer"))
+    flags = "--distill-weight 0.9"
+    assert f"recover {flags}" in README
+    assert all(f"{recovered[f'{contender} {flags}']['after']:.2f} %" in README for contender in ("ours", "peer", "control"))
