@@ -138,7 +138,7 @@ def _searched_(
 ) -> None:
     """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
     check(network, search.dataset, search.teacher)
-    identity = {"method": repr(method.options), "target": [budget.of, budget.target], **search.identity}
+    identity = {**search.identity, "options": repr(method.options), "target": [budget.of, budget.target]}
     store = None
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)

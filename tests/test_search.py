@@ -413,7 +413,7 @@ def test_a_resumed_search_equals_an_unbroken_one(options, tmp_path):
 def test_another_search_is_refused(tmp_path):
     with pytest.raises(DeadError):
         run(tmp_path, die_at=6)
-    with pytest.raises(file.CompactError, match=r"the run there has method .*; give the same flags"):
+    with pytest.raises(file.CompactError, match=r"the run there has options .*; give the same flags"):
         run(tmp_path, "regularizer=l0", resume=True)
 
 
@@ -532,7 +532,7 @@ def test_a_killed_command_goes_on_in_either_stage(stages, unbroken, tmp_path):
             begun, epochs = (begun + 1, 0) if line.startswith("before training") else (begun, epochs + line.startswith("epoch"))
         process.kill()
     refused = subprocess.run(command(tmp_path, *flags, *other, "--resume"), capture_output=True, text=True, check=False)
-    assert (refused.returncode, "give the same flags" in refused.stderr) == (1, True)
+    assert (refused.returncode, "the run there has ratio 0.6, this one 0.5" in refused.stderr) == (1, True)
     done = subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, text=True)
     assert "resumed at step" in done.stderr
     assert (tmp_path / "out").read_bytes() == (unbroken / "out").read_bytes()

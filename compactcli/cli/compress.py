@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -133,7 +133,8 @@ def command(
         dataset = None if no_calibrate else open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
         say = partial(note, quiet=quiet)
         guide = None if not trains or (fresh and teacher is None) else _teacher(network, teacher, arch)
-        identity = {"compression": [network.sha256, method, repr(options), repr(target), limit, searching.identity()]}
+        identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
+        identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
         left = _compressed(kept, network, arch) if resume and kept is not None and kept.exists() else None
         network = left or network
 
@@ -149,7 +150,7 @@ def command(
                     search = Search(dataset, searching, guide, kept, resume, watch, identity)
                 means = {"calibration": calibration, "search": search, "seed": seed}
                 compress(network, method, chosen, target, **means, log=say, progress=advance)  # type: ignore[arg-type]
-        spare = None if time_limit is None else time_limit - (time.perf_counter() - started)  # it is of both together
+        spare = distributed.shared(time_limit and time_limit - (time.perf_counter() - started))  # it is of both together
         if spare is not None and spare <= 0 and finetune_epochs:
             say("the time is up before fine-tuning; --resume goes on")
         elif finetune_epochs and dataset is not None:
