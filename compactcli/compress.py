@@ -25,6 +25,7 @@ from .train import fit_
 
 # `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
 ROUND = {"cpu": 16, "cuda": None}
+SLOWER = 10  # what fine-tuning's learning rate is divided by in a search: at more, the noise of training outgrows what is drawn
 PROBES = 8  # random images on which the error of a step is measured where there are no real ones
 
 

@@ -518,6 +518,7 @@ def test_a_search_and_fine_tuning_in_one_command(unbroken):
     assert [step.command for step in one.recipe.steps] == ["compress", "finetune"]
     assert one.recipe.steps[0].options["search"]["teacher"] == one.recipe.steps[1].options["teacher"] == "net.pt"
     assert one.recipe.source.measures.accuracy is not None
+    assert (one.recipe.steps[0].options["search"]["lr"], one.recipe.steps[1].options["lr"]) == (0.005, 0.05)
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -43,7 +43,10 @@ def command(
     download: common.Download = False,
     limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Use the weights alone, whatever --data says.")] = False,
-    lr: training.LearningRate = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate. [default: 0.05 for sgd, 0.001 for adamw; a tenth of it in a search]"),
+    ] = None,
     weight_decay: training.WeightDecay = 1e-4,
     optimizer: training.Optimizer = "sgd",
     schedule: Annotated[
@@ -95,7 +98,7 @@ def command(
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
     from .. import artefact, distributed, optim
-    from ..compress import Calibration, Search, Target, compress
+    from ..compress import SLOWER, Calibration, Search, Target, compress
     from ..data import sample
     from ..finetune import finetune
     from ..history import Watch
@@ -114,8 +117,9 @@ def command(
             distill_weight=distill_weight, temperature=temperature, save_every=save_every, time_limit=time_limit, seed=seed,
             device=own_device, precision=precision, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
-        searching = plan(epochs=epochs, schedule=schedule or "constant")  # type: ignore[arg-type]
         finetuning = plan(epochs=finetune_epochs, schedule=schedule or "cosine")  # type: ignore[arg-type]
+        slow = lr if lr is not None else finetuning.peak_lr / SLOWER
+        searching = replace(finetuning, epochs=epochs, schedule=schedule or "constant", lr=slow)  # type: ignore[arg-type]
         quiet = quiet or not distributed.is_main()
         source = "-" if fresh else streams.model_source(model)
         named = arch.rpartition(":")[2] if fresh and arch else source
