@@ -55,9 +55,9 @@ def finetune(
     """Train the network in place on the training images; the same network, one step on, with its test accuracy.
 
     A network that was trained on the same images before does too well on those held out: `keep="last"` judges by none.
-    The run is kept in the file `kept` until it ends, and with `resume` goes on from there, where all is the same and
-    whatever else `identity` names. Of many processes only the main
-    one has the step and the accuracy. Raises CompactError if the data does not fit the network, or the teacher does not.
+    The run is kept in the file `kept` until it ends, and with `resume` goes on from there, if all is the same that makes it
+    and that `identity` names. Of many processes only the main one has the step and the accuracy.
+    Raises CompactError if the data does not fit the network, or the teacher does not.
     """
     watch = watch or Watch()
     check(network, dataset, teacher)

@@ -97,7 +97,7 @@ def command(
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
-    from .. import artefact, distributed, optim
+    from .. import distributed, optim
     from ..compress import SLOWER, Calibration, Search, Target, compress
     from ..data import sample
     from ..finetune import finetune
@@ -163,12 +163,7 @@ def command(
                 watch = Watch(say, advance, training.history_writer(history, "finetune", after="search" if epochs else None))
                 run = {"keep": keep, "kept": kept, "resume": left is not None, "identity": identity}
                 finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)  # type: ignore[arg-type]
-        if not distributed.is_main():
-            return
-        size = artefact.save(network, destination)
-        note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
-        if kept is not None and not time_limit:
-            kept.unlink(missing_ok=True)
+        training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
 
 
 def _compressed(kept: Path, network: "Network", arch: str | None) -> "Network | None":

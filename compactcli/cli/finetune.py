@@ -112,9 +112,4 @@ def command(
         with common.progress_bar(quiet, "images") as advance:
             watch = Watch(say, advance, training.history_writer(history))
             finetune(network, dataset, settings, teacher=guide, keep=keep, kept=kept, resume=resume, watch=watch)  # type: ignore[arg-type]
-        if not distributed.is_main():
-            return
-        size = artefact.save(network, destination)
-        note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
-        if kept is not None and not time_limit:
-            kept.unlink(missing_ok=True)
+        training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)

@@ -13,6 +13,7 @@ from ..errors import CompactError, UsageError
 from .common import note
 
 if TYPE_CHECKING:
+    from ..artefact import Network
     from ..history import EpochRecord
 
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 0.05 for sgd, 0.001 for adamw]")]
@@ -71,6 +72,18 @@ def run_file(
             f"{kept.name}: " + ("not there; beginning anew" if resume else "replaced; --resume would have gone on with it"), quiet
         )
     return kept
+
+
+def write(network: "Network", destination: str, kept: Path | None, *, unfinished: bool, quiet: bool) -> None:
+    """Write the network and remove the run's file, unless there is more to go on with; in the main process alone."""
+    from .. import artefact, distributed
+
+    if not distributed.is_main():
+        return
+    size = artefact.save(network, destination)
+    note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+    if kept is not None and not unfinished:
+        kept.unlink(missing_ok=True)
 
 
 def _beside(destination: str) -> Path:

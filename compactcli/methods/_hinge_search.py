@@ -122,9 +122,12 @@ class Groups:
 
     def slopes(self, model: nn.Module) -> Tensor:
         """The norm of every group's gradient (count,)."""
-        weights = [(model.get_parameter(carrier.parameter), carrier) for carrier in self.carriers]
-        energies = [self._energies(weight if weight.grad is None else weight.grad, carrier) for weight, carrier in weights]
-        return torch.stack(energies).sum(0).sqrt()
+        energy = torch.zeros(self.count)
+        for carrier in self.carriers:
+            gradient = model.get_parameter(carrier.parameter).grad
+            if gradient is not None:
+                energy = energy.to(gradient.device) + self._energies(gradient, carrier)
+        return energy.sqrt()
 
     def _energies(self, weight: Tensor, carrier: Carrier) -> Tensor:
         energy = weight.float().square().transpose(0, carrier.axis).flatten(1).sum(1)
@@ -261,8 +264,8 @@ class Search:
         self.ratio = min(max(MOMENTUM * self.ratio + (1 - MOMENTUM) * now if self.ratio else now, 1 / MOST), MOST)
         for name in self.carriers(outer=True):
             gradient = model.get_parameter(name).grad
-            assert gradient is not None
-            gradient.mul_(self.ratio**EXPONENT)
+            if gradient is not None:
+                gradient.mul_(self.ratio**EXPONENT)
 
     def step(self, model: nn.Module, progress: Progress) -> None:
         """The proximal step behind the optimizer's."""
