@@ -141,15 +141,21 @@ def split_validation(split: Split, share: float, seed: int) -> tuple[Split, Spli
     return split.subset(rest.nonzero().flatten()), split.subset(held_out, name="val")
 
 
+def training_images(dataset: Dataset) -> Split:
+    """All of them. Raises CompactError if there are none."""
+    if dataset.train is None:
+        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
+    return dataset.train
+
+
 def training_parts(dataset: Dataset, share: float, limit: int, seed: int) -> tuple[Split, Split]:
     """(training, validation) images, both from the training images: that share of them, at most `limit`, are held out.
 
     Raises CompactError if there are no training images or labels, or too few.
     """
-    if dataset.train is None:
-        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
-    labels_of(dataset.train)
-    training, validation = split_validation(dataset.train, min(share, limit / len(dataset.train)), seed)
+    images = training_images(dataset)
+    labels_of(images)
+    training, validation = split_validation(images, min(share, limit / len(images)), seed)
     least = 2 * world_size()
     if len(training) < least:
         count = f"{len(training)} image{'s' * (len(training) != 1)}"

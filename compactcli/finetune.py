@@ -109,8 +109,7 @@ def finetune(
 def check(network: Network, dataset: data.Dataset, teacher: Network | None) -> None:
     """Raise CompactError if the data has no training images or does not fit the network, or the teacher does not."""
     data.check_classes(dataset, network.num_classes)
-    if dataset.train is None:
-        raise CompactError(f"the data {dataset.name} has no training images; wanted train/ with a folder per class")
+    data.training_images(dataset)
     if teacher is not None and (teacher.num_classes, teacher.input_shape) != (network.num_classes, network.input_shape):
         raise CompactError(
             f"the teacher {teacher.name} has {teacher.num_classes} classes and input {teacher.input_shape}, "
@@ -130,10 +129,9 @@ def kept_run(
 
     `more` is what else must be the same for it to go on.
     """
-    assert dataset.train is not None
     identity = {
         **settings.identity(),
-        "data": [dataset.name, len(dataset.train)],
+        "data": [dataset.name, len(data.training_images(dataset))],
         "teacher": None if teacher is None else teacher.sha256,
         "network": hashlib.sha256(network.recipe.dumps().encode()).hexdigest(),
         **(more or {}),

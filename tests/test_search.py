@@ -302,6 +302,14 @@ def test_a_search_that_is_too_short_does_no_harm():
     assert report.evaluate(one, digits).accuracy.top1 > before - 3
 
 
+def test_a_matrix_without_a_gradient_has_no_slope():
+    model = small()
+    method = begun(model, "adjust=true", "mode=decompose")
+    assert all(not each.slopes(model).any() for each in method.search.found)
+    method.regularise(model, Progress(0, 0, 0.0, (0.1,)))
+    assert method.search.ratio == 0
+
+
 # What it costs is followed from the norms
 
 

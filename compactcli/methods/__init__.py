@@ -44,7 +44,6 @@ class Method:
 
     Options: ClassVar[type] = NoOptions
     of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")  # what --ratio may be of; the first is the default
-
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by the option "preset": values for what is not set otherwise
 
     def __init__(self, options: Any = None) -> None:
