@@ -14,7 +14,7 @@ one that the budget counts, or an estimate of the time that the network takes.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
 
 LANDING = 0.01  # of the original's cost: so near to the target rounding may be, where nobody asked for it
+SEVERE = 0.1  # error, of the outputs' mean square deviation, from which on layers make good what went wrong before them
 VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
 
 # The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
@@ -300,8 +301,27 @@ class Budget:
         each = self._positions + WEIGHT_TIME  # the time of one weight
         return np.asarray(each * out * into / (each * (out + into) + self._positions * self._output_time))
 
-    def solve(self, dials: Sequence[Dial], price: Price = "cost") -> list[int]:
+    def left(self, lost: float = SEVERE) -> Floats:
+        """The share of each layer's error that is left where the layers behind are refitted, and the errors sum to `lost`.
+
+        Each of them makes good a part of what went wrong before it, which a sum of errors to first order does not know: the
+        worse, the more so. (On ResNet-20 for CIFAR-10 one over the number of layers from there on chose better networks at half
+        and at a quarter of the MACs; at 70 %, where the errors sum to 0.03, the plain sum did.)
+        """
+        share: Floats = np.arange(len(self.layers), 0, -1.0) ** -min(1.0, lost / SEVERE)
+        return share
+
+    def place(self, family: int | None, layer: int | None) -> int:
+        """The index of the layer that is changed: of a family the first that makes it."""
+        if layer is not None or family is None:
+            return layer or 0
+        axes = {axis for axis, _ in self.families[family].axes}
+        return next(index for index, layer in enumerate(self.layers) if (layer.weight, layer.out_axis) in axes)
+
+    def solve(self, dials: Sequence[Dial], price: Price = "cost", *, refitted: bool = False) -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.
+
+        With `refitted`, of what is left of the errors when the layers are refitted to images, one after another (`left`).
 
         Among candidates of equal cost, `price` "time" takes faster ones, at more error. A layer is
         decomposed only where that makes it faster (`most_rank`).
@@ -332,7 +352,13 @@ class Budget:
             else:
                 high, best = middle, state.values
         state.set(best)
-        return state.fill()
+        settings = state.fill()
+        if not refitted:
+            return settings
+        left = self.left(sum(float(dial.errors[n]) for dial, n in zip(dials, settings, strict=True)))
+        return self.solve(
+            [replace(dial, errors=left[self.place(dial.family, dial.layer)] * dial.errors) for dial in dials], price
+        )
 
 
 class _State:

@@ -1,6 +1,7 @@
 """The cost of a candidate is that of the network it becomes, and the search lands on the target without building any."""
 
 import copy
+import itertools
 import re
 
 import networks
@@ -211,6 +212,46 @@ def test_the_search_is_near_the_best_of_all_combinations():
         assert error <= 1.4 * min(fitting)
         hits += error <= 1.0001 * min(fitting)
     assert hits >= 15
+
+
+def test_what_is_left_of_an_error_falls_with_the_layers_behind_and_with_how_much_is_lost():
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
+    assert (task.left(0.0) == 1).all()
+    assert task.left().tolist() == pytest.approx([1 / count for count in range(len(task.layers), 0, -1)])
+    assert (task.left(5.0) == task.left()).all()
+    for less, more in itertools.pairwise(task.left(lost) for lost in (0.01, 0.03, 0.1)):
+        assert (np.diff(less) > 0).all()
+        assert less[-1] == more[-1] == 1
+        assert (more[:-1] < less[:-1]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_layers_that_are_refitted_are_cut_the_earlier_the_worse_the_cut(scale):
+    """Dials alike: where next to nothing is lost they are set alike, with refitting or without."""
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, ratio=0.5)
+    ranks = [index for index, layer in enumerate(task.layers) if layer.shape[:3] == (16, 16, 3)]
+    dials = [Dial(scale * np.linspace(1, 0, 17) ** 2, 1, 1, layer=index) for index in ranks]
+    task.target = 0.8 * task.original
+    plain, refitted = task.solve(dials), task.solve(dials, refitted=True)
+    assert cost_of(task, dials, refitted) <= task.target
+    assert max(plain) - min(plain) <= 1
+    if scale < 1:
+        assert refitted == plain
+    else:
+        assert refitted[0] < plain[0] < refitted[-1]
+        assert refitted == sorted(refitted)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "densenet_bc40_36"])
+def test_a_change_has_its_place_at_the_first_layer_that_it_changes(name):
+    task, _ = plan(named(f"cifar:{name}"), CIFAR_SHAPE)
+    for index in range(len(task.layers)):
+        assert task.place(None, index) == index
+    for index, family in enumerate(task.families):
+        makers = {axis[0] for axis, _ in family.axes if axis[1] == 0}
+        layer = task.layers[task.place(index, None)]
+        assert layer.weight in makers
+        assert not any(before.weight in makers for before in task.layers[: task.place(index, None)])
 
 
 def test_more_budget_is_never_more_error():

@@ -165,18 +165,18 @@ class Hinge(Method):
         self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, searches: bool
     ) -> tuple[list[int], list[tuple[Layer, int]]]:
         """The sets to remove, and the ranks of the layers to decompose."""
-        images = searches or moments is not None
+        images, refitted = searches or moments is not None, moments is not None
         favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
         price: Price = "time" if favour == "speed" else "cost"
         if self.norms is not None and self.options.by == "norm":
-            widths, ranks = self._by_norm(budget, self.norms)
+            (widths, ranks), refitted = self._by_norm(budget, self.norms), False
         else:
             mode = self.options.mode
             widths = _widths(model, channels, budget, moments, shared=favour == "speed") if mode != "decompose" else []
             ranks = _ranks(model, channels, budget, moments) if mode != "prune" else []
         dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
         dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
-        settings = budget.solve(dials, price)
+        settings = budget.solve(dials, price, refitted=refitted)
         orders = [order for _, order, _ in widths]
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
