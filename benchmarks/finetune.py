@@ -49,7 +49,7 @@ from torch import nn
 from compactcli import artefact, data, report
 from compactcli.artefact import Network
 from compactcli.budget import Floats
-from compactcli.compress import SLOWER, Calibration, Search, Target, compress
+from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.finetune import finetune, kept_run
 from compactcli.history import EpochRecord, Watch
 from compactcli.methods import Method, Progress, parse_options
@@ -219,9 +219,7 @@ def _compressed(run: Run, original: Network, dataset: data.Dataset, kept: Path, 
     assert dataset.train is not None
     one, epochs, search = copy.deepcopy(original), _Epochs(), None
     if run.contender != "calibrated":
-        slow = run.lr if run.lr is not None else run.settings(0).peak_lr / SLOWER
-        settings = run.settings(run.search_epochs, lr=slow, schedule="constant")  # as `compress` has it
-        search = Search(dataset, settings, original, kept, resume, epochs.watch())
+        search = Search(dataset, run.settings(run.search_epochs), original, kept, resume, epochs.watch())
     mode = "auto" if run.contender == "calibrated" else run.contender
     method = Hinge(parse_options(Hinge, [f"mode={mode}", *run.set]))
     calibration = Calibration(data.sample(dataset.train, IMAGES, run.seed), dataset.name)

@@ -28,6 +28,7 @@ from .graph import Graph, operation, per_image
 Of = Literal["macs", "params"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
 
+SCALED = ("cat", "relu", "relu_", "avg_pool2d", "max_pool2d_with_indices")  # what scales as its inputs do
 LANDING = 0.01  # of the original's cost: so near to the target rounding may be, where nobody asked for it
 SEVERE = 0.1  # error, of the outputs' mean square deviation, from which on layers make good what went wrong before them
 VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
@@ -52,6 +53,7 @@ class Layer:
     transposed: bool
     called: bool  # by its own module's forward, not by another that borrows the weight
     norm: str | None  # the batch normalisation that alone reads its output
+    normed: bool  # whether batch normalisations are all that reads its output, be it through the likes of a concatenation
 
     @property
     def out_axis(self) -> int:
@@ -111,6 +113,7 @@ def _costs(graph: Graph) -> tuple[list[Layer], int]:
             transposed=transposed,
             called=direct and graph.owners[node] == module,
             norm=norm and norm[0],
+            normed=_normed(node),
         )
     return list(found.values()), elsewhere
 
@@ -169,6 +172,17 @@ def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:
         return None
     mean: Any = reader.args[3]
     return (graph.tensors[mean].rpartition(".")[0], reader) if mean in graph.tensors else None
+
+
+def _normed(node: fx.Node) -> bool:
+    """Whether all that reads a value undoes its scaling, as batch normalisations in training do, or hands it on to such."""
+    readers = list(node.users)
+    for reader in readers:
+        if operation(reader) in SCALED:
+            readers += [each for each in reader.users if each not in readers]
+        elif "batch_norm" not in operation(reader):
+            return False
+    return bool(readers)
 
 
 @dataclass(frozen=True)

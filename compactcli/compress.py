@@ -25,7 +25,6 @@ from .train import fit_
 
 # `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
 ROUND = {"cpu": 16, "cuda": None}
-SLOWER = 10  # what fine-tuning's learning rate is divided by in a search: at more, the noise of training outgrows what is drawn
 PROBES = 8  # random images on which the error of a step is measured where there are no real ones
 
 
@@ -109,16 +108,21 @@ def compress(
         raise CompactError(
             f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
         )
+    batches = None
+    if calibration is not None:
+        batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
+    names = [layer.name for layer in budget.layers]
+
+    def moments() -> dict[str, calibrate.Moments] | None:
+        return None if batches is None else calibrate.moments(module, names, batches, seed=seed)
+
     if search is not None:
-        _searched_(network, method, channels, budget, search, log)
-    if calibration is None:
-        edits = method.finish(module, channels, budget, None)
+        _searched_(network, method, channels, budget, moments, search, log)
+    edits = method.finish(module, channels, budget, moments())
+    if calibration is None or batches is None:
         error = _edited_(module, edits, channels, shape)
         log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
     else:
-        batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
-        names = [layer.name for layer in budget.layers]
-        edits = method.finish(module, channels, budget, calibrate.moments(module, names, batches, seed=seed))
         original = copied(module)
         surgery.apply_checked_(module, edits, channels.consumed, shape)
         error = calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
@@ -135,7 +139,13 @@ def compress(
 
 
 def _searched_(
-    network: Network, method: Method, channels: Channels, budget: Budget, search: Search, log: Callable[[str], None]
+    network: Network,
+    method: Method,
+    channels: Channels,
+    budget: Budget,
+    moments: Callable[[], dict[str, calibrate.Moments] | None],
+    search: Search,
+    log: Callable[[str], None],
 ) -> None:
     """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
     check(network, search.dataset, search.teacher)
@@ -144,7 +154,7 @@ def _searched_(
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)
     hooks = [*attached(network.recipe, network.module), method]
-    method.start(network.module, channels, budget)
+    method.start(network.module, channels, budget, moments())
     try:
         fit_(
             network.module,

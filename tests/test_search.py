@@ -17,7 +17,7 @@ from test_resume import DeadError
 from test_train import same, weights
 from torch import Tensor, nn
 
-from compactcli import artefact, channels, data, measure, report, surgery, train
+from compactcli import artefact, calibrate, channels, data, measure, report, surgery, train
 from compactcli.architectures import get as architecture
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
@@ -134,10 +134,10 @@ def is_3x3(layer: nn.Module) -> bool:
 
 
 def carriers(name: str, mode: str = "auto", **kwargs: object) -> set[tuple[str, int]]:
-    """(layer, 0: columns of its matrix, 1: rows) of all that carries groups."""
+    """(layer, 0: columns of its matrix, 1: rows) of all matrices that carry groups."""
     model = named(name, **kwargs)
-    found = begun(model, f"mode={mode}").search.found
-    return {(c.parameter.split(".parametrizations")[0].removesuffix(".weight"), c.axis) for each in found for c in each.carriers}
+    all_of_them = [carrier for each in begun(model, f"mode={mode}").search.found for carrier in each.carriers]
+    return {(c.parameter.split(".parametrizations")[0].removesuffix(".weight"), c.axis) for c in all_of_them if c.is_matrix}
 
 
 def test_what_carries_groups_is_what_the_papers_networks_have():
@@ -210,10 +210,68 @@ def test_each_regularizer_gets_there_in_time(regularizer):
         assert (outputs(model, image)[0] - before).norm() < 0.02 * before.norm()
 
 
+@pytest.mark.parametrize("name", ["resnet20", "resnet164", "resnext20", "densenet_bc40_36", "vgg11"])
+def test_a_batch_norm_undoes_the_lengths_that_are_restored(name):
+    model = named(f"cifar:{name}").train()
+    image = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    found = begun(model).search.found
+    wanted = model(image).detach()
+    restored = [each for each in found if each.regrown(torch.ones(2), torch.tensor([1.0, 0.0])) > 1]
+    assert restored
+    for each in restored:
+        each.scale_(model, torch.ones(each.count), 3.0)
+    assert (model(image) - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_where_a_batch_norm_follows_a_step_keeps_the_length():
+    """Without that all groups shrink together, for no loss resists."""
+    model = small()
+    method = begun(model, "mode=decompose", "regularizer=l1")
+    before = [each.norms(model) for each in method.search.found]
+    for step in range(20):
+        method.project(model, Progress(step, 0, step / 100, (0.1,)))
+    for each, norms in zip(method.search.found, before, strict=True):
+        now = each.norms(model)
+        assert float(now.norm()) == pytest.approx(float(norms.norm()), rel=1e-3)
+        assert now.argsort().tolist() == norms.argsort().tolist()
+        assert (now / norms).max() > 1 > (now / norms).min()
+
+
+def test_norms_begin_as_the_error_per_cost_of_what_they_belong_to():
+    """The error of a rank is that of the change of the kernel without it, by the moments; that of a channel its consumers'."""
+    model = small()
+    graph = trace(model, (3, 32, 32))
+    sets = channels.find(graph, model)
+    budget = Budget(graph, sets, model, ratio=0.5)
+    pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batches = calibrate.Batches(pixels, PREPROCESSING, calibrate.value_bytes(graph))
+    moments = calibrate.moments(model, [layer.name for layer in budget.layers], batches)
+    widths = {family: (order, errors) for family, order, errors in file._widths(model, sets, budget, moments, shared=False)}
+    method = Hinge()
+    method.start(model, sets, budget, moments)
+    search, shares = method.search, []
+    assert np.concatenate(search.norms(model)).mean() == pytest.approx(1)
+    for each, norms, price in zip(search.found, search.norms(model), search.prices, strict=True):
+        if each.family is not None:
+            order, errors = widths[each.family]
+            lost = {number: errors[len(order) - 1 - place] - errors[len(order) - place] for place, number in enumerate(order)}
+            wanted = [lost[number] for number in budget.families[each.family].sets]
+        else:
+            layer = budget.layers[each.layer]
+            A, filters = (model.get_parameter(name).detach().flatten(1) for name in _hinge_search.factors(layer.name))
+            known = moments[layer.name]
+            changes = [torch.outer(A[:, rank], filters[rank]) for rank in range(each.count)]
+            wanted = [float((known.worth @ change @ known.inputs * change).sum()) for change in changes]
+            assert price == layer.positions * (layer.shape[0] + layer.shape[1] * layer.kernel)
+        share = budget.left()[budget.place(each.family, each.layer)]  # of the error, when all has been trained
+        shares.append(norms**2 * price / (share * np.array(wanted)))
+    assert np.concatenate(shares) == pytest.approx(float(shares[0][0]), rel=1e-2)
+
+
 def test_the_factor_that_is_given_is_the_papers_step():
     """t = factor times the matrix's own mean norm at the start times the matrices' learning rate."""
     model = small()
-    method = begun(model, "factor=0.3", "mode=decompose")
+    method = begun(model, "factor=0.3", "mode=decompose", "regularizer=l1")
     search = method.search
     before = [each.norms(model).clone() for each in search.found]
     method.project(model, Progress(1, 0, 0.5, (0.2, 0.1)))
@@ -223,7 +281,7 @@ def test_the_factor_that_is_given_is_the_papers_step():
 
 def test_without_balance_all_matrices_are_drawn_alike():
     model = small()
-    method = begun(model, "factor=0.3", "mode=decompose", "balance=false")
+    method = begun(model, "factor=0.3", "mode=decompose", "balance=none", "regularizer=l1")
     before = [each.norms(model).clone() for each in method.search.found]
     method.project(model, Progress(1, 0, 0.5, (0.2, 0.1)))
     for each, norms in zip(method.search.found, before, strict=True):
@@ -422,7 +480,7 @@ def test_another_search_is_refused(tmp_path):
     with pytest.raises(DeadError):
         run(tmp_path, die_at=6)
     with pytest.raises(file.CompactError, match=r"the run there has options .*; give the same flags"):
-        run(tmp_path, "regularizer=l0", resume=True)
+        run(tmp_path, "regularizer=l1", resume=True)
 
 
 @pytest.mark.parametrize("options", [(), ("mode=prune",), ("mode=prune", "by=norm"), ("by=norm", "floor=0.5")])
@@ -480,6 +538,15 @@ def test_a_search_ends_when_there_is_nothing_left_to_do():
     assert len(history.epochs) == 2
 
 
+def test_it_goes_on_to_its_last_epoch_unless_told_otherwise():
+    """What is left when all is gone that shall go gets over it, as the learning rate falls."""
+    model = small()
+    method = begun(model, "speed=1", ratio=0.9)
+    history = train.fit_(model, images(), PREPROCESSING, settings(epochs=4), hooks=[method], keep="last")
+    assert method.search.reach < 1e-2
+    assert len(history.epochs) == 5
+
+
 @pytest.mark.parametrize("pair", ["factor=-1", "others=0", "speed=0", "anneal=0.5", "threshold=0", "stop=1", "init=none"])
 def test_a_wrong_value_is_named(pair):
     with pytest.raises(UsageError, match=pair.partition("=")[0]):
@@ -490,8 +557,8 @@ def test_a_wrong_value_is_named(pair):
 def test_presets_are_the_papers_and_give_way_to_what_is_set(preset):
     options = parse_options(Hinge, [f"preset={preset}"])
     assert (options.factor, options.by) == (_hinge_search.PRESETS[preset]["factor"], "norm")
-    mine = parse_options(Hinge, [f"preset={preset}", "factor=0", "regularizer=l1", "balance=true"])
-    assert (mine.factor, mine.regularizer, mine.balance) == (0.0, "l1", True)
+    mine = parse_options(Hinge, [f"preset={preset}", "factor=0", "regularizer=l1", "balance=error"])
+    assert (mine.factor, mine.regularizer, mine.balance) == (0.0, "l1", "error")
 
 
 # The command
@@ -526,7 +593,7 @@ def test_a_search_and_fine_tuning_in_one_command(unbroken):
     assert [step.command for step in one.recipe.steps] == ["compress", "finetune"]
     assert one.recipe.steps[0].options["search"]["teacher"] == one.recipe.steps[1].options["teacher"] == "net.pt"
     assert one.recipe.source.measures.accuracy is not None
-    assert (one.recipe.steps[0].options["search"]["lr"], one.recipe.steps[1].options["lr"]) == (0.005, 0.05)
+    assert (one.recipe.steps[0].options["search"]["lr"], one.recipe.steps[1].options["lr"]) == (0.05, 0.05)
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -43,18 +43,10 @@ def command(
     download: common.Download = False,
     limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Use the weights alone, whatever --data says.")] = False,
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate. [default: 0.05 for sgd, 0.001 for adamw; a tenth of it in a search]"),
-    ] = None,
+    lr: training.LearningRate = None,
     weight_decay: training.WeightDecay = 1e-4,
     optimizer: training.Optimizer = "sgd",
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cosine|milestones|constant", help="Learning rate over time. [default: constant in a search, then cosine]"
-        ),
-    ] = None,
+    schedule: training.Schedule = "cosine",
     teacher: Annotated[
         str | None, typer.Option(metavar="FILE|none", help="Network to learn from. [default: the one that is compressed]")
     ] = None,
@@ -98,7 +90,7 @@ def command(
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
     from .. import distributed, optim
-    from ..compress import SLOWER, Calibration, Search, Target, compress
+    from ..compress import Calibration, Search, Target, compress
     from ..data import sample
     from ..finetune import finetune
     from ..history import Watch
@@ -114,12 +106,11 @@ def command(
     with distributed.joined(device) as own_device:
         plan = partial(
             optim.Settings, lr=lr, weight_decay=weight_decay, optimizer=optimizer, batch_size=batch_size,  # type: ignore[arg-type]
+            schedule=schedule,  # type: ignore[arg-type]
             distill_weight=distill_weight, temperature=temperature, save_every=save_every, time_limit=time_limit, seed=seed,
             device=own_device, precision=precision, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
-        finetuning = plan(epochs=finetune_epochs, schedule=schedule or "cosine")  # type: ignore[arg-type]
-        slow = lr if lr is not None else finetuning.peak_lr / SLOWER
-        searching = replace(finetuning, epochs=epochs, schedule=schedule or "constant", lr=slow)  # type: ignore[arg-type]
+        searching, finetuning = plan(epochs=epochs), plan(epochs=finetune_epochs)
         quiet = quiet or not distributed.is_main()
         source = "-" if fresh else streams.model_source(model)
         named = arch.rpartition(":")[2] if fresh and arch else source

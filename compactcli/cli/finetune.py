@@ -20,9 +20,7 @@ def command(
     lr: training.LearningRate = None,
     weight_decay: training.WeightDecay = 1e-4,
     optimizer: training.Optimizer = "sgd",
-    schedule: Annotated[
-        str, typer.Option(metavar="cosine|milestones|constant", help="Learning rate over time, after a warm-up.")
-    ] = "cosine",
+    schedule: training.Schedule = "cosine",
     milestones: Annotated[
         str, typer.Option(metavar="A,B", help="Shares of the run at which `milestones` divides the rate by 10.")
     ] = "0.5,0.75",

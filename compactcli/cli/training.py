@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate. [default: 0.05 for sgd, 0.001 for adamw]")]
 WeightDecay = Annotated[float, typer.Option(min=0.0, help="Weight decay, on every parameter.")]
 Optimizer = Annotated[str, typer.Option(metavar="sgd|adamw", help="Optimizer; sgd has Nesterov momentum 0.9.")]
+Schedule = Annotated[str, typer.Option(metavar="cosine|milestones|constant", help="Learning rate over time, after a warm-up.")]
 DistillWeight = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the teacher in the loss.")]
 Temperature = Annotated[float, typer.Option(help="Softmax temperature of the distillation.")]
 Keep = Annotated[str, typer.Option(metavar="best|last", help="Which epoch's weights: the best on images held out, or the last.")]

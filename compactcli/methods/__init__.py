@@ -49,7 +49,9 @@ class Method:
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
-    def start(self, model: "nn.Module", channels: "Channels", budget: "Budget") -> None:
+    def start(
+        self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None" = None
+    ) -> None:
         """Get ready for a search: layers may be parametrized in place; `end` makes them plain again."""
 
     def end(self, model: "nn.Module") -> str | None:

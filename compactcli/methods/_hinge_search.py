@@ -1,9 +1,11 @@
 """The search of hinge: proximal gradient on the groups of matrices while the network trains, until enough of them are nothing.
 
 A matrix A is what a layer's kernel W = A W' is made with (`Product`), or a 1x1 convolution or linear layer that is one
-already. A group is what of the matrices belongs to one thing that may go: a column of A makes a channel, a row of A reads
-one dimension of the layer's rank, the rows of the 1x1 convolutions behind a bottleneck's 3x3 read one of its channels, and
-where a grouped convolution ties channels, all that makes and reads them is one group. Li et al., CVPR 2020 (Hinge), section 3.
+already. A group is all that belongs to one thing that may go: a row of A, which reads one dimension of the layer's rank; a
+column of A, which makes a channel, with the weights that read the channel behind it. (Behind a batch normalisation the column
+alone would tell nothing: the network would not feel it shrink until it is gone.) Where a grouped convolution ties channels, all
+that makes and reads them is one group, and of the channels of a bottleneck's 3x3 what reads them is.
+Li et al., CVPR 2020 (Hinge), section 3.
 """
 
 from collections import Counter
@@ -18,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..budget import Budget, Floats, Layer
 from ..channels import Channels, Ids
-from ..proximal import OPERATORS, STEPS
+from ..proximal import OPERATORS, STEPS, TINY
 from . import Progress
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 Init = Literal["svd2", "svd", "p-identity", "p-random", "disturbed-uniform", "disturbed-normal"]
 
 PULL = 2.0  # how much faster than the way to zero asks for, for the gradient pulls back
-DONE_BY = 0.8  # share of the search by which what is too much shall be gone
+DONE_BY = 0.5  # share of the search by which what is too much shall be gone; the rest is there to get over it
 NOISE = 0.05  # of the disturbed starts
 MOMENTUM = 0.9  # of the running ratio of gradients
 MOST = 9 / 5  # that ratio, and the inverse of the least
@@ -35,9 +37,10 @@ EXPONENT = 1.35  # of that ratio in the learning rate
 
 Constants = dict[str, float | str | bool]
 
-# Of the paper's runs on CIFAR, from the authors' scripts (there --lr 0.1, batches of 64). Lengths are per matrix: theirs are of
-# all matrices together but in the two plain ResNets. Other than there, the threshold is a share of the mean norm at the start,
-# survivors are chosen by squared norms per cost, and a block's two matrices need not keep as many groups as each other.
+# Of the paper's runs on CIFAR, from the authors' scripts (there --lr 0.1 --schedule constant, batches of 64).
+# Lengths are per matrix: theirs are of all matrices together but in the two plain ResNets. Other than there, what reads a channel
+# is in its group as well, the threshold is a share of the mean norm at the start, survivors are chosen by squared norms per cost,
+# and a block's two matrices need not keep as many groups as each other.
 _RESNET = {"mode": "decompose", "adjust": True, "anneal": 2.0}
 _OWN: dict[str, Any] = {
     "resnet20": _RESNET | {"anneal_first": 20.0, "anneal_second": 15.0},
@@ -47,11 +50,20 @@ _OWN: dict[str, Any] = {
     "resnext20": {"mode": "prune", "anneal": 2.0, "anneal_first": 75 / 6, "anneal_second": 60 / 6},
     "resnext164": {"mode": "prune"},
     "densenet": {"mode": "decompose", "threshold": 1e-3},
-    "vgg16": {"anneal": 2.0, "anneal_first": 400 / 12, "anneal_second": 200 / 12, "threshold": 5e-2, "balance": False},
+    "vgg16": {"anneal": 2.0, "anneal_first": 400 / 12, "anneal_second": 200 / 12, "threshold": 5e-2, "balance": "none"},
     "wrn": {"adjust": True, "anneal": 2.0, "anneal_first": 400 / 6, "anneal_second": 350 / 6}
-    | {"factor": 4e-4, "init": "p-identity", "balance": False},
+    | {"factor": 4e-4, "init": "p-identity", "balance": "none"},
 }
-_ALL: dict[str, Any] = {"factor": 2e-4, "others": 0.01, "floor": 0.2, "stop": 0.1, "pace": False, "by": "norm"}
+_ALL: dict[str, Any] = {
+    "regularizer": "l1",
+    "factor": 2e-4,
+    "others": 0.01,
+    "floor": 0.2,
+    "stop": 0.1,
+    "pace": False,
+    "by": "norm",
+    "balance": "norm",
+}
 PRESETS: dict[str, Constants] = {name: {**_ALL, **own} for name, own in _OWN.items()}
 
 
@@ -95,7 +107,9 @@ class Carrier:
     parameter: str
     axis: int
     of: Tensor  # the number of each position's group; the count of groups where it is in none
-    outer: bool  # whether its layer makes what other layers make as well: the last of a residual block
+    is_matrix: bool  # rather than what reads the channels that a matrix makes
+    is_outer: bool  # whether its layer makes what other layers make as well: the last of a residual block
+    is_normed: bool  # whether batch normalisations behind its layer undo any scaling of all of it
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ class Groups:
     @property
     def outer(self) -> bool:
         """Whether its matrix, or the first of them, is the last of a residual block."""
-        return self.carriers[0].outer
+        return self.carriers[0].is_outer
 
     def norms(self, model: nn.Module) -> Tensor:
         """The norm of every group (count,)."""
@@ -121,9 +135,9 @@ class Groups:
         return energy.sqrt()
 
     def slopes(self, model: nn.Module) -> Tensor:
-        """The norm of every group's gradient (count,)."""
+        """The norm of every group's gradient in the matrices (count,)."""
         energy = torch.zeros(self.count)
-        for carrier in self.carriers:
+        for carrier in (carrier for carrier in self.carriers if carrier.is_matrix):
             gradient = model.get_parameter(carrier.parameter).grad
             if gradient is not None:
                 energy = energy.to(gradient.device) + self._energies(gradient, carrier)
@@ -133,9 +147,18 @@ class Groups:
         energy = weight.float().square().transpose(0, carrier.axis).flatten(1).sum(1)
         return energy.new_zeros(self.count + 1).index_add_(0, carrier.of.to(energy.device), energy)[:-1]
 
-    def scale_(self, model: nn.Module, factors: Tensor) -> None:
-        """Multiply every group with its factor (count,), in place."""
-        every = torch.cat([factors, factors.new_ones(1)])
+    def regrown(self, norms: Tensor, scales: Tensor) -> Tensor | float:
+        """What restores the length of all groups together; 1 unless a batch normalisation undoes what that does.
+
+        Behind one, lengths mean nothing: were they to fall, no loss would resist, and all groups would go alike, where it is
+        those that go which the network needs least.
+        """
+        left = (norms * scales).norm()
+        return torch.where(left > 0, norms.norm() / left, 1.0) if all(carrier.is_normed for carrier in self.carriers) else 1.0
+
+    def scale_(self, model: nn.Module, scales: Tensor, length: Tensor | float = 1.0) -> None:
+        """Multiply every group with its scale (count,), and the whole parameters with `length`, in place."""
+        every = torch.cat([scales, scales.new_ones(1)]) * length
         for carrier in self.carriers:
             weight = model.get_parameter(carrier.parameter).data
             shape = [-1 if axis == carrier.axis else 1 for axis in range(weight.ndim)]
@@ -150,8 +173,8 @@ def attach_(
     `eligible` are the layers that may be decomposed, as indices into the budget's.
     """
     products: dict[str, Layer] = {}
-    found: list[Groups] = []
     matrices: set[str] = set()  # the layers that are one themselves
+    sides: dict[int, list[tuple[Layer, int]]] = {}  # of each family: what makes its channels and what reads them
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     eligible = [index for index in eligible if holders[id(model.get_parameter(budget.layers[index].weight))] == 1]  # none is tied
     decomposable = {budget.layers[index].name for index in eligible}
@@ -163,27 +186,33 @@ def attach_(
         if len(single) != 1 or len(family.sets) < 2:
             continue
         maker, pointwise = single[0], [layer for layer in readers if layer.shape[2:] == (1, 1)]
-        sides = [(maker, maker.out_axis)]
+        sides[index] = [(maker, maker.out_axis), *((layer, layer.in_axis) for layer in readers)]
         if len(makers) > 1:  # with what a grouped convolution makes of them
-            sides += [(layer, layer.in_axis) for layer in pointwise]
+            matrices |= {maker.name, *(layer.name for layer in pointwise)}
         elif maker.kernel > 1 and readers and len(pointwise) == len(readers):
-            sides = [(layer, layer.in_axis) for layer in pointwise]
+            matrices |= {layer.name for layer in pointwise}
+            del sides[index][0]
         elif maker.kernel > 1 and maker.name in decomposable:
             products[maker.name] = maker
-        matrices |= {layer.name for layer, _ in sides} - products.keys()
-        carriers = []
-        for layer, axis in sides:
-            name = _matrix(layer) if layer.name in products else layer.weight
-            numbers = _numbered(channels, channels.axes[layer.weight, axis], family.sets)
-            carriers.append(Carrier(name, axis, numbers, _is_outer(channels, budget, layer)))
-        found.append(Groups(len(family.sets), tuple(carriers), family=index))
-    for index in eligible if mode != "prune" else ():
+        else:
+            matrices.add(maker.name)
+    divided = [index for index in (eligible if mode != "prune" else ()) if budget.layers[index].name not in matrices]
+    products |= {budget.layers[index].name: budget.layers[index] for index in divided}
+    found: list[Groups] = []
+    for index, own in sides.items():
+        carriers = {}
+        for layer, axis in own:
+            name = layer.weight if layer.name not in products else factors(layer.name)[0 if axis == layer.out_axis else 1]
+            of = _numbered(channels, channels.axes[layer.weight, axis], budget.families[index].sets)
+            is_matrix = layer.name in matrices or (layer.name in products and axis == layer.out_axis)
+            carriers[name, axis] = Carrier(name, axis, of, is_matrix, _is_outer(channels, budget, layer), layer.normed)
+        found.append(Groups(len(budget.families[index].sets), tuple(carriers.values()), family=index))
+    for index in divided:
         layer = budget.layers[index]
-        if layer.name not in matrices:
-            products[layer.name] = layer
-            rank = min(layer.shape[0], layer.shape[1] * layer.kernel) if init.startswith("svd") else layer.shape[0]
-            carrier = Carrier(_matrix(layer), 1, torch.arange(rank), _is_outer(channels, budget, layer))
-            found.append(Groups(rank, (carrier,), layer=index))
+        rank = min(layer.shape[0], layer.shape[1] * layer.kernel) if init.startswith("svd") else layer.shape[0]
+        is_outer, is_normed = _is_outer(channels, budget, layer), layer.normed
+        carrier = Carrier(factors(layer.name)[0], 1, torch.arange(rank), True, is_outer, is_normed)
+        found.append(Groups(rank, (carrier,), layer=index))
     generator = torch.Generator().manual_seed(0)
     for name in products:
         parametrize.register_parametrization(model.get_submodule(name), "weight", Product(init, generator))
@@ -205,8 +234,9 @@ def paces(matrix: Tensor, filters: Tensor) -> tuple[float, float]:
     return 1 / max(other, 1e-3) ** 2, 1 / max(one, 1e-3) ** 2
 
 
-def _matrix(layer: Layer) -> str:
-    return f"{layer.name}.parametrizations.weight.original0"
+def factors(layer: str) -> tuple[str, str]:
+    """The names of A and W' of a layer's product."""
+    return f"{layer}.parametrizations.weight.original0", f"{layer}.parametrizations.weight.original1"
 
 
 def _is_outer(channels: Channels, budget: Budget, layer: Layer) -> bool:
@@ -222,14 +252,49 @@ def _numbered(channels: Channels, positions: Ids, sets: Ids) -> Tensor:
     return torch.from_numpy(place[positions])
 
 
+def _price(budget: Budget, group: Groups) -> float:
+    """What one group costs in the whole network."""
+    along, ranks = np.tile(budget.along(), (2, 1)), np.tile(budget.ranks(), (2, 1))
+    if group.family is not None:
+        along[0] -= budget.per_set[group.family]
+    else:
+        ranks[:, group.layer] = group.count - 1, group.count
+    less, all_of_them = budget.cost(along, ranks)
+    return float(all_of_them - less)
+
+
+def _units(norms: Sequence[Tensor], errors: Sequence[Floats | None], prices: Sequence[float]) -> list[Tensor]:
+    """What norms are divided by, so that at the start their squares are the error of giving up a group, by what it costs.
+
+    In the mean over all groups they are then 1. Those of groups whose errors are not known stand to each other as the norms do.
+    """
+    begun = [
+        None if own is None else torch.from_numpy(own).clamp_min(0).sqrt() / price**0.5
+        for own, price in zip(errors, prices, strict=True)
+    ]
+    known = torch.cat([own for own in begun if own is not None] or [torch.ones(1, dtype=torch.float64)])
+    mean = float(known.mean()) or 1.0
+    relative = [n / n.mean().clamp_min(TINY) if own is None else own / mean for n, own in zip(norms, begun, strict=True)]
+    return [torch.where((n > 0) & (u > 0), n / u, n.mean().clamp_min(TINY)) for n, u in zip(norms, relative, strict=True)]
+
+
 class Search:
     """Where a search stands: how hard it draws, and how far it is from its target."""
 
-    def __init__(self, model: nn.Module, found: Sequence[Groups], budget: Budget, options: "Options") -> None:
+    def __init__(
+        self, model: nn.Module, found: Sequence[Groups], budget: Budget, options: "Options", errors: Sequence[Floats | None]
+    ) -> None:
+        """`errors` are what giving up each group would cost in error at the start, (count,) for each of those found, if known."""
         self.found, self.budget, self.options = list(found), budget, options
         self.operator, self.least = OPERATORS[options.regularizer], STEPS[options.regularizer]
-        means = torch.stack([each.norms(model).mean().double() for each in found]).clamp_min(1e-30)
-        self.means = means if options.balance else means.mean().expand_as(means).clone()
+        norms = [each.norms(model).double().cpu() for each in found]
+        self.means = torch.stack([own.mean() for own in norms]).clamp_min(TINY)
+        self.prices = [_price(budget, each) if options.balance == "error" else 1.0 for each in found]
+        self.units = [mean.expand_as(own) for mean, own in zip(self.means, norms, strict=True)]
+        if options.balance == "none":
+            self.units = [self.means.mean().expand_as(own) for own in norms]
+        if options.balance == "error":
+            self.units = _units(norms, errors, self.prices)
         self.reach = torch.inf  # the relative norm up to which groups must go for the target
         self.ratio = 0.0  # of inner matrices' gradients to the outer ones'; 0: not known yet
         self.speed = 0.0  # of the relative norms, per step
@@ -240,7 +305,7 @@ class Search:
         left = dict(model.named_parameters())
         groups: list[dict[str, Any]] = []
         for layer in divided:
-            matrix, filters = (left.pop(f"{layer}.parametrizations.weight.original{number}") for number in (0, 1))
+            matrix, filters = (left.pop(name) for name in factors(layer))
             first, second = paces(matrix, filters) if self.options.pace else (1.0, 1.0)
             groups += [{"params": [matrix], "pace": first}, {"params": [filters], "rate": others, "pace": second}]
         whole = [left.pop(name) for outer in (False, True) for name in self.carriers(outer=outer) if name in left]
@@ -248,8 +313,8 @@ class Search:
 
     def carriers(self, *, outer: bool) -> list[str]:
         """The matrices' parameters, those of the last layers of residual blocks or the others."""
-        carriers = (carrier for each in self.found for carrier in each.carriers)
-        return list(dict.fromkeys(carrier.parameter for carrier in carriers if carrier.outer == outer))
+        carriers = (carrier for each in self.found for carrier in each.carriers if carrier.is_matrix)
+        return list(dict.fromkeys(carrier.parameter for carrier in carriers if carrier.is_outer == outer))
 
     def adjust(self, model: nn.Module) -> None:
         """Let the outer matrices learn as fast as the inner ones, by the running ratio of their gradients.
@@ -276,12 +341,13 @@ class Search:
         level = self.reach
         if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
             level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
-        for each, own, mean in zip(self.found, norms, self.means.tolist(), strict=True):
-            t = factor * (mean if self.options.balance else 1.0) * progress.learning_rates[0]
-            if not factor:
-                t = self.least(level * mean, self.speed * mean)
-            if t > 0:
+        for each, own, mean, units in zip(self.found, norms, self.means.tolist(), self.units, strict=True):
+            if factor:
+                t = factor * (1.0 if self.options.balance == "none" else mean) * progress.learning_rates[0]
                 each.scale_(model, self.operator(own, t))
+            elif self.speed > 0:
+                scales = self.operator(own / units.to(own), self.least(level, self.speed))
+                each.scale_(model, scales, each.regrown(own, scales))
 
     def annealed(self, norms: Sequence[Tensor]) -> float:
         """What a given factor is divided by, as the norms of the inner matrices fall."""
@@ -309,8 +375,8 @@ class Search:
         self.speed = min(wanted, self.options.speed)
 
     def relative(self, norms: Sequence[Tensor]) -> list[Floats]:
-        """The norms of every family's and layer's groups, as shares of the mean that they began with."""
-        return [(own.double().cpu() / mean).numpy() for own, mean in zip(norms, self.means.tolist(), strict=True)]
+        """The norms of every family's and layer's groups in their units."""
+        return [(own.double().cpu() / units).numpy() for own, units in zip(norms, self.units, strict=True)]
 
     def norms(self, model: nn.Module) -> list[Floats]:
         """The same, as they are now."""
@@ -329,13 +395,20 @@ class Search:
         return float(self.budget.cost(along, decomposed))
 
     def done(self, model: nn.Module) -> bool:
-        """Whether what is left without the groups below the threshold costs at most that much more than the target."""
+        """Whether what is left without the groups below the threshold costs no more above the target than the option says."""
+        if not self.options.stop:
+            return False
         most = self.budget.target + self.options.stop * self.budget.original
         return self.cost(self.norms(model), self.options.threshold) <= most
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"means": self.means, "standing": torch.tensor([self.reach, self.ratio, self.speed], dtype=torch.float64)}
+        return {
+            "means": self.means,
+            "units": torch.cat(self.units),
+            "standing": torch.tensor([self.reach, self.ratio, self.speed], dtype=torch.float64),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.means = state["means"].clone()
+        self.units = list(torch.split(state["units"].clone(), [each.count for each in self.found]))
         self.reach, self.ratio, self.speed = state["standing"].tolist()

@@ -46,10 +46,13 @@ class Options:
     init: Annotated[_hinge_search.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
     regularizer: Annotated[
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
-    ] = "l1"
+    ] = "l0"
     factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
     speed: Annotated[float, "search: most that a norm loses in a step, as a share of the mean norm at the start"] = 1e-3
-    balance: Annotated[bool, "search: draw at each matrix in proportion to its groups' mean norm at the start"] = True
+    balance: Annotated[
+        Literal["error", "norm", "none"],
+        "search: measure norms by the error per cost of giving the group up at the start, by their mean in the matrix, or alike",
+    ] = "error"
     others: Annotated[float, "search: learning rate of all but the matrices, as a share of theirs"] = 1.0
     pace: Annotated[bool, "search: let each factor of a kernel learn as fast as keeps the kernel's own pace"] = True
     adjust: Annotated[bool, "search: let a block's last matrices learn as fast as its first, by their gradients"] = False
@@ -57,7 +60,7 @@ class Options:
     anneal_first: Annotated[float, "search: summed norms of a block's first matrix, in the mean, at which to anneal"] = 0.0
     anneal_second: Annotated[float, "search: those at which to anneal again"] = 0.0
     threshold: Annotated[float, "search: share of the mean norm at the start below which a group is taken for gone"] = 5e-3
-    stop: Annotated[float, "search: end it where what is left is that share of the original above the ratio"] = 0.0
+    stop: Annotated[float, "search: end it when what is left is that share of the original above the ratio; 0: never"] = 0.0
     preset: Annotated[
         Literal["none", "resnet20", "resnet20-cifar100", "resnet56", "resnet164", "resnext20", "resnext164", "densenet", "vgg16",
                 "wrn"],
@@ -78,6 +81,10 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name):g}: it is {wanted}")
 
 
+Widths = list[tuple[int, Ids, Floats]]  # (family, its sets in the order in which to give them up, error by how many are kept)
+Ranks = list[tuple[int, Floats]]  # (layer, error by rank)
+
+
 class Hinge(Method):
     """Filters and ranks chosen over the whole network by one threshold on error per cost."""
 
@@ -87,21 +94,25 @@ class Hinge(Method):
     pairs: tuple[tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear], ...] = ()  # decomposed layers that are trained on
     norms: list[Floats] | None = None  # of the groups that the search ended with
 
-    def start(self, model: nn.Module, channels: Channels, budget: Budget) -> None:
+    def start(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None = None) -> None:
         """Matrices behind the layers, as parametrizations, and the state of the search.
 
         Raises CompactError for a target that will be out of reach.
         """
+        widths: Widths = []
+        if "error" in (self.options.by, self.options.balance):
+            widths, ranks = self._candidates(model, channels, budget, moments, searches=True)
         if self.options.by == "error":
-            self._chosen(model, channels, budget, None, searches=True)
+            self._chosen(budget, widths, ranks, searches=True)
         eligible = [index for index, _ in _decomposable(model, channels, budget)]
         self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
         if not found:
             raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
-        self.search = _hinge_search.Search(model, found, budget, self.options)
+        left = budget.left()  # for what is trained makes good all it can
+        losses = [_losses(model, budget, each, widths, moments, left) for each in found]
+        self.search = _hinge_search.Search(model, found, budget, self.options, losses)
         if self.options.by == "norm":
-            self.norms = self.search.norms(model)
-            self._chosen(model, channels, budget, None, searches=True)
+            self._chosen(budget, *self._by_norm(self.search.norms(model)), searches=True)
 
     def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         """The layers that are decomposed still."""
@@ -157,23 +168,29 @@ class Hinge(Method):
         if units and budget.of == "params":
             budget = copy.copy(budget)
             budget.target -= sum(len(unit.tensors) for unit in units)
-        removed, ranks = self._chosen(model, channels, budget, moments, searches=self.search is not None)
-        decomposed = [_decompose(model, channels, layer, rank, removed) for layer, rank in ranks]
+        searched = self.search is not None
+        if self.norms is not None and self.options.by == "norm":
+            removed, chosen = self._chosen(budget, *self._by_norm(self.norms), searches=True)
+        else:
+            calibrated = moments is not None
+            widths, ranks = self._candidates(model, channels, budget, moments, searches=searched)
+            removed, chosen = self._chosen(budget, widths, ranks, searches=searched or calibrated, refitted=calibrated)
+        decomposed = [_decompose(model, channels, layer, rank, removed) for layer, rank in chosen]
         return [*edits(channels, removed, model), *decomposed, *units]
 
-    def _chosen(
+    def _candidates(
         self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, searches: bool
+    ) -> tuple[Widths, Ranks]:
+        """What may be removed, and the layers that may be decomposed, with the errors."""
+        mode, shared = self.options.mode, self._price(images=searches or moments is not None) == "time"
+        widths = _widths(model, channels, budget, moments, shared=shared) if mode != "decompose" else []
+        return widths, _ranks(model, channels, budget, moments) if mode != "prune" else []
+
+    def _chosen(
+        self, budget: Budget, widths: Widths, ranks: Ranks, *, searches: bool, refitted: bool = False
     ) -> tuple[list[int], list[tuple[Layer, int]]]:
         """The sets to remove, and the ranks of the layers to decompose."""
-        images, refitted = searches or moments is not None, moments is not None
-        favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
-        price: Price = "time" if favour == "speed" else "cost"
-        if self.norms is not None and self.options.by == "norm":
-            (widths, ranks), refitted = self._by_norm(budget, self.norms), False
-        else:
-            mode = self.options.mode
-            widths = _widths(model, channels, budget, moments, shared=favour == "speed") if mode != "decompose" else []
-            ranks = _ranks(model, channels, budget, moments) if mode != "prune" else []
+        price = self._price(images=searches)
         dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
         dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
         settings = budget.solve(dials, price, refitted=refitted)
@@ -182,18 +199,21 @@ class Hinge(Method):
         chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
         return removed, [(budget.layers[layer], rank) for layer, rank in chosen if layer is not None]
 
-    def _by_norm(self, budget: Budget, norms: list[Floats]) -> tuple[list[tuple[int, Ids, Floats]], list[tuple[int, Floats]]]:
+    def _price(self, *, images: bool) -> Price:
+        favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
+        return "time" if favour == "speed" else "cost"
+
+    def _by_norm(self, norms: list[Floats]) -> tuple[Widths, Ranks]:
         """Widths and ranks as `_widths` and `_ranks` give them, the squares of the groups' norms for errors."""
         assert self.search is not None
         widths, ranks = [], []
-        for each, own in zip(self.search.found, norms, strict=True):
+        for each, own, price in zip(self.search.found, norms, self.search.prices, strict=True):
             order = np.argsort(own, kind="stable")
-            errors = np.concatenate([np.cumsum(own[order] ** 2)[::-1], [0.0]])
+            errors = np.concatenate([np.cumsum(price * own[order] ** 2)[::-1], [0.0]])
             if each.family is not None:
-                widths.append((each.family, budget.families[each.family].sets[order], errors))
-            else:
-                assert each.layer is not None
-                layer = budget.layers[each.layer]
+                widths.append((each.family, self.search.budget.families[each.family].sets[order], errors))
+            elif each.layer is not None:
+                layer = self.search.budget.layers[each.layer]
                 most = min(layer.shape[0], layer.shape[1] * layer.kernel)  # a start may have more of them
                 ranks.append((each.layer, np.append(errors[:most], 0.0)))
         return widths, ranks
@@ -205,8 +225,8 @@ class Hinge(Method):
 
 def _widths(
     model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, shared: bool
-) -> list[tuple[int, Ids, Floats]]:
-    """(family, its sets in the order in which to give them up, error by how many are kept) of what one layer alone produces.
+) -> Widths:
+    """What may be removed of what one layer alone produces.
 
     With `shared`, of what several layers produce together as well.
     """
@@ -344,10 +364,8 @@ def _root(matrix: Tensor) -> Tensor:
     return root
 
 
-def _ranks(
-    model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None
-) -> list[tuple[int, Floats]]:
-    """(layer, error by rank) of the layers that may be decomposed."""
+def _ranks(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
+    """The layers that may be decomposed."""
     result = []
     worth = _worth(model, channels, budget) if moments is None else {}
     for index, layer in _decomposable(model, channels, budget):
@@ -367,6 +385,31 @@ def _ranks(
             errors = worth.get(layer.name, 1.0) * _error(_tails(energy) / max(float(energy.sum()), 1e-30))
         result.append((index, errors))
     return result
+
+
+def _losses(
+    model: nn.Module,
+    budget: Budget,
+    group: _hinge_search.Groups,
+    widths: Widths,
+    moments: Mapping[str, "Moments"] | None,
+    left: Floats,
+) -> Floats | None:
+    """The error of giving up each set of a family, in the best order, or each rank of a product alone; None where not known."""
+    share = float(left[budget.place(group.family, group.layer)])
+    if group.layer is None:
+        for family, order, errors in widths:
+            if family == group.family:
+                lost = dict(zip(order.tolist(), -np.diff(errors)[::-1], strict=True))
+                return np.array([share * lost[number] for number in budget.families[family].sets.tolist()])
+        return None
+    layer = budget.layers[group.layer]
+    known = None if moments is None else moments.get(layer.name)
+    if known is None:
+        return None
+    A, filters = (model.get_parameter(name).detach().flatten(1).double() for name in _hinge_search.factors(layer.name))
+    written, read = (A.T @ known.worth.double() * A.T).sum(1), (filters @ known.inputs.double() * filters).sum(1)
+    return np.asarray(share * written * read)
 
 
 def _decomposable(model: nn.Module, channels: Channels, budget: Budget) -> list[tuple[int, Layer]]:
