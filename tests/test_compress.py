@@ -200,9 +200,9 @@ def test_the_ratio_is_of_the_parameters_that_were_read(monkeypatch):
     targets: list[float] = []
     solve = Budget.solve
 
-    def noted(self: Budget, *arguments):
+    def noted(self: Budget, *arguments, **options):
         targets.append(self.target)
-        return solve(self, *arguments)
+        return solve(self, *arguments, **options)
 
     monkeypatch.setattr(Budget, "solve", noted)
     given = own(randomise_(AWKWARD["weight_norm"]()))

@@ -130,7 +130,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, model: nn.Module, shape: tuple[int
     """The dials that hinge would have the budget turn."""
     dials: list[Dial] = []
 
-    def whole(self: Budget, given: list[Dial], price: str) -> list[int]:
+    def whole(self: Budget, given: list[Dial], price: str, *, refitted: bool) -> list[int]:
         dials.extend(given)
         return [dial.full for dial in given]
 
@@ -201,7 +201,7 @@ def test_channels_that_a_shortcut_shares_are_offered_for_speed_alone(monkeypatch
     dials: list[Dial] = []
     prices: list[str] = []
 
-    def whole(self: Budget, given: list[Dial], price: str) -> list[int]:
+    def whole(self: Budget, given: list[Dial], price: str, *, refitted: bool) -> list[int]:
         dials.extend(given)
         prices.append(price)
         return [dial.full for dial in given]
@@ -311,7 +311,7 @@ def test_a_layer_of_low_rank_is_reproduced_at_its_rank(layer, monkeypatch):
             randomise_(module)
     path = next(name for name, module in model.named_modules() if module is layer)
 
-    def at_rank(self: Budget, dials: list[Dial], price: str) -> list[int]:
+    def at_rank(self: Budget, dials: list[Dial], price: str, *, refitted: bool) -> list[int]:
         return [rank if self.layers[dial.layer].name == path else dial.full for dial in dials]
 
     monkeypatch.setattr(Budget, "solve", at_rank)
@@ -330,7 +330,7 @@ def test_a_pruned_layer_is_decomposed_from_what_is_left_of_it(monkeypatch):
     low_rank_(model.get_submodule(path), rank)
     _, sets = plan(model, 0.5)
 
-    def chosen(self: Budget, dials: list[Dial], price: str) -> list[int]:
+    def chosen(self: Budget, dials: list[Dial], price: str, *, refitted: bool) -> list[int]:
         """Every width cut to `width`, and one layer to `rank`, where the dials are there."""
         decomposed = [self.layers[dial.layer].name == path if dial.layer is not None else None for dial in dials]
         return [width if d is None else rank if d else dial.full for d, dial in zip(decomposed, dials, strict=True)]
