@@ -161,6 +161,30 @@ def test_groups_of_grouped_convolutions_are_joint():
     assert all([carrier.axis for carrier in each.carriers] == [0, 1] for each in search.found)
 
 
+@pytest.mark.parametrize("mode", ["auto", "prune"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet164", "resnext20", "mobilenet_v2", "densenet_bc40_36", "vgg11"])
+def test_what_is_gone_is_read_no_more(name, mode):
+    """Behind a batch norm a filter that is nothing still hands on its bias: whatever that is, the network does not see it."""
+    model = named(f"cifar:{name}")
+    sets = channels.find(trace(model, (3, 32, 32)), model)
+    search = begun(model, f"mode={mode}").search
+    gone = set()
+    for each in search.found:
+        if each.family is not None:
+            gone.add(int(search.budget.families[each.family].sets[0]))
+            each.scale_(model, (torch.arange(each.count) > 0).float())
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    wanted = outputs(model, image)[0]
+    handed_on = 0
+    for (tensor, axis), numbers in sets.axes.items():
+        if axis == 0 and tensor.endswith(".bias"):
+            positions = np.flatnonzero(np.isin(numbers, list(gone)))
+            model.get_parameter(tensor).data[positions] += 1.0
+            handed_on += len(positions)
+    assert handed_on
+    assert torch.allclose(outputs(model, image)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
 # The search trains
 
 
