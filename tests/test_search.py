@@ -292,6 +292,30 @@ def test_norms_begin_as_the_error_per_cost_of_what_they_belong_to():
     assert np.concatenate(shares) == pytest.approx(float(shares[0][0]), rel=1e-2)
 
 
+def test_l0_takes_the_least_first_and_ever_more_until_half_of_the_search_is_over():
+    model = small(width=8)
+    method = begun(model, "mode=decompose", "regularizer=l0", "speed=1")
+    search, counts = method.search, []
+    for share in (0.0, 0.1, 0.2, 0.35, 0.5):
+        before = np.concatenate(search.norms(model))
+        method.project(model, Progress(round(1000 * share), 0, share, (0.1,)))
+        gone = np.concatenate(search.norms(model)) == 0
+        assert (gone == (before <= search.reach * share / 0.5)).all()
+        counts.append(int(gone.sum()))
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert search.cost(search.norms(model), 0.0) <= search.budget.target
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_no_norm_loses_more_in_a_step_than_it_may(step):
+    model = small(width=8)
+    method = begun(model, "mode=decompose", "speed=0.002")
+    before = np.concatenate(method.search.norms(model))
+    method.project(model, Progress(step, 0, 0.5, (0.1,)))
+    assert not before[np.concatenate(method.search.norms(model)) == 0].max(initial=0) > 0.002 * step
+
+
 def test_the_factor_that_is_given_is_the_papers_step():
     """t = factor times the matrix's own mean norm at the start times the matrices' learning rate."""
     model = small()
@@ -380,7 +404,7 @@ def test_a_search_that_is_too_short_does_no_harm():
     before = report.evaluate(one, digits).accuracy.top1
     calibration = Calibration(digits.train.images()[:256], "digits")
     search = Search(digits, settings(epochs=1, batch_size=64), copy.deepcopy(one))
-    compress(one, "hinge", Hinge(), Target(0.2), calibration=calibration, search=search)
+    compress(one, "hinge", Hinge(parse_options(Hinge, ["regularizer=l1"])), Target(0.2), calibration=calibration, search=search)
     assert report.evaluate(one, digits).accuracy.top1 > before - 3
 
 

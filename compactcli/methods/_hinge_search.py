@@ -198,6 +198,7 @@ def attach_(
             matrices.add(maker.name)
     divided = [index for index in (eligible if mode != "prune" else ()) if budget.layers[index].name not in matrices]
     products |= {budget.layers[index].name: budget.layers[index] for index in divided}
+    outer = _outer(channels, budget)
     found: list[Groups] = []
     for index, own in sides.items():
         carriers = {}
@@ -205,13 +206,12 @@ def attach_(
             name = layer.weight if layer.name not in products else factors(layer.name)[0 if axis == layer.out_axis else 1]
             of = _numbered(channels, channels.axes[layer.weight, axis], budget.families[index].sets)
             is_matrix = layer.name in matrices or (layer.name in products and axis == layer.out_axis)
-            carriers[name, axis] = Carrier(name, axis, of, is_matrix, _is_outer(channels, budget, layer), layer.normed)
+            carriers[name, axis] = Carrier(name, axis, of, is_matrix, layer.name in outer, layer.normed)
         found.append(Groups(len(budget.families[index].sets), tuple(carriers.values()), family=index))
     for index in divided:
         layer = budget.layers[index]
         rank = min(layer.shape[0], layer.shape[1] * layer.kernel) if init.startswith("svd") else layer.shape[0]
-        is_outer, is_normed = _is_outer(channels, budget, layer), layer.normed
-        carrier = Carrier(factors(layer.name)[0], 1, torch.arange(rank), True, is_outer, is_normed)
+        carrier = Carrier(factors(layer.name)[0], 1, torch.arange(rank), True, layer.name in outer, layer.normed)
         found.append(Groups(rank, (carrier,), layer=index))
     generator = torch.Generator().manual_seed(0)
     for name in products:
@@ -239,10 +239,11 @@ def factors(layer: str) -> tuple[str, str]:
     return f"{layer}.parametrizations.weight.original0", f"{layer}.parametrizations.weight.original1"
 
 
-def _is_outer(channels: Channels, budget: Budget, layer: Layer) -> bool:
-    own = set(channels.axes[layer.weight, layer.out_axis].tolist())
-    others = (other for other in budget.layers if other.groups == 1 and other != layer)
-    return any(own & set(channels.axes[other.weight, other.out_axis].tolist()) for other in others)
+def _outer(channels: Channels, budget: Budget) -> set[str]:
+    """The layers that make what other layers make as well."""
+    made = {layer.name: set(channels.axes[layer.weight, layer.out_axis].tolist()) for layer in budget.layers}
+    makers = Counter(number for layer in budget.layers if layer.groups == 1 for number in made[layer.name])
+    return {layer.name for layer in budget.layers if any(makers[number] > (layer.groups == 1) for number in made[layer.name])}
 
 
 def _numbered(channels: Channels, positions: Ids, sets: Ids) -> Tensor:
@@ -369,7 +370,7 @@ class Search:
                 high = middle
             else:
                 low = middle + 1
-        self.reach = float(candidates[high])
+        self.reach = float(candidates[high]) * (1 + 1e-6)  # rounding shall spare none
         steps = progress.step / progress.share if progress.share else torch.inf  # of the whole search
         wanted = self.reach * min(PULL / max((DONE_BY - progress.share) * steps, 1.0), 1.0)
         self.speed = min(wanted, self.options.speed)

@@ -48,7 +48,7 @@ class Options:
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
     ] = "l0"
     factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
-    speed: Annotated[float, "search: most that a norm loses in a step, as a share of the mean norm at the start"] = 1e-3
+    speed: Annotated[float, "search: most that a norm loses in a step, as a share of the mean at the start"] = 1e-3
     balance: Annotated[
         Literal["error", "norm", "none"],
         "search: measure norms by the error per cost of giving the group up at the start, by their mean in the matrix, or alike",
