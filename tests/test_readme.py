@@ -85,6 +85,12 @@ def test_the_time_of_a_search_step_holds_the_results():
     assert f"A step of a search takes {found['ratio']:.2f} times a plain step" in " ".join(README.split())
 
 
+def test_the_figures_of_the_search_hold_the_results():
+    row = json.loads((RESULTS / "finetune-resnet20.json").read_text())["rows"]["auto 0.5"]
+    assert f"leave ResNet-20 at half its MACs with {row['before']:.2f} %" in " ".join(README.split())
+    assert f"15 more of fine-tuning with {row['after']:.2f} %" in " ".join(README.split())
+
+
 def test_the_figures_of_training_hold_the_results():
     networks = json.loads((RESULTS / "train_speed.json").read_text())["networks"]
     rows = next(network["contenders"] for network in networks if network["network"] == "resnet20")
