@@ -326,11 +326,11 @@ class Budget:
         return share
 
     def place(self, family: int | None, layer: int | None) -> int:
-        """The index of the layer that is changed: of a family the first that makes it."""
+        """The index of the layer that is changed: of a family the first that makes it, if any does."""
         if layer is not None or family is None:
             return layer or 0
         axes = {axis for axis, _ in self.families[family].axes}
-        return next(index for index, layer in enumerate(self.layers) if (layer.weight, layer.out_axis) in axes)
+        return next((index for index, layer in enumerate(self.layers) if (layer.weight, layer.out_axis) in axes), 0)
 
     def solve(self, dials: Sequence[Dial], price: Price = "cost", *, refitted: bool = False) -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.
