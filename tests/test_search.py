@@ -314,6 +314,11 @@ def test_no_norm_loses_more_in_a_step_than_it_may(step):
     before = np.concatenate(method.search.norms(model))
     method.project(model, Progress(step, 0, 0.5, (0.1,)))
     assert not before[np.concatenate(method.search.norms(model)) == 0].max(initial=0) > 0.002 * step
+    model = small(width=8)
+    drawn = begun(model, "mode=decompose", "speed=0.002", "regularizer=l1")
+    drawn.project(model, Progress(step, 0, 0.5, (0.1,)))
+    lost = before - np.concatenate(drawn.search.norms(model))
+    assert 0 < lost.max() <= 0.002 * 1.01
 
 
 def test_the_factor_that_is_given_is_the_papers_step():
