@@ -113,7 +113,7 @@ def _costs(graph: Graph) -> tuple[list[Layer], int]:
             transposed=transposed,
             called=direct and graph.owners[node] == module,
             norm=norm and norm[0],
-            normed=_normed(node),
+            normed=_normed(node) and (name not in found or found[name].normed),  # each time that it is called
         )
     return list(found.values()), elsewhere
 

@@ -124,6 +124,23 @@ def test_layers_are_named_once_in_the_order_in_which_they_run():
     assert sum(layer.macs for layer in found) == counted(model, SHAPE, "macs")
 
 
+@pytest.mark.parametrize("last", ["normed", "plain"])
+def test_a_layer_is_normed_only_if_it_is_each_time_that_it_is_called(last):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls = [lambda x: self.norm(self.conv(x)), lambda x: self.conv(x).sigmoid()]
+            for call in calls if last == "plain" else reversed(calls):
+                x = call(x)
+            return x.mean((2, 3))
+
+    (layer,) = budget.layers(trace(Twice().eval(), SHAPE))
+    assert not layer.normed
+
+
 def test_families_hold_every_free_set_once():
     model = named("cifar:densenet_bc40_36")
     task, sets = plan(model, CIFAR_SHAPE)
