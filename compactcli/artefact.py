@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import architectures, checkpoint, detection, measure, methods, resume, streams, surgery
+from . import architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text
@@ -63,14 +63,17 @@ class Wishes:
     trust_pickle: bool = False
 
 
-def load(path: str | Path, *, channels_last: bool = True) -> nn.Module:
+def load(path: str | Path, *, channels_last: bool = True, fold: bool = True) -> nn.Module:
     """The network in a file, in eval mode on the CPU.
 
+    Convolutions whose kernels are stored as fewer numbers are plain ones; with `fold=False` they train as they are stored.
     Its convolutions are laid out for the memory format in which nearly all networks are faster (PyTorch's channels_last);
     without it the outputs are, bit for bit, those of the network that was saved.
     Raises CompactError if the file cannot be read, or its architecture is not recognised.
     """
     module = open_model(path).module
+    if fold:
+        kernels.fold_(module)
     return module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]
 
 

@@ -350,11 +350,7 @@ class Budget:
         if least > self.target:
             if self.nearest:
                 return smallest.values
-            reachable = np.ceil(1000 * least / self.original) / 1000
-            raise CompactError(
-                f"--ratio {self.ratio:g} of {self.of} is out of reach: this method can keep no less than {reachable:g} here; "
-                f"try --ratio {reachable:g}, or --nearest"
-            )
+            raise self.out_of_reach(least)
         state, best = _State(self, dials, self.time if price == "time" else self.cost), smallest.values
         low, high = 0.0, 1e-6 / self.original  # errors are relative: this threshold gives up next to nothing
         while state.settle(high) > self.target and high < 1e6:
@@ -372,6 +368,14 @@ class Budget:
         left = self.left(sum(float(dial.errors[n]) for dial, n in zip(dials, settings, strict=True)))
         return self.solve(
             [replace(dial, errors=left[self.place(dial.family, dial.layer)] * dial.errors) for dial in dials], price
+        )
+
+    def out_of_reach(self, least: float) -> CompactError:
+        """What to raise where the least that a method can do costs more than the target."""
+        reachable = math.ceil(1000 * least / self.original) / 1000
+        return CompactError(
+            f"--ratio {self.ratio:g} of {self.of} is out of reach: this method can keep no less than {reachable:g} here; "
+            f"try --ratio {reachable:g}, or --nearest"
         )
 
 

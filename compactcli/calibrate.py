@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import budget, data
+from . import budget, data, kernels
 from .graph import Graph, trace
 from .recipe import Edit, Keep, Preprocessing, Replace, Share
 from .surgery import LAYERS, Regression, outputs
@@ -217,14 +217,15 @@ def refit_(
     changed = {edit.module for edit in edits if not isinstance(edit, Share)}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        theirs, ours = (_Stream(trace(network, shape, batch=size), network) for network in (target, model))
+        plain = kernels.folded(model)  # a kernel that is made is put there when its layer has been refitted
+        theirs, ours = (_Stream(trace(network, shape, batch=size), network) for network in (target, plain))
         streams = _Streams(theirs, ours, batches)
         sites = _sites(streams, kinds)
         first = next((index for index, site in enumerate(sites) if site.name in changed), len(sites))
         for index, site in enumerate(sites[first:], first + 1):
             if only is not None and site.name not in only:
                 continue
-            _refit_site_(streams, site, kept, kinds.get(site.name), generator)
+            _refit_site_(streams, model, site, kept, kinds.get(site.name), generator)
             if progress is not None:
                 progress(index, len(sites))
         return streams.error()
@@ -380,12 +381,20 @@ def _behind(graph: Graph, node: fx.Node) -> tuple[str | None, fx.Node | None]:
 
 
 def _refit_site_(
-    streams: _Streams, site: _Site, kept: Mapping[tuple[str, int], Tensor], kind: str | None, generator: torch.Generator
+    streams: _Streams,
+    model: nn.Module,
+    site: _Site,
+    kept: Mapping[tuple[str, int], Tensor],
+    kind: str | None,
+    generator: torch.Generator,
 ) -> None:
     """Regress one layer: the part of its residual that its inputs explain is put on top of its weight."""
     streams.reach(site)
     old = streams.target.model.get_submodule(site.name)
-    layer, last = streams.model.model.get_submodule(site.name), streams.model.model.get_submodule(site.last)
+    layer, plain, last = (
+        net.get_submodule(name)
+        for net, name in ((model, site.name), (streams.model.model, site.name), (streams.model.model, site.last))
+    )
     norm = None if site.norm is None else streams.model.model.get_submodule(site.norm)
     assert isinstance(old, nn.Conv2d | nn.Linear)
     start = old.weight
@@ -415,6 +424,9 @@ def _refit_site_(
         LAYERS[kind].refit(layer, regression)  # type: ignore[misc]
         dense = LAYERS[kind].dense(layer)
         assert isinstance(dense, nn.Conv2d | nn.Linear)
+        if plain is not layer:
+            assert isinstance(plain, nn.Conv2d)
+            plain.weight.copy_(dense.weight)
         reached = dense.weight.flatten(1).double()
     if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) and norm.running_mean is not None:
         norm.running_mean.sub_(shift(reached))

@@ -1,14 +1,14 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__, artefact, calibrate, data, distributed, measure, surgery
+from . import __version__, artefact, calibrate, data, distributed, kernels, measure, surgery
 from .artefact import Network
 from .budget import Budget, Of
 from .channels import Channels
@@ -92,7 +92,10 @@ def compress(
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     module, shape = network.module, network.input_shape
     whole = measure.params(module) if of == "params" else None  # what is made plain may have fewer
+    made = len(kernels.layers(module))
     plain = plain_(module, shape)
+    if made:
+        log(f"{name}: made plain kernels of {made} layers that another step had stored as fewer numbers")
     graph, channels = plan(module, shape, log)
     budget = Budget(
         graph,
@@ -117,23 +120,30 @@ def compress(
         return None if batches is None else calibrate.moments(module, names, batches, seed=seed)
 
     if search is not None:
-        _searched_(network, method, channels, budget, moments, search, log)
-    edits = method.finish(module, channels, budget, moments())
-    if calibration is None or batches is None:
-        error = _edited_(module, edits, channels, shape)
+        check(network, search.dataset, search.teacher)
+    known = moments()
+    begun = method.start(module, channels, budget, known, trains=search is not None)
+    error = _made_(module, begun, channels, shape, batches, seed, progress) if begun else None
+    if search is not None:
+        method.attach(module, begun)
+        _searched_(network, method, budget, search, log)
+        known = moments()
+    ended = method.finish(module, channels, budget, known)
+    if error is None:
+        error = _made_(module, ended, channels, shape, batches, seed, progress)
+    else:
+        surgery.apply_checked_(module, ended, channels.consumed, shape)
+    if calibration is None:
         log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
     else:
-        original = copied(module)
-        surgery.apply_checked_(module, edits, channels.consumed, shape)
-        error = calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
         log(f"{name}: output error {error:.3f} on {len(calibration.images):,} images of {calibration.dataset}")
     params, macs = measure.params(module), measure.macs(module, shape)
     log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
     images = None if calibration is None else len(calibration.images)
-    options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **asdict(method.options)}
+    options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **method.recorded()}
     if search is not None:
         options["search"] = {**search.settings.identity(), "teacher": None if search.teacher is None else search.teacher.name}
-    step = Step("compress", name, options, without_tensors([*plain, *edits]), Measures(params, macs), error, __version__)
+    step = Step("compress", name, options, without_tensors([*plain, *begun, *ended]), Measures(params, macs), error, __version__)
     network.recipe = network.recipe.then(step)
     return network
 
@@ -141,20 +151,16 @@ def compress(
 def _searched_(
     network: Network,
     method: Method,
-    channels: Channels,
     budget: Budget,
-    moments: Callable[[], dict[str, calibrate.Moments] | None],
     search: Search,
     log: Callable[[str], None],
 ) -> None:
     """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
-    check(network, search.dataset, search.teacher)
     identity = {**search.identity, "options": repr(method.options), "target": [budget.of, budget.target]}
     store = None
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)
     hooks = [*attached(network.recipe, network.module), method]
-    method.start(network.module, channels, budget, moments())
     try:
         fit_(
             network.module,
@@ -175,8 +181,20 @@ def _searched_(
         log(told)
 
 
-def _edited_(module: nn.Module, edits: Sequence[Edit], channels: Channels, shape: Sequence[int]) -> float:
-    """Apply the edits; the relative change of the outputs on random images."""
+def _made_(
+    module: nn.Module,
+    edits: Sequence[Edit],
+    channels: Channels,
+    shape: Sequence[int],
+    batches: calibrate.Batches | None,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> float:
+    """Apply the edits, and refit to images where there are; the relative change of the outputs on them, else on random ones."""
+    if batches is not None:
+        original = copied(module)
+        surgery.apply_checked_(module, edits, channels.consumed, shape)
+        return calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
     probe = torch.randn(PROBES, *shape, generator=torch.Generator().manual_seed(0))
     before = _output(module, probe)
     surgery.apply_checked_(module, edits, channels.consumed, shape)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import kernels
 from .errors import CompactError
 from .graph import run_fake
 
@@ -62,16 +63,25 @@ def params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def params_materialised(model: nn.Module) -> int:
+    """Parameters when all kernels are made."""
+    made = kernels.layers(model).values()
+    held = {id(each): each.numel() for layer in made for name, each in layer.named_parameters() if name != "bias"}
+    shared = sum(params(layer) for layer in kernels.shared(model).values())
+    return params(model) - sum(held.values()) - shared + sum(layer.outputs * layer.reads for layer in made)
+
+
 def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Multiply-accumulates of one image: what torch.utils.flop_counter counts, halved. On fake tensors.
 
-    Attention takes the path on which its products can be seen.
+    Kernels that are made are taken as made: `kernels.synthesis_macs` tells what that costs, once. Attention takes the path
+    on which its products can be seen.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter:
-            run_fake(model, input_shape, batch=1)
+            run_fake(model, input_shape, batch=1, change=lambda shadow: kernels.fold_(shadow, hollow=True))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import surgery
+from . import kernels, surgery
 from .errors import CompactError
 from .graph import Graph, copied, operation, per_image, trace
 from .recipe import Edit, Replace
@@ -21,12 +21,15 @@ EDGES = ("left", "right", "top", "bottom")
 
 
 def plain_(model: nn.Module, input_shape: Sequence[int]) -> list[Edit]:
-    """Make layers plain in place where that frees channels; the edits that did it.
+    """Make layers plain in place, where they make their kernels or where it frees channels; the edits that did it.
 
     Raises CompactError where an output changes by more than float64 rounds.
     """
+    made = [Replace(name, "plain.folded", {}) for name in kernels.layers(model)]
+    if made:
+        surgery.apply_same_(model, made, input_shape)
     if not any(map(_hides, model.modules())):
-        return []
+        return [*made]
     graph = trace(model, input_shape)
     found = {edit.module: edit for edit in [*_computed(graph, model), *_across(graph, model)]}
     edits: list[Edit] = list(found.values())
@@ -35,12 +38,12 @@ def plain_(model: nn.Module, input_shape: Sequence[int]) -> list[Edit]:
         surgery.apply_same_(model, edits, input_shape)
         for path in found:
             model.get_submodule(path).to(dtype)
-    return edits
+    return [*made, *edits]
 
 
 def plained(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
     """The network itself, or a copy with plain layers where it has others."""
-    if not any(map(_hides, model.modules())):
+    if not kernels.layers(model) and not any(map(_hides, model.modules())):
         return model
     result = copied(model)
     plain_(result, input_shape)
@@ -158,5 +161,12 @@ def _build_across(old: nn.Module, options: Mapping[str, int]) -> nn.Module:
     return Across(old, size)
 
 
+def _build_folded(old: nn.Module, options: Mapping[str, int]) -> nn.Module:
+    if not isinstance(old, kernels.KernelLayer):
+        raise CompactError(f"the recipe makes the kernel of a {type(old).__name__}, which has a plain one")
+    return old.dense()
+
+
+LAYERS["plain.folded"] = LayerKind(_build_folded, lambda layer: layer)
 LAYERS["plain.computed"] = LayerKind(_build_computed, lambda layer: layer)
 LAYERS["plain.across"] = LayerKind(_build_across, lambda layer: layer)

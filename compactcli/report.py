@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import architectures, artefact, budget, counters, data, measure
+from . import architectures, artefact, budget, counters, data, kernels, measure
 from .artefact import Network
 from .channels import Channels
 from .data import Split
@@ -43,10 +43,10 @@ def evaluate(network: Network, dataset: data.Dataset, *, batch_size: int = 256, 
     split = dataset.test or dataset.train
     assert split is not None
     data.check_classes(dataset, network.num_classes)
-    module = network.module.to(device)
+    module = kernels.folded(network.module).to(device)
     batches = data.batches(split, network.recipe.preprocessing, batch_size, device)
     accuracy = measure.accuracy(module, batches)
-    module.to("cpu")
+    network.module.to("cpu")
     return Evaluated(accuracy, dataset.name, _split_name(dataset, split))
 
 

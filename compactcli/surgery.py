@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from . import kernels
 from .channels import Axis
 from .errors import CompactError
 from .graph import BATCH, named_failure, run_fake
-from .recipe import SETTABLE, Edit, Keep, Replace, Set
+from .kernels import KernelLayer
+from .recipe import SETTABLE, Edit, Keep, Replace, Set, Share
 
 TOLERANCE = 1e-9  # relative, in float64
 NOISE_FACTOR = 50  # where the network amplifies rounding: this many times what 1e-15 of input does
@@ -38,7 +40,10 @@ class Regression:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How a compressed layer is built in the place of an old one, its plain equal, and how images refit it."""
+    """How a compressed layer is built in the place of an old one, its plain equal, and how images refit it.
+
+    What others share is built in the place of nothing: `build` gets the network.
+    """
 
     build: Callable[[nn.Module, Mapping[str, int]], nn.Module]  # raises CompactError where it does not fit
     dense: Callable[[nn.Module], nn.Module]
@@ -64,8 +69,9 @@ def apply_(model: nn.Module, edits: Sequence[Edit]) -> None:
             case Replace():
                 _replace_(model, edit)
                 holders = _holders(model)
-            case _:
-                raise CompactError(f"this compactcli cannot apply a {edit.kind} edit")
+            case Share():
+                kernels.share_(model, edit.name, _built(model, edit))
+    kernels.drop_unused_(model)
 
 
 def apply_checked_(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[Axis], input_shape: Sequence[int]) -> float:
@@ -77,7 +83,7 @@ def apply_checked_(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[
     """
     image = _probe(input_shape)
     worst = 0.0
-    for replacing, group in groupby(edits, key=lambda edit: isinstance(edit, Replace)):
+    for replacing, group in groupby(edits, key=lambda edit: isinstance(edit, Replace | Share)):
         stage = list(group)
         if replacing:
             apply_(model, stage)
@@ -317,13 +323,20 @@ def _set_(model: nn.Module, edit: Set) -> None:
 
 
 def _replace_(model: nn.Module, edit: Replace) -> None:
+    layer = _built(_submodule(model, edit.module), edit)
+    if isinstance(layer, KernelLayer):
+        layer.bind(kernels.shared(model))
+    model.set_submodule(edit.module, layer)
+
+
+def _built(place: nn.Module, edit: Replace | Share) -> nn.Module:
     kind = LAYERS.get(edit.layer)
     if kind is None:
         raise CompactError(f"the recipe has a layer of unknown kind {edit.layer!r}; it needs a newer compactcli")
-    layer = kind.build(_submodule(model, edit.module), edit.options)
+    layer = kind.build(place, edit.options)
     if edit.tensors:
         layer.load_state_dict(dict(edit.tensors), assign=True)
-    model.set_submodule(edit.module, layer)
+    return layer
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

@@ -18,8 +18,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # DESIGN.md, "The parts": a file imports from its own row and from those above it.
 ORDER = [
     {"errors", "recipe", "distributed", "vision", "proximal"},
-    {"graph", "data", "streams", "cifar", "batchnorm", "history"},
-    {"architectures", "signatures", "detection", "checkpoint", "channels", "surgery", "budget", "calibrate", "plain", "plan"},
+    {"graph", "data", "streams", "cifar", "batchnorm", "history", "kernels"},
+    {
+        "architectures",
+        "signatures",
+        "detection",
+        "checkpoint",
+        "channels",
+        "surgery",
+        "budget",
+        "allocate",
+        "calibrate",
+        "plain",
+        "plan",
+    },
     {"methods", "measure", "counters"},
     {"artefact", "optim", "resume", "train"},
     {"compress", "finetune", "report", "explain", "export"},

@@ -7,7 +7,7 @@ it puts into networks. The first line of its docstring is its help on the comman
 import ast
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -49,10 +49,24 @@ class Method:
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
+    def recorded(self) -> dict[str, Any]:
+        """The options as the file holds them: no path of this machine."""
+        return asdict(self.options)
+
     def start(
-        self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None" = None
-    ) -> None:
-        """Get ready for a search: layers may be parametrized in place; `end` makes them plain again."""
+        self,
+        model: "nn.Module",
+        channels: "Channels",
+        budget: "Budget",
+        moments: "Mapping[str, Moments] | None" = None,
+        *,
+        trains: bool = False,
+    ) -> list[Edit]:
+        """Edits to make at once, before training if the method `trains`.
+
+        It may instead get ready for a search: layers may be parametrized in place; `end` makes them plain again.
+        """
+        return []
 
     def end(self, model: "nn.Module") -> str | None:
         """Called after training: leave no parametrization behind. What to tell the user about how it went."""
@@ -61,11 +75,11 @@ class Method:
     def finish(
         self, model: "nn.Module", channels: "Channels", budget: "Budget", moments: "Mapping[str, Moments] | None"
     ) -> list[Edit]:
-        """Edits to make after training, or at once where there is none."""
+        """Edits to make after training, or right after those of `start` where there is none."""
         return []
 
     def attach(self, model: "nn.Module", edits: Sequence[Edit]) -> None:
-        """Get ready to train a network further that the method made by these edits, some of which others may have undone."""
+        """Get ready to train a network that the method made by these edits, some of which others may have undone."""
 
     def parameter_groups(self, model: "nn.Module") -> list[dict[str, Any]] | None:
         """Groups for the optimizer; None for one group of all that trains.
@@ -120,9 +134,18 @@ def attached(recipe: Recipe, model: "nn.Module") -> list[Method]:
     hooks = []
     for step in recipe.steps:
         if step.method is not None:
-            hooks.append(get(step.method)())
+            hooks.append(_recorded(get(step.method), step.options))
             hooks[-1].attach(model, step.edits)
     return hooks
+
+
+def _recorded(method: type[Method], options: Mapping[str, Any]) -> Method:
+    """The method with the options that a file tells of, as far as it knows them."""
+    known = {option.name for option in option_list(method)}
+    try:
+        return method(method.Options(**{name: value for name, value in options.items() if name in known}))
+    except (TypeError, ValueError) as problem:
+        raise CompactError(f"the recipe has an option that {method.__name__} does not take: {problem}") from None
 
 
 def register_layers(layers: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from ..errors import CompactError
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method, Progress, _hinge_search, _two_slope
+from ._errors import multiplied, norm_of, root, row_scale, worths
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -94,11 +95,21 @@ class Hinge(Method):
     pairs: tuple[tuple[nn.Conv2d | nn.Linear, nn.Conv2d | nn.Linear], ...] = ()  # decomposed layers that are trained on
     norms: list[Floats] | None = None  # of the groups that the search ended with
 
-    def start(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None = None) -> None:
-        """Matrices behind the layers, as parametrizations, and the state of the search.
+    def start(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget,
+        moments: Mapping[str, "Moments"] | None = None,
+        *,
+        trains: bool = False,
+    ) -> list[Edit]:
+        """For a search: matrices behind the layers, as parametrizations, and its state.
 
         Raises CompactError for a target that will be out of reach.
         """
+        if not trains:
+            return []
         widths: Widths = []
         if "error" in (self.options.by, self.options.balance):
             widths, ranks = self._candidates(model, channels, budget, moments, searches=True)
@@ -113,6 +124,7 @@ class Hinge(Method):
         self.search = _hinge_search.Search(model, found, budget, self.options, losses)
         if self.options.by == "norm":
             self._chosen(budget, *self._by_norm(self.search.norms(model)), searches=True)
+        return []
 
     def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         """The layers that are decomposed still."""
@@ -231,7 +243,7 @@ def _widths(
     With `shared`, of what several layers produce together as well.
     """
     result = []
-    worth = _worth(model, channels, budget) if moments is None else {}
+    worth = worths(model, channels, budget) if moments is None else {}
     for index, family in enumerate(budget.families):
         axes = {axis for axis, _ in family.axes}
         makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
@@ -248,52 +260,15 @@ def _widths(
                 worths = np.array([worth.get(layer.name, 1.0) for layer in consumers])
                 shares = np.stack([_share(model, channels, family.sets, power, layer) for layer in consumers])
             by_share = np.argsort(worths @ shares, kind="stable")
-            order, lost = family.sets[by_share], worths @ _error(np.cumsum(shares[:, by_share], axis=1))
+            order, lost = family.sets[by_share], worths @ multiplied(np.cumsum(shares[:, by_share], axis=1))
         result.append((index, order, np.concatenate([lost[::-1], [0.0]])))
     return result
-
-
-def _error(lost: Floats) -> Floats:
-    """What losing a share of a signal's power counts: layers hand on what is left, so the shares kept multiply."""
-    return np.asarray(-np.log1p(-np.minimum(lost, 1 - 1e-6)))
 
 
 def _share(model: nn.Module, channels: Channels, sets: Ids, power: Floats, consumer: Layer) -> Floats:
     """Each set's share of what a consumer reads from all of them: its power times the energy of the weights on it."""
     read = power * _per_set(_energy(model, consumer, consumer.in_axis), channels.axes[consumer.weight, consumer.in_axis], sets)
     return read / max(float(read.sum()), 1e-30)
-
-
-def _worth(model: nn.Module, channels: Channels, budget: Budget) -> dict[str, float]:
-    """What a relative error in each layer's output does to the network's, as far as weights tell.
-
-    What is added to a shortcut counts by its share of the power of all that is; before that, an
-    error is handed on undiminished.
-    """
-    result: dict[str, float] = {}
-    readers: dict[int, list[Layer]] = {}  # set -> the layers that read it
-    writers: dict[int, list[Layer]] = {}
-    for layer in budget.layers:
-        for number in np.unique(channels.axes[layer.weight, layer.in_axis]).tolist():
-            readers.setdefault(number, []).append(layer)
-        if layer.groups == 1:
-            for number in np.unique(channels.axes[layer.weight, layer.out_axis]).tolist():
-                writers.setdefault(number, []).append(layer)
-    for layer in reversed(budget.layers):
-        first = int(channels.axes[layer.weight, layer.out_axis][0])
-        together = [other for other in writers.get(first, ()) if other.norm is not None]
-        if layer in together and len(together) > 1:
-            powers = [_output_power(model, other) for other in together]
-            result[layer.name] = powers[together.index(layer)] / max(sum(powers), 1e-30)
-        else:
-            result[layer.name] = max((result.get(reader.name, 1.0) for reader in readers.get(first, ())), default=1.0)
-    return result
-
-
-def _output_power(model: nn.Module, layer: Layer) -> float:
-    """The mean square of what comes out of the batch normalisation behind the layer."""
-    norm = _norm(model, layer)
-    return 1.0 if norm is None else float((norm.weight.detach().square() + norm.bias.detach().square()).mean())
 
 
 def _eliminate(
@@ -331,7 +306,7 @@ class _Reader:
         inverse.diagonal().add_((1e-4 + 1e-6 * len(inverse)) * float(inverse.diagonal().mean()) or 1.0)
         torch.linalg.cholesky(inverse, out=inverse)
         self.inverse = torch.cholesky_inverse(inverse, out=inverse)
-        self.weight = _root(moments.worth) @ weight  # (o, i*k*k)
+        self.weight = root(moments.worth) @ weight  # (o, i*k*k)
 
     def costs(self) -> Floats:
         """The error of giving up each set, the others making up for it: tr(W_s P_ss^-1 W_s^T)."""
@@ -356,18 +331,10 @@ class _Reader:
         self.weight[:, columns] = 0.0
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """R in float64 with R^T R the positive semidefinite matrix, to a millionth of its trace, in which rounding is lost."""
-    matrix = matrix.double()
-    matrix.diagonal().add_(1e-6 * float(matrix.diagonal().sum()) or 1e-30)
-    root: Tensor = torch.linalg.cholesky(matrix).T
-    return root
-
-
 def _ranks(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
     """The layers that may be decomposed."""
     result = []
-    worth = _worth(model, channels, budget) if moments is None else {}
+    worth = worths(model, channels, budget) if moments is None else {}
     for index, layer in _decomposable(model, channels, budget):
         weight = model.get_parameter(layer.weight).detach().flatten(1).double()
         if moments is not None and layer.name in moments:
@@ -375,14 +342,14 @@ def _ranks(model: nn.Module, channels: Channels, budget: Budget, moments: Mappin
             narrow, wide = known.worth, known.inputs
             if len(weight) > weight.shape[1]:  # the same energies, from the shorter side
                 weight, narrow, wide = weight.T, known.inputs, known.worth
-            scaled = _root(narrow) @ weight
+            scaled = root(narrow) @ weight
             energy = torch.linalg.eigvalsh((scaled.float() @ wide).double() @ scaled.T).clamp_min(0).flip(0).numpy()
             errors = _tails(energy)
         else:
-            scaled = _row_scale(model, layer)[:, None] * weight
+            scaled = row_scale(model, layer)[:, None] * weight
             gram = _gram(scaled if len(scaled) <= scaled.shape[1] else scaled.T)  # the same energies, from the shorter side
             energy = torch.linalg.eigvalsh(gram if len(gram) < 256 else gram.float()).clamp_min(0).flip(0).double().numpy()
-            errors = worth.get(layer.name, 1.0) * _error(_tails(energy) / max(float(energy.sum()), 1e-30))
+            errors = worth.get(layer.name, 1.0) * multiplied(_tails(energy) / max(float(energy.sum()), 1e-30))
         result.append((index, errors))
     return result
 
@@ -435,7 +402,7 @@ def _decompose(model: nn.Module, channels: Channels, layer: Layer, rank: int, re
     assert isinstance(module, nn.Conv2d | nn.Linear)
     out, into = (torch.from_numpy(~np.isin(channels.axes[layer.weight, axis], removed)) for axis in (0, 1))
     weight = module.weight.detach()[out][:, into]
-    scale = _row_scale(model, layer)[out]
+    scale = row_scale(model, layer)[out]
     scaled = scale[:, None] * weight.flatten(1).double()  # (o, i*k*k) = U S V
     _, vectors = torch.linalg.eigh(_gram(scaled))
     U = vectors.flip(1)[:, : min(rank, *scaled.shape)]  # (o, r)
@@ -455,22 +422,6 @@ def _gram(matrix: Tensor) -> Tensor:
     return (small @ small.T).double()
 
 
-def _row_scale(model: nn.Module, layer: Layer) -> Tensor:
-    """|gamma| / sigma of the batch normalisation behind the layer (o,); ones where there is none."""
-    norm = _norm(model, layer)
-    if norm is None:
-        return torch.ones(layer.shape[0], dtype=torch.float64)
-    assert norm.running_var is not None
-    scale = norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale.clamp_min(1e-3 * float(scale.max()) or 1.0)
-
-
-def _norm(model: nn.Module, layer: Layer) -> nn.BatchNorm2d | None:
-    """The batch normalisation behind the layer, where it scales and keeps statistics."""
-    norm = None if layer.norm is None else model.get_submodule(layer.norm)
-    return norm if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats else None
-
-
 def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str, int]], makers: list[Layer]) -> Floats:
     """The mean square of each channel as its consumers read it.
 
@@ -479,7 +430,7 @@ def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str,
     of the filters do.
     """
     grouped = [layer for layer in makers if layer.groups > 1]
-    norms = [(f"{layer.norm}.weight", norm) for layer in grouped[-1:] or makers if (norm := _norm(model, layer)) is not None]
+    norms = [(f"{layer.norm}.weight", norm) for layer in grouped[-1:] or makers if (norm := norm_of(model, layer)) is not None]
     if not norms:
         others = [(tensor, model.get_submodule(tensor.rpartition(".")[0])) for tensor, _ in sorted(axes, reverse=True)]
         norms = [(tensor, module) for tensor, module in others if isinstance(module, nn.BatchNorm2d) and module.affine][:1]

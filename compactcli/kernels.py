@@ -1,0 +1,142 @@
+"""Convolutions that store their kernel as fewer numbers and make it from them: what all of them share.
+
+Such a layer trains as it is. `folded` puts plain convolutions in their places, so that a network costs to run what it
+cost before; what several layers make their kernels from lies once, at the network's root.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import CompactError
+
+SHARED = "compactcli_shared"  # the child of the root that holds what layers share
+
+
+class Shared(nn.ModuleDict):
+    """What layers share, by name. As the last layer of an `nn.Sequential` it hands on what it gets."""
+
+    def forward(self, value: Any) -> Any:
+        return value
+
+
+class KernelLayer(nn.Module):
+    """A convolution of the geometry and with the bias of `like`, whose kernel is made anew at every call.
+
+    A kind of its own has the numbers that it is made from, and `kernel`.
+    """
+
+    def __init__(self, like: nn.Conv2d) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = like.in_channels, like.out_channels, like.groups
+        self.shape: tuple[int, ...] = tuple(like.weight.shape)  # of the kernel: (o, i / groups, k, k)
+        self.stride, self.padding, self.dilation = like.stride, like.padding, like.dilation
+        self.padding_mode = like.padding_mode
+        self._edges = tuple(like._reversed_padding_repeated_twice)
+        self.bias = like.bias
+
+    @property
+    def outputs(self) -> int:
+        """Filters."""
+        return self.shape[0]
+
+    @property
+    def reads(self) -> int:
+        """Inputs of one filter: i / groups * k * k."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+    @property
+    def synthesis_macs(self) -> int:
+        """Multiply-accumulates that making the kernel takes, once."""
+        raise NotImplementedError
+
+    def kernel(self) -> Tensor:
+        """The kernel (o, i / groups, k, k)."""
+        raise NotImplementedError
+
+    def bind(self, shared: Mapping[str, nn.Module]) -> None:
+        """Take what this layer shares with others; called when it comes into a network."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        kernel, padding = self.kernel(), self.padding
+        if self.padding_mode != "zeros":
+            image, padding = F.pad(image, self._edges, mode=self.padding_mode), (0, 0)
+        return F.conv2d(image, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def dense(self) -> nn.Conv2d:
+        """The plain convolution that this layer is equal to. Its bias is the same tensor."""
+        with torch.no_grad():
+            return self._plain(self.kernel().contiguous())
+
+    def hollow(self) -> nn.Conv2d:
+        """The same without making the kernel: only its shape is right."""
+        some = next(self.parameters())
+        return self._plain(torch.empty(self.shape, dtype=some.dtype, device=some.device))
+
+    def _plain(self, kernel: Tensor) -> nn.Conv2d:
+        like: Any = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        layer = nn.Conv2d(self.in_channels, self.out_channels, self.shape[2:], **like, bias=False, device="meta")  # type: ignore[arg-type]
+        layer.weight, layer.bias = nn.Parameter(kernel), self.bias
+        return layer.train(self.training)
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The names of what it shares with others."""
+        return ()
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}, {sum(each.numel() for each in self.parameters())} numbers"
+
+
+def layers(model: nn.Module) -> dict[str, KernelLayer]:
+    """Module path -> layer, of all that make their kernels."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, KernelLayer)}
+
+
+def share_(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put what layers share at the network's root. Raises CompactError for a name that no module can have."""
+    if not name.isidentifier():
+        raise CompactError(f"the recipe shares a layer under the name {name[:40]!r}, which is none")
+    if not isinstance(getattr(model, SHARED, None), Shared):
+        model.add_module(SHARED, Shared())
+    getattr(model, SHARED)[name] = layer
+
+
+def shared(model: nn.Module) -> Mapping[str, nn.Module]:
+    """What lies at the network's root for layers to share, by name."""
+    found = getattr(model, SHARED, None)
+    return dict(found.items()) if isinstance(found, Shared) else {}
+
+
+def drop_unused_(model: nn.Module) -> None:
+    """Remove from the network's root what no layer shares any more."""
+    used = {name for layer in layers(model).values() for name in layer.shares}
+    for name in set(shared(model)) - used:
+        del getattr(model, SHARED)[name]
+    if hasattr(model, SHARED) and not used:
+        delattr(model, SHARED)
+
+
+def fold_(model: nn.Module, *, hollow: bool = False) -> None:
+    """Put plain convolutions in the places of those that make their kernels; only of the right shape if `hollow`."""
+    for name, layer in layers(model).items():
+        model.set_submodule(name, layer.hollow() if hollow else layer.dense())
+    drop_unused_(model)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """The network itself if all its kernels are plain; else a copy in which they are, with every other tensor shared."""
+    if not layers(model):
+        return model
+    result = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    fold_(result)
+    return result
+
+
+def synthesis_macs(model: nn.Module) -> int:
+    """Multiply-accumulates that making all kernels takes, once."""
+    return sum(layer.synthesis_macs for layer in layers(model).values())

@@ -1,0 +1,45 @@
+"""What methods share that store kernels as fewer numbers: which layers they take, and how they meet a budget of parameters."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..allocate import Choice, allocate
+from ..budget import Budget, Layer
+from ..errors import CompactError
+from ..kernels import KernelLayer
+
+
+def eligible(model: nn.Module, layer: Layer) -> bool:
+    """Whether the layer is a plain convolution of at least two filters, whose weight nothing else reads."""
+    module = model.get_submodule(layer.name)
+    return type(module) is nn.Conv2d and "weight" in module._parameters and layer.called and layer.shape[0] > 1
+
+
+def like(old: nn.Module) -> nn.Conv2d:
+    """The plain convolution in whose place a layer comes. Raises CompactError where there is none."""
+    if isinstance(old, KernelLayer):
+        return old.hollow()
+    if not isinstance(old, nn.Conv2d):
+        raise CompactError(f"the recipe makes the kernel of a {type(old).__name__}, which has none")
+    return old
+
+
+def dense(layer: nn.Module) -> nn.Module:
+    """The plain convolution that a layer is equal to."""
+    assert isinstance(layer, KernelLayer)
+    return layer.dense()
+
+
+def meet(model: nn.Module, budget: Budget, choices: Sequence[Choice], method: str) -> list[int]:
+    """Which of its forms each part of the network takes, so that its parameters meet the budget; the first is what it has now.
+
+    Raises CompactError if there is nothing to choose, or the target is out of reach.
+    """
+    if all(len(each.costs) < 2 for each in choices) and not budget.nearest:
+        raise CompactError(f"there are no convolutions here that {method} could store as fewer numbers")
+    fixed = sum(each.numel() for each in model.parameters()) - sum(float(each.costs[0]) for each in choices)
+    least = fixed + sum(float(each.costs.min()) for each in choices)
+    if least > budget.target and not budget.nearest:
+        raise budget.out_of_reach(least)
+    return allocate(choices, max(budget.target, least) - fixed)

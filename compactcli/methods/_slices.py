@@ -1,0 +1,186 @@
+"""Kernels cut into slices that one generator makes from codes: how they are cut, and the best generator and codes."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._errors import Metric
+
+ROUNDS = 6  # of codes, then generator, at most
+HELPS = 0.01  # of the error: a round that saves less is the last
+SOLVES = 10  # steps of conjugate gradients for either
+REFITS = 40  # for one layer's codes, when images refit it
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """A kernel (o, i, k, k) as slices of `outputs` x `inputs` x k x k, filled up with zeros at the edges.
+
+    Tiled: each slice is a block of filters by a block of inputs. By rows, as the authors' code does it: each is a run of
+    consecutive numbers of the kernel, filled up; where sizes do not divide, some codes then make nothing that is used.
+    """
+
+    shape: tuple[int, ...]  # of the kernel
+    outputs: int
+    inputs: int
+    by_rows: bool = False
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Slices along filters, and along inputs."""
+        return -(-self.shape[0] // self.outputs), -(-self.shape[1] // self.inputs)
+
+    @property
+    def count(self) -> int:
+        """Slices."""
+        return self.blocks[0] * self.blocks[1]
+
+    @property
+    def size(self) -> int:
+        """Numbers in a slice."""
+        return self.outputs * self.inputs * math.prod(self.shape[2:])
+
+    def cut(self, kernel: Tensor) -> Tensor:
+        """(o, i, k, k) -> (slices, numbers)."""
+        (down, along), (o, i, *k) = self.blocks, self.shape
+        filled = F.pad(kernel, (*[0] * 2 * len(k), 0, along * self.inputs - i, 0, down * self.outputs - o))
+        if not self.by_rows:
+            filled = filled.view(down, self.outputs, along, self.inputs, *k).transpose(1, 2)
+        return filled.reshape(self.count, self.size)
+
+    def paste(self, slices: Tensor) -> Tensor:
+        """(slices, numbers) -> (o, i, k, k)."""
+        (down, along), (o, i, *k) = self.blocks, self.shape
+        if not self.by_rows:
+            slices = slices.view(down, along, self.outputs, self.inputs, *k).transpose(1, 2)
+        return slices.reshape(down * self.outputs, along * self.inputs, *k)[:o, :i]
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A layer's kernel, how an error in it counts, and how it is cut."""
+
+    weight: Tensor  # (o, i, k, k) float32
+    metric: Metric
+    slicing: Slicing
+
+    def weights(self) -> Tensor:
+        """How much each slice counts (slices,), by the diagonals of the metric."""
+        outputs = self.metric.outputs.diagonal().float()
+        inputs = torch.ones(self.weight[0].numel()) if self.metric.inputs is None else self.metric.inputs.diagonal().float()
+        each = self.slicing.cut((outputs[:, None] * inputs).view(self.weight.shape))
+        return each.sum(1) / self.slicing.cut(torch.ones_like(self.weight)).sum(1).clamp_min(1)
+
+    def weighed(self, error: Tensor) -> Tensor:
+        """Half the gradient (slices, numbers) of what an error (o, i, k, k) costs."""
+        rows = self.metric.outputs.to(error.dtype) @ self.metric.read(error.flatten(1))
+        return self.slicing.cut(rows.view(error.shape))
+
+    def cost(self, error: Tensor) -> float:
+        """What an error (o, i, k, k) costs."""
+        return self.metric.cost(error.flatten(1))
+
+
+def spectrum(layers: Sequence[Sliced]) -> tuple[Tensor, list[Tensor]]:
+    """The principal directions (numbers, most there are) of all slices, weighted, and by layer what is beyond each of them.
+
+    The second holds, for every layer, the energy (most + 1,) that is lost with so many directions.
+    """
+    slices = [layer.slicing.cut(layer.weight) for layer in layers]
+    scaled = [own * layer.weights().clamp_min(0).sqrt()[:, None] for own, layer in zip(slices, layers, strict=True)]
+    every = torch.cat(scaled)
+    _, directions = _principal(every)
+    lost = []
+    for own in scaled:
+        energy = (own @ directions).double().square().sum(0)
+        total = float(own.double().square().sum())
+        lost.append((total - torch.cat([torch.zeros(1, dtype=torch.float64), energy.cumsum(0)])).clamp_min(0))
+    return directions, lost
+
+
+def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(energies, directions as columns) of rows (n, m), descending; min(n, m) of them."""
+    if len(rows) >= rows.shape[1]:
+        energy, vectors = torch.linalg.eigh(rows.T @ rows)
+        return energy.flip(0), vectors.flip(1)
+    energy, vectors = torch.linalg.eigh(rows @ rows.T)
+    energy, vectors = energy.flip(0), vectors.flip(1)
+    return energy, torch.linalg.qr(rows.T @ vectors).Q
+
+
+def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """Generator (numbers, d) and codes (slices, d) of each layer that cost least: in turn while it helps, from a generator."""
+    generator = generator if frozen else torch.linalg.qr(generator).Q
+    codes = [torch.linalg.lstsq(generator, layer.slicing.cut(layer.weight).T).solution.T.contiguous() for layer in layers]
+    error = float("inf")
+    for _ in range(ROUNDS):
+        codes = [solve_codes(layer, generator, own, SOLVES) for layer, own in zip(layers, codes, strict=True)]
+        now = sum(layer.cost(layer.weight - made(layer, generator, own)) for layer, own in zip(layers, codes, strict=True))
+        if frozen or now > (1 - HELPS) * error:
+            break
+        error = now
+        generator = _solve_generator(layers, generator, codes)
+        generator, mixed = torch.linalg.qr(generator)
+        codes = [own @ mixed.T for own in codes]
+    return generator, codes
+
+
+def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:
+    """The kernel that codes stand for."""
+    return layer.slicing.paste(codes @ generator.T)
+
+
+def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> Tensor:
+    """The codes (slices, d) of one layer that cost least, nearer by some steps of conjugate gradients."""
+    gram = generator.T @ generator
+    inverse = torch.linalg.inv(gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
+
+    def gradient(error: Tensor) -> Tensor:
+        return layer.weighed(error) @ generator
+
+    start = layer.weight.to(codes.dtype) - made(layer, generator, codes)
+    return _conjugate(codes, gradient(start), lambda way: gradient(made(layer, generator, way)), lambda at: at @ inverse, steps)
+
+
+def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequence[Tensor]) -> Tensor:
+    """The generator (numbers, d) that costs least for the codes, nearer by some steps of conjugate gradients."""
+    every = [layer.weights().sqrt()[:, None] * own for layer, own in zip(layers, codes, strict=True)]
+    gram = sum((own.T @ own for own in every), torch.zeros(()))
+    inverse = torch.linalg.inv(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)))
+
+    def gradient(errors: Iterator[Tensor]) -> Tensor:
+        return sum(
+            (layer.weighed(error).T @ own for layer, error, own in zip(layers, errors, codes, strict=True)), torch.zeros(())
+        )
+
+    start = gradient(layer.weight - made(layer, generator, own) for layer, own in zip(layers, codes, strict=True))
+    moved: Callable[[Tensor], Tensor] = lambda way: gradient(  # noqa: E731
+        made(layer, way, own) for layer, own in zip(layers, codes, strict=True)
+    )
+    return _conjugate(generator, start, moved, lambda at: at @ inverse, SOLVES)
+
+
+def _conjugate(
+    start: Tensor, residual: Tensor, operator: Callable[[Tensor], Tensor], easier: Callable[[Tensor], Tensor], steps: int
+) -> Tensor:
+    """Nearer to where the residual is zero, by preconditioned conjugate gradients."""
+    point, ready = start, easier(residual)
+    direction, power = ready, float((residual * ready).sum())
+    first = power
+    for _ in range(steps):
+        if not power > 1e-10 * first or power <= 0:
+            break
+        moved = operator(direction)
+        curve = float((direction * moved).sum())
+        if curve <= 0:
+            break
+        step = power / curve
+        point, residual = point + step * direction, residual - step * moved
+        ready = easier(residual)
+        power, last = float((residual * ready).sum()), power
+        direction = ready + (power / last) * direction
+    return point

@@ -1,0 +1,352 @@
+"""CSG: one generator makes the kernels of a whole network from short codes (Omidvar et al., AISTATS 2021).
+
+Kernels are cut into slices of outputs x inputs x k x k. A linear map without bias, the generator (numbers of a slice x d),
+makes each slice from its code of d numbers; there is one for each kernel size (section 3). Kernels are made once: a layer
+that is run costs what it did before.
+
+The paper trains from scratch. From a checkpoint, generator and codes begin as the truncated SVD of all slices, and are
+then refined in turn, in the metric of what an error does to the network's outputs. The size of the codes, and which layers
+stay plain, follow from the error per parameter.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..allocate import Choice
+from ..budget import Budget, Layer
+from ..channels import Channels
+from ..errors import CompactError, shape_text
+from ..kernels import KernelLayer, layers, shared
+from ..recipe import Edit, Recipe, Replace, Share
+from ..surgery import LAYERS, LayerKind, Regression
+from . import Method
+from ._errors import Metric, Metrics
+from ._layers import dense, eligible, like, meet
+from ._slices import REFITS, Sliced, Slicing, refine, solve_codes, spectrum
+
+if TYPE_CHECKING:
+    from ..calibrate import Moments
+
+SIZES = 48  # of codes that are tried
+THEIRS = ("CLG.weight", "CSG.weight")  # the generator's name in the authors' files
+
+
+@dataclass(frozen=True)
+class Options:
+    """How csg cuts kernels and chooses."""
+
+    slice: Annotated[str, "outputs x inputs of a slice (the paper: 16x16, and 12x12)"] = "8x8"
+    code: Annotated[int, "numbers in a code; 0: as many as the ratio allows"] = 0
+    order: Annotated[
+        Literal["tiled", "rows"], "slices as tiles of filters by inputs, or as runs of numbers, as in the authors' files"
+    ] = "tiled"
+    generator: Annotated[str, "file to take the generators from: another artefact, or one of the authors'"] = ""
+    frozen: Annotated[Literal["auto", "yes", "no"], "train codes alone; auto: where the generators are from a file"] = "auto"
+
+    def __post_init__(self) -> None:
+        self.shape  # noqa: B018  # raises where it is none
+        if self.code < 0:
+            raise ValueError(f"code={self.code}: it is 0 or more")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of a slice. Raises ValueError where the text says none."""
+        parts = self.slice.split("x")
+        if not 1 <= len(parts) <= 2 or not all(part.isdecimal() and 1 <= int(part) <= 4096 for part in parts):
+            raise ValueError(f"slice={self.slice}: give it as OUTPUTSxINPUTS, e.g. 16x16")
+        return int(parts[0]), int(parts[-1])
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the generators stay as they are."""
+        return self.frozen == "yes" or (self.frozen == "auto" and self.generator != "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the layers of one kernel size may become."""
+
+    size: int  # of the codes
+    plain: frozenset[str]  # the layers that stay as they are
+
+
+class CSG(Method):
+    """A generator for each kernel size, and codes for the slices of as many layers as the ratio needs."""
+
+    Options = Options
+    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("params",)
+
+    def recorded(self) -> dict[str, Any]:
+        """The options, and of the generator's file the bare name."""
+        return asdict(replace(self.options, generator=Path(self.options.generator).name))
+
+    def start(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget,
+        moments: Mapping[str, "Moments"] | None = None,
+        *,
+        trains: bool = False,
+    ) -> list[Edit]:
+        """The generators, and the layers that are made by them, so that the budget is met."""
+        metrics = Metrics(model, channels, budget, moments)
+        given = generators(self.options.generator) if self.options.generator else {}
+        groups: dict[tuple[int, ...], list[tuple[Layer, Sliced]]] = {}
+        left = budget.left() if moments is not None else np.ones(len(budget.layers))
+        for index, layer in enumerate(budget.layers):
+            kernel = layer.shape[2:]
+            if eligible(model, layer) and (not given or kernel in given):
+                outputs, inputs = given[kernel].shape if given else self.options.shape
+                slicing = Slicing(layer.shape, outputs, inputs, self.options.order == "rows")
+                weight = model.get_parameter(layer.weight).detach().float()
+                metric = metrics.of(layer)
+                counted = Metric(metric.outputs * float(left[index]), metric.inputs)
+                groups.setdefault(kernel, []).append((layer, Sliced(weight, counted, slicing)))
+        edits: list[Edit] = []
+        for kernel, plan in self._chosen(model, budget, groups, given).items():
+            edits += self._edits(model, kernel, [each for each in groups[kernel] if each[0].name not in plan.plain], plan, given)
+        return edits
+
+    def _chosen(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        groups: Mapping[tuple[int, ...], list[tuple[Layer, Sliced]]],
+        given: Mapping[tuple[int, ...], "Given"],
+    ) -> dict[tuple[int, ...], Plan]:
+        """What becomes of each kernel size of which anything is coded."""
+        choices, plans = [], []
+        for kernel, found in groups.items():
+            every = frozenset(layer.name for layer, _ in found)
+            sizes = np.array([math.prod(layer.shape) for layer, _ in found])
+            costs, errors, own = [float(sizes.sum())], [0.0], [Plan(0, every)]
+            for cost, error, plan in self._plans(found, given.get(kernel)):
+                costs.append(cost)
+                errors.append(error)
+                own.append(plan)
+            choices.append(Choice(np.array(costs), np.array(errors)))
+            plans.append(own)
+        chosen = meet(model, budget, choices, "csg")
+        result = {kernel: own[form] for kernel, own, form in zip(groups, plans, chosen, strict=True) if form}
+        if not given and not self.options.code:
+            fixed = sum(each.numel() for each in model.parameters()) - sum(float(each.costs[0]) for each in choices)
+            spent = sum(float(each.costs[form]) for each, form in zip(choices, chosen, strict=True))
+            _fill(result, groups, budget.target - fixed - spent)
+        return result
+
+    def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: "Given | None") -> Iterator[tuple[float, float, Plan]]:
+        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain: first those that it helps most."""
+        slices = [sliced for _, sliced in found]
+        counts = np.array([sliced.slicing.count for sliced in slices], dtype=float)
+        whole = np.array([sliced.weight.numel() for sliced in slices], dtype=float)
+        if given is None:
+            _, tails = spectrum(slices)
+            most, numbers = len(tails[0]) - 1, slices[0].slicing.size
+            sizes = [min(self.options.code, most)] if self.options.code else np.unique(np.linspace(1, most, SIZES).astype(int))
+        else:
+            numbers, (size, tails) = slices[0].slicing.size, (given.weight.shape[1], [])
+            sizes = [size]
+        for size in map(int, sizes):
+            lost = np.array([float(each[size]) for each in tails]) if given is None else _missed(slices, given.weight)
+            saved = whole - counts * size
+            order = np.argsort(-np.where(saved > 0, lost / np.maximum(saved, 1), np.inf), kind="stable")
+            for number in range(int((saved <= 0).sum()), len(order)):
+                coded = order[number:]
+                cost = whole[order[:number]].sum() + size * (counts[coded].sum() + numbers)
+                yield float(cost), float(lost[coded].sum()), Plan(size, frozenset(found[i][0].name for i in order[:number]))
+
+    def _edits(
+        self,
+        model: nn.Module,
+        kernel: tuple[int, ...],
+        found: Sequence[tuple[Layer, Sliced]],
+        plan: Plan,
+        given: Mapping[tuple[int, ...], "Given"],
+    ) -> Iterator[Edit]:
+        slices, first = [sliced for _, sliced in found], found[0][1].slicing
+        start = given[kernel].weight if given else spectrum(slices)[0][:, : plan.size]
+        generator, codes = refine(slices, start, frozen=bool(given))
+        cut = {"outputs": first.outputs, "inputs": first.inputs, "code": generator.shape[1]}
+        dtype = model.get_parameter(found[0][0].weight).dtype
+        yield Share(
+            name_of(kernel),
+            "csg.generator",
+            cut | {"height": kernel[0], "width": kernel[1]},
+            {"weight": generator.to(dtype).contiguous()},
+        )
+        for (layer, _), own in zip(found, codes, strict=True):
+            module = model.get_submodule(layer.name)
+            assert isinstance(module, nn.Conv2d)
+            tensors = {"code": own.to(dtype).contiguous()}
+            if module.bias is not None:
+                tensors["bias"] = module.bias.detach()
+            yield Replace(layer.name, "csg.coded", cut | {"rows": int(first.by_rows)}, tensors)
+
+    def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
+        """Freeze the generators if they are to stay."""
+        if self.options.freezes:
+            for generator in _generators(model):
+                generator.requires_grad_(False)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """Codes and generators, each at the pace at which a step moves the kernels no farther than it would plain ones.
+
+        With the slices Z G^T a step against their gradient D moves them by D G G^T + Z Z^T D.
+        """
+        groups: list[dict[str, Any]] = []
+        for generator in _generators(model):
+            own = [layer for layer in layers(model).values() if isinstance(layer, Coded) and layer.generator is generator]
+            with torch.no_grad():
+                gram = sum((layer.code.float().T @ layer.code.float() for layer in own), torch.zeros(()))
+                lengths = [
+                    float(torch.linalg.matrix_norm(each.float(), 2)) for each in (generator.weight.T @ generator.weight, gram)
+                ]
+            groups.append({"params": [layer.code for layer in own], "pace": 1 / max(lengths[0], 1e-6)})
+            groups.append({"params": [generator.weight], "pace": 1 / max(lengths[1], 1e-6)})
+        return groups
+
+
+def name_of(kernel: Sequence[int]) -> str:
+    """Under which name the generator for a kernel size is shared."""
+    return f"csg_{shape_text(kernel)}"
+
+
+def _fill(plans: dict[tuple[int, ...], Plan], groups: Mapping[tuple[int, ...], list[tuple[Layer, Sliced]]], slack: float) -> None:
+    """Spend what is left of the budget on longer codes."""
+    for kernel, plan in plans.items():
+        coded = [sliced for layer, sliced in groups[kernel] if layer.name not in plan.plain]
+        count, numbers = sum(each.slicing.count for each in coded), coded[0].slicing.size
+        more = max(0, min(int(slack // (count + numbers)), min(count, numbers) - plan.size))
+        plans[kernel], slack = replace(plan, size=plan.size + more), slack - more * (count + numbers)
+
+
+def _missed(slices: Sequence[Sliced], generator: Tensor) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """What each layer loses if its slices are projected on what the generator can make."""
+    basis = torch.linalg.qr(generator).Q
+    lost = []
+    for each in slices:
+        rows = each.slicing.cut(each.weight)
+        lost.append(float((each.weights() * (rows - rows @ basis @ basis.T).square().sum(1)).sum()))
+    return np.array(lost)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A generator from a file."""
+
+    weight: Tensor  # (numbers, d) float32
+    shape: tuple[int, int]  # (outputs, inputs) of a slice
+
+
+def generators(path: str) -> dict[tuple[int, ...], Given]:
+    """Kernel size -> generator, in another artefact or in a file of the authors'.
+
+    Raises CompactError if the file cannot be read or holds none.
+    """
+    file = checkpoint.read(path)
+    result: dict[tuple[int, ...], Given] = {}
+    if "compactcli" in file.metadata:
+        for edit in Recipe.loads(file.metadata["compactcli"]).edits:
+            weight = file.tensors.get(f"compactcli_shared.{edit.name}.weight") if isinstance(edit, Share) else None
+            if isinstance(edit, Share) and edit.layer == "csg.generator" and weight is not None:
+                options = edit.options
+                result[options["height"], options["width"]] = Given(weight.float(), (options["outputs"], options["inputs"]))
+    else:
+        for name, weight in file.tensors.items():
+            if name.endswith(THEIRS) and weight.ndim == 2:
+                kernel, side = square(len(weight))
+                result[kernel] = Given(weight.float(), (side, side))
+    if not result:
+        raise CompactError(f"{file.name}: there is no generator of csg in it")
+    return result
+
+
+def square(numbers: int) -> tuple[tuple[int, int], int]:
+    """(kernel size, side) of the authors' slices, which are square. Raises CompactError if there are none of so many numbers."""
+    for kernel in (3, 5, 7, 1):
+        side = math.isqrt(numbers // kernel**2)
+        if side * side * kernel**2 == numbers:
+            return (kernel, kernel), side
+    raise CompactError(f"a generator of {numbers} numbers makes no square slices")
+
+
+class Generator(nn.Module):
+    """Slices (n, numbers) from codes (n, d)."""
+
+    def __init__(self, options: Mapping[str, int]) -> None:
+        super().__init__()
+        outputs, inputs, height, width, code = (options.get(n, 0) for n in ("outputs", "inputs", "height", "width", "code"))
+        numbers = outputs * inputs * height * width
+        if not (1 <= numbers <= 1 << 24 and 1 <= code <= 1 << 16):
+            raise CompactError(f"the recipe has a generator of slices {outputs}x{inputs}x{height}x{width} from {code} numbers")
+        self.kernel, self.slice = (height, width), (outputs, inputs)
+        self.weight = nn.Parameter(torch.empty(numbers, code))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        slices: Tensor = codes @ self.weight.to(codes.dtype).T
+        return slices
+
+
+class Coded(KernelLayer):
+    """A convolution whose kernel a generator, which it shares with others, makes from `code` (slices, d)."""
+
+    def __init__(self, like: nn.Conv2d, slicing: Slicing, size: int) -> None:
+        super().__init__(like)
+        self.slicing = slicing
+        self.code = nn.Parameter(like.weight.new_empty(slicing.count, size))
+        self._shared: tuple[Generator, ...] = ()  # in a tuple: it is the root's, not this layer's
+
+    @property
+    def generator(self) -> Generator:
+        return self._shared[0]
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        return (name_of(self.shape[2:]),)
+
+    @property
+    def synthesis_macs(self) -> int:
+        return self.code.numel() * self.slicing.size
+
+    def bind(self, shared: Mapping[str, nn.Module]) -> None:
+        generator = shared.get(self.shares[0])
+        wanted = (self.slicing.size, self.code.shape[1])
+        if not isinstance(generator, Generator) or generator.weight.shape != wanted:
+            raise CompactError(f"the recipe has no generator of {shape_text(wanted)} for a kernel {shape_text(self.shape)}")
+        self._shared = (generator,)
+
+    def kernel(self) -> Tensor:
+        return self.slicing.paste(self.generator(self.code))
+
+
+def _generators(model: nn.Module) -> list[Generator]:
+    return [each for each in shared(model).values() if isinstance(each, Generator)]
+
+
+def _build(old: nn.Module, options: Mapping[str, int]) -> nn.Module:
+    plain = like(old)
+    outputs, inputs, code = (options.get(name, 0) for name in ("outputs", "inputs", "code"))
+    if not (1 <= outputs <= 1 << 16 and 1 <= inputs <= 1 << 16 and 1 <= code <= 1 << 16):
+        raise CompactError(f"the recipe cuts slices of {outputs}x{inputs} with {code} numbers each")
+    return Coded(plain, Slicing(tuple(plain.weight.shape), outputs, inputs, bool(options.get("rows", 0))), code)
+
+
+def _refit(layer: nn.Module, regression: Regression) -> None:
+    """The codes that come nearest, with the generator as it is."""
+    assert isinstance(layer, Coded)
+    metric = Metric(torch.diag(regression.scale.square()).float(), regression.inputs.float())
+    wanted = Sliced(regression.weight.float().view(layer.shape), metric, layer.slicing)
+    layer.code.data.copy_(solve_codes(wanted, layer.generator.weight.detach().float(), layer.code.detach().float(), REFITS))
+
+
+LAYERS["csg.generator"] = LayerKind(lambda place, options: Generator(options), lambda layer: layer)
+LAYERS["csg.coded"] = LayerKind(_build, dense, _refit)
