@@ -59,11 +59,11 @@ def _earlier(name: str, contender: str) -> list[dict[str, Any]]:
     return rows
 
 
-def compressed(network: Network, dataset: data.Dataset, ratio: float, count: int, seed: int) -> Network:
-    """Ours: a copy of the network, that share of its MACs kept, calibrated on that many training images."""
+def compressed(network: Network, dataset: data.Dataset, ratio: float, count: int, seed: int, method: str = "hinge") -> Network:
+    """Ours: a copy of the network, that share of its MACs or parameters kept, calibrated on that many training images."""
     assert dataset.train is not None
     calibration = Calibration(data.sample(dataset.train, count, seed), dataset.name)
-    return compress(copy.deepcopy(network), "hinge", get("hinge")(), Target(ratio), calibration=calibration, seed=seed)
+    return compress(copy.deepcopy(network), method, get(method)(), Target(ratio), calibration=calibration, seed=seed)
 
 
 def pruned(network: Network, dataset: data.Dataset, ratio: float, normalizer: str = "mean") -> Network:
