@@ -16,12 +16,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery
+from . import __version__, architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text
 from .graph import run_fake
-from .recipe import Measures, Recipe, Replace, Share, Source
+from .methods import Foreign
+from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
 KEY = "compactcli"  # the metadata entry that holds the recipe
 
@@ -115,6 +116,8 @@ def open_beside(path: str | Path, network: Network, arch: str | None = None) -> 
     if recipe.source is None or file_sha256(path) != recipe.source.sha256:
         return open_model(path)
     name = recipe.architecture if is_known(recipe.architecture) else arch
+    if recipe.opened:
+        name = None  # it is recognised as it was then
     pre = recipe.preprocessing
     return open_model(path, Wishes(name, dict(recipe.kwargs), network.input_shape, pre.mean, pre.std))
 
@@ -190,7 +193,7 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
 
 def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
     tensors = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in file.tensors.items()}
-    notes = list(file.notes)
+    notes, foreign = list(file.notes), None
     if wishes.arch is not None:
         architecture = _named(wishes.arch, wishes)
     elif file.config is not None and isinstance(file.config.get("architecture"), str):
@@ -199,7 +202,8 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
             f"timm:{file.config['architecture']}", {**kwargs, **(wishes.arch_kwargs or {})}, wishes.input_shape
         )
     else:
-        found = detection.detect(tensors)
+        foreign = methods.recognise(tensors)
+        found = foreign.found if foreign else detection.detect(tensors)
         architecture = found.architecture
         if wishes.arch_kwargs or wishes.input_shape:
             architecture = architectures.get(
@@ -207,11 +211,23 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
                 {**architecture.kwargs, **(wishes.arch_kwargs or {})},
                 wishes.input_shape or architecture.input_shape,
             )
-        notes += [f"recognised as {architecture.name}", *(() if wishes.arch_kwargs else found.notes)]
+        more = f" with {foreign.what}" if foreign else ""
+        notes += [f"recognised as {architecture.name}{more}", *(() if wishes.arch_kwargs else found.notes)]
     module = architecture.build()
-    _load_(module, tensors)
+    if foreign:
+        surgery.apply_(module, foreign.edits)
+    _load_(module, foreign.tensors if foreign else tensors)
     recipe = _first_recipe(architecture, module, file)
+    if foreign:
+        recipe = recipe.then(_opening(foreign, recipe))
     return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, tuple(notes))
+
+
+def _opening(foreign: Foreign, recipe: Recipe) -> Step:
+    """The step that makes the network of a method's authors from its architecture."""
+    assert recipe.source is not None
+    measures = replace(recipe.source.measures, size_bytes=None)
+    return Step(OPEN, foreign.method, foreign.options, foreign.edits, measures, None, __version__)
 
 
 def is_known(architecture: str) -> bool:

@@ -1,6 +1,6 @@
 """The name of a network from its tensors' keys and shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +45,26 @@ def detect(tensors: Mapping[str, Tensor]) -> Detection:
         if found := _exactly(entry, shapes):
             return Detection(found, _twins_note(entry, found, fitting))
     return Detection(_otherwise(shapes), ())
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a set of tensors was recognised as of which some are missing, and these."""
+
+    found: Detection
+    missing: Mapping[str, Shape]  # in the order of the definition
+
+
+def lacking(tensors: Mapping[str, Tensor], number: int) -> Iterator[Partial]:
+    """The CIFAR networks, and torchvision's, whose definitions have exactly these keys and shapes and so many tensors more."""
+    shapes = shapes_of(tensors)
+    patterns = patterns_of(shapes)
+    for entry in ours():
+        if entry.tensors == len(shapes) + number and patterns <= entry.patterns and (fit := _fit(entry, shapes)):
+            definition = shapes_of(fit.architecture.build(device="meta").state_dict())
+            missing = {key: shape for key, shape in definition.items() if key not in shapes}
+            if len(fit.differences) == len(missing) == number:
+                yield Partial(Detection(fit.architecture, _notes(fit.architecture)), missing)
 
 
 def _one_class_count(entry: Entry, shapes: Mapping[str, Shape]) -> bool:

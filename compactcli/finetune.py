@@ -11,7 +11,7 @@ from .artefact import Network
 from .errors import CompactError
 from .history import Watch
 from .optim import Settings
-from .recipe import Measures, Step
+from .recipe import OPEN, Measures, Step
 from .resume import Store
 
 
@@ -29,7 +29,7 @@ def find_teacher(
     if wanted is not None:
         return artefact.open_beside(wanted, network, arch)
     source = network.recipe.source
-    if source is None or not network.recipe.steps:
+    if source is None or all(step.command == OPEN for step in network.recipe.steps):
         return None
     for folder in filter(None, (network.folder, Path())):
         path = folder / source.name

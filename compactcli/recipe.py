@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from .errors import CompactError
 
+OPEN = "open"  # the command of the step that a file of a method's authors begins with
 FORMAT = 1  # major version of the recipe; a newer one is refused
 
 # Numbers that a module's own code may split or slice its channels by: of a piece, of the first ones, or of all.
@@ -140,6 +141,11 @@ class Recipe:
     def edits(self) -> tuple[Edit, ...]:
         """Every edit of every step, in order: what rebuilds the network from its architecture."""
         return tuple(edit for step in self.steps for edit in step.edits)
+
+    @property
+    def opened(self) -> tuple[Edit, ...]:
+        """The edits that make the first network of the history, where it was in a file of a method's authors."""
+        return self.steps[0].edits if self.steps and self.steps[0].command == OPEN else ()
 
     def then(self, step: Step) -> "Recipe":
         """This recipe with one more step."""

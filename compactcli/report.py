@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import architectures, artefact, budget, counters, data, kernels, measure
+from . import architectures, artefact, budget, counters, data, kernels, measure, surgery
 from .artefact import Network
 from .channels import Channels
 from .data import Split
@@ -175,6 +175,7 @@ def _layers(network: Network) -> list[dict[str, Any]]:
     before = network.module
     if recipe.steps and artefact.is_known(recipe.architecture):
         before = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
+        surgery.apply_(before, recipe.opened)
     now = budget.layers(trace(network.module, network.input_shape))
     result = []
     for layer in budget.layers(trace(before, network.input_shape)):

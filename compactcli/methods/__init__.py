@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..budget import Budget
     from ..calibrate import Moments
     from ..channels import Channels
+    from ..detection import Detection
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,18 @@ class NoOptions:
     """Of a method that has none."""
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """The network in a file of a method's authors, as this package makes it."""
+
+    found: "Detection"  # the architecture before the method changed it
+    method: str
+    what: str  # how the network differs from that, for people
+    options: Mapping[str, Any]  # the method's, as a step holds them
+    edits: tuple[Edit, ...]  # what makes the network from the architecture
+    tensors: Mapping[str, "Tensor"]  # under the names that they have then
+
+
 class Method:
     """What a method may do, and when. The hooks that a method does not need do nothing."""
 
@@ -48,6 +61,14 @@ class Method:
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
+
+    @classmethod
+    def recognise(cls, tensors: "Mapping[str, Tensor]") -> Foreign | None:
+        """The network in a file of the method's authors; None for any other file.
+
+        Raises CompactError where a file is one of theirs and does not hold together.
+        """
+        return None
 
     def recorded(self) -> dict[str, Any]:
         """The options as the file holds them: no path of this machine."""
@@ -127,6 +148,14 @@ def get(name: str) -> type[Method]:
         if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__:
             return value
     raise CompactError(f"the method file {name}.py holds no Method")
+
+
+def recognise(tensors: "Mapping[str, Tensor]") -> Foreign | None:
+    """The network in a file of some method's authors; None for any other file.
+
+    Raises CompactError where a file is one of theirs and does not hold together.
+    """
+    return next((foreign for name in names() if (foreign := get(name).recognise(tensors))), None)
 
 
 def attached(recipe: Recipe, model: "nn.Module") -> list[Method]:

@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import shape_text
 from ._errors import Metric
 
 ROUNDS = 6  # of codes, then generator, at most
 HELPS = 0.01  # of the error: a round that saves less is the last
 SOLVES = 10  # steps of conjugate gradients for either
 REFITS = 40  # for one layer's codes, when images refit it
+
+
+def name_of(kernel: Sequence[int]) -> str:
+    """Under which name the generator for a kernel size is shared."""
+    return f"csg_{shape_text(kernel)}"
 
 
 @dataclass(frozen=True)

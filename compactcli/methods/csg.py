@@ -19,24 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
 from ..allocate import Choice
 from ..budget import Budget, Layer
 from ..channels import Channels
 from ..errors import CompactError, shape_text
 from ..kernels import KernelLayer, layers, shared
-from ..recipe import Edit, Recipe, Replace, Share
+from ..recipe import Edit, Replace, Share
 from ..surgery import LAYERS, LayerKind, Regression
-from . import Method
+from . import Foreign, Method, _csg_files
+from ._csg_files import Given, generators
 from ._errors import Metric, Metrics
 from ._layers import dense, eligible, like, meet
-from ._slices import REFITS, Sliced, Slicing, refine, solve_codes, spectrum
+from ._slices import REFITS, Sliced, Slicing, name_of, refine, solve_codes, spectrum
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
 SIZES = 48  # of codes that are tried
-THEIRS = ("CLG.weight", "CSG.weight")  # the generator's name in the authors' files
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,11 @@ class CSG(Method):
     Options = Options
     of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("params",)
 
+    @classmethod
+    def recognise(cls, tensors: Mapping[str, Tensor]) -> Foreign | None:
+        """The network in one of the authors' files."""
+        return _csg_files.recognise(tensors)
+
     def recorded(self) -> dict[str, Any]:
         """The options, and of the generator's file the bare name."""
         return asdict(replace(self.options, generator=Path(self.options.generator).name))
@@ -121,7 +125,7 @@ class CSG(Method):
         model: nn.Module,
         budget: Budget,
         groups: Mapping[tuple[int, ...], list[tuple[Layer, Sliced]]],
-        given: Mapping[tuple[int, ...], "Given"],
+        given: Mapping[tuple[int, ...], Given],
     ) -> dict[tuple[int, ...], Plan]:
         """What becomes of each kernel size of which anything is coded."""
         choices, plans = [], []
@@ -143,8 +147,8 @@ class CSG(Method):
             _fill(result, groups, budget.target - fixed - spent)
         return result
 
-    def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: "Given | None") -> Iterator[tuple[float, float, Plan]]:
-        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain: first those that it helps most."""
+    def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: Given | None) -> Iterator[tuple[float, float, Plan]]:
+        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain, first those that gain."""
         slices = [sliced for _, sliced in found]
         counts = np.array([sliced.slicing.count for sliced in slices], dtype=float)
         whole = np.array([sliced.weight.numel() for sliced in slices], dtype=float)
@@ -170,7 +174,7 @@ class CSG(Method):
         kernel: tuple[int, ...],
         found: Sequence[tuple[Layer, Sliced]],
         plan: Plan,
-        given: Mapping[tuple[int, ...], "Given"],
+        given: Mapping[tuple[int, ...], Given],
     ) -> Iterator[Edit]:
         slices, first = [sliced for _, sliced in found], found[0][1].slicing
         start = given[kernel].weight if given else spectrum(slices)[0][:, : plan.size]
@@ -215,11 +219,6 @@ class CSG(Method):
         return groups
 
 
-def name_of(kernel: Sequence[int]) -> str:
-    """Under which name the generator for a kernel size is shared."""
-    return f"csg_{shape_text(kernel)}"
-
-
 def _fill(plans: dict[tuple[int, ...], Plan], groups: Mapping[tuple[int, ...], list[tuple[Layer, Sliced]]], slack: float) -> None:
     """Spend what is left of the budget on longer codes."""
     for kernel, plan in plans.items():
@@ -237,46 +236,6 @@ def _missed(slices: Sequence[Sliced], generator: Tensor) -> "np.ndarray[Any, np.
         rows = each.slicing.cut(each.weight)
         lost.append(float((each.weights() * (rows - rows @ basis @ basis.T).square().sum(1)).sum()))
     return np.array(lost)
-
-
-@dataclass(frozen=True)
-class Given:
-    """A generator from a file."""
-
-    weight: Tensor  # (numbers, d) float32
-    shape: tuple[int, int]  # (outputs, inputs) of a slice
-
-
-def generators(path: str) -> dict[tuple[int, ...], Given]:
-    """Kernel size -> generator, in another artefact or in a file of the authors'.
-
-    Raises CompactError if the file cannot be read or holds none.
-    """
-    file = checkpoint.read(path)
-    result: dict[tuple[int, ...], Given] = {}
-    if "compactcli" in file.metadata:
-        for edit in Recipe.loads(file.metadata["compactcli"]).edits:
-            weight = file.tensors.get(f"compactcli_shared.{edit.name}.weight") if isinstance(edit, Share) else None
-            if isinstance(edit, Share) and edit.layer == "csg.generator" and weight is not None:
-                options = edit.options
-                result[options["height"], options["width"]] = Given(weight.float(), (options["outputs"], options["inputs"]))
-    else:
-        for name, weight in file.tensors.items():
-            if name.endswith(THEIRS) and weight.ndim == 2:
-                kernel, side = square(len(weight))
-                result[kernel] = Given(weight.float(), (side, side))
-    if not result:
-        raise CompactError(f"{file.name}: there is no generator of csg in it")
-    return result
-
-
-def square(numbers: int) -> tuple[tuple[int, int], int]:
-    """(kernel size, side) of the authors' slices, which are square. Raises CompactError if there are none of so many numbers."""
-    for kernel in (3, 5, 7, 1):
-        side = math.isqrt(numbers // kernel**2)
-        if side * side * kernel**2 == numbers:
-            return (kernel, kernel), side
-    raise CompactError(f"a generator of {numbers} numbers makes no square slices")
 
 
 class Generator(nn.Module):
