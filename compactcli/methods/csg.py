@@ -1,4 +1,4 @@
-"""CSG: one generator makes the kernels of a whole network from short codes (Omidvar et al., AISTATS 2021).
+"""CSG: one generator makes a network's kernels from short codes (Omidvar et al., AISTATS 2021).
 
 Kernels are cut into slices of outputs x inputs x k x k. A linear map without bias, the generator (numbers of a slice x d),
 makes each slice from its code of d numbers; there is one for each kernel size (section 3). Kernels are made once: a layer
@@ -144,7 +144,7 @@ class CSG(Method):
         return result
 
     def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: "Given | None") -> Iterator[tuple[float, float, Plan]]:
-        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain: first those that it helps most."""
+        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain: those first that it helps."""
         slices = [sliced for _, sliced in found]
         counts = np.array([sliced.slicing.count for sliced in slices], dtype=float)
         whole = np.array([sliced.weight.numel() for sliced in slices], dtype=float)
@@ -316,6 +316,10 @@ class Coded(KernelLayer):
     @property
     def synthesis_macs(self) -> int:
         return self.code.numel() * self.slicing.size
+
+    @property
+    def synthesis_sums(self) -> int:
+        return self.slicing.count * self.slicing.size
 
     def bind(self, shared: Mapping[str, nn.Module]) -> None:
         generator = shared.get(self.shares[0])
