@@ -367,3 +367,21 @@ def test_a_frozen_generator_stays_and_its_codes_are_the_best(kind):
     for seed in range(5):
         moved = better + 0.05 * random(*codes.shape, seed=seed).float()
         assert total(layers, given, [moved]) > total(layers, given, [better])
+
+
+def test_a_generator_of_which_a_part_is_idle_has_codes_as_well():
+    """From a file it may be any."""
+    layers = sliced(SHAPES[:1], "weighted")
+    given = random(144, 3, seed=9).float()
+    idle = torch.cat([given, given[:, :1], torch.zeros(144, 1)], 1)
+    error = total(layers, *refine(layers, given, frozen=True))
+    assert total(layers, *refine(layers, idle, frozen=True)) == pytest.approx(error, rel=1e-3)
+
+
+def test_refinement_gives_the_same_bits_every_time():
+    layers = sliced(SHAPES, "images")
+    start = spectrum(layers)[0][:, :5]
+    first, *others = [refine(layers, start) for _ in range(4)]
+    for generator, codes in others:
+        assert torch.equal(generator, first[0])
+        assert all(map(torch.equal, codes, first[1]))
