@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UsageError
 from .graph import operation, run_fake, trace
+from .kernels import KernelLayer
 
 Counter = Callable[[nn.Module, Sequence[int]], int]  # (model, input shape) -> count for one image
 
@@ -47,7 +48,17 @@ def fcf(model: nn.Module, input_shape: Sequence[int]) -> int:
     return _convolutions(calls) + _weights(calls) + _biases(calls) + _elements(calls, _BatchNorm) + rectified + _pooled(calls)
 
 
-COUNTERS: dict[str, Counter] = {"hinge": hinge, "fcf": fcf}
+def linearconv(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Convolutions, whose bias counts once for each input of a group, linear weights, and making the kernels, once.
+
+    That takes multiplications and additions, of filters that read all inputs even where they read those of a group.
+    Batch normalisations and activations are left out. Kahatapitiya & Rodrigo, WACV 2021.
+    """
+    calls = _calls(model, input_shape)
+    return _convolutions(calls) + _input_biases(calls) + _weights(calls) + _synthesis(calls)
+
+
+COUNTERS: dict[str, Counter] = {"hinge": hinge, "fcf": fcf, "linearconv": linearconv}
 
 
 def get(name: str) -> Counter:
@@ -78,8 +89,24 @@ def _elements(calls: Sequence[_Call], kind: type[nn.Module]) -> int:
     return sum(call.output.numel() for call in calls if isinstance(call.module, kind))
 
 
+def _kernels(calls: Sequence[_Call]) -> list[tuple[_Call, torch.Size]]:
+    """Every run of a convolution, and the shape of one filter, stored or made."""
+    found = [call for call in calls if isinstance(call.module, nn.Conv2d | KernelLayer)]
+    shapes = [call.module.shape if isinstance(call.module, KernelLayer) else call.module.weight.shape for call in found]
+    return [(call, torch.Size(shape[1:])) for call, shape in zip(found, shapes, strict=True)]
+
+
 def _convolutions(calls: Sequence[_Call]) -> int:
-    return sum(call.output.numel() * call.module.weight[0].numel() for call in calls if isinstance(call.module, nn.Conv2d))
+    return sum(call.output.numel() * one.numel() for call, one in _kernels(calls))
+
+
+def _input_biases(calls: Sequence[_Call]) -> int:
+    return sum(call.output.numel() * one[0] for call, one in _kernels(calls) if call.module.bias is not None)
+
+
+def _synthesis(calls: Sequence[_Call]) -> int:
+    made = {call.module for call in calls if isinstance(call.module, KernelLayer)}
+    return sum(layer.groups * (2 * layer.synthesis_macs - layer.synthesis_sums) for layer in made)
 
 
 def _weights(calls: Sequence[_Call]) -> int:

@@ -4,7 +4,6 @@ Such a layer trains as it is. `folded` puts plain convolutions in their places, 
 cost before; what several layers make their kernels from lies once, at the network's root.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CompactError
+from .graph import copied
 
 SHARED = "compactcli_shared"  # the child of the root that holds what layers share
 
@@ -52,6 +52,11 @@ class KernelLayer(nn.Module):
     @property
     def synthesis_macs(self) -> int:
         """Multiply-accumulates that making the kernel takes, once."""
+        raise NotImplementedError
+
+    @property
+    def synthesis_sums(self) -> int:
+        """The sums that those go into, each of one product at least: one addition less than multiplications."""
         raise NotImplementedError
 
     def kernel(self) -> Tensor:
@@ -98,12 +103,18 @@ def layers(model: nn.Module) -> dict[str, KernelLayer]:
 
 
 def share_(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put what layers share at the network's root. Raises CompactError for a name that no module can have."""
+    """Put what layers share at the network's root, for those that already do as well.
+
+    Raises CompactError for a name that no module can have, and if it does not suit a layer.
+    """
     if not name.isidentifier():
         raise CompactError(f"the recipe shares a layer under the name {name[:40]!r}, which is none")
     if not isinstance(getattr(model, SHARED, None), Shared):
         model.add_module(SHARED, Shared())
     getattr(model, SHARED)[name] = layer
+    for each in layers(model).values():
+        if name in each.shares:
+            each.bind(shared(model))
 
 
 def shared(model: nn.Module) -> Mapping[str, nn.Module]:
@@ -132,7 +143,7 @@ def folded(model: nn.Module) -> nn.Module:
     """The network itself if all its kernels are plain; else a copy in which they are, with every other tensor shared."""
     if not layers(model):
         return model
-    result = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    result = copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
     fold_(result)
     return result
 

@@ -1,12 +1,17 @@
 """Counters count what their authors count: by module, once for each time that it runs, and nothing else."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import Code, conv
+from test_csg_arithmetic import coded, in_a_block
+from test_linearconv_arithmetic import COLUMNS, FULL, HALF, RANK_1, RANK_10, SPARSE, Variant, build, edit, replaced
 from torch import Tensor, nn
 
-from compactcli import cifar, counters, measure
+from compactcli import cifar, counters, kernels, measure, surgery
 from compactcli.errors import UsageError
 
 SHAPE = (3, 8, 8)
@@ -39,6 +44,7 @@ def test_what_a_layer_counts_for_each_element(layer: nn.Module, hinge: int, fcf:
     assert measure.macs(model, SHAPE) == CONV + LINEAR
     assert counters.hinge(model, SHAPE) == CONV + LINEAR + hinge * ELEMENTS
     assert counters.fcf(model, SHAPE) == CONV + LINEAR + 5 + fcf * ELEMENTS + ELEMENTS  # a bias, and the pooling at the end
+    assert counters.linearconv(model, SHAPE) == CONV + LINEAR + 3 * ELEMENTS  # a bias for each input, and nothing else
 
 
 def on_values(code: Code, x: Tensor) -> Tensor:
@@ -61,6 +67,69 @@ def test_fcf_counts_as_the_paper(name: str, count: int) -> None:
     assert counters.fcf(model, (3, 32, 32)) == count
 
 
+# PAPERS.md 3.2, the last column.
+@pytest.mark.parametrize(
+    ("name", "plain", "full", "lowrank"),
+    [
+        ("base", 0.017, 0.060, 0.025),
+        ("vgg11", 0.171, 2.398, 0.350),
+        ("allconv", 0.315, 0.440, 0.344),
+        ("resnet18", 0.558, 3.004, 0.775),  # 3.074 is printed, which no reading of the rest explains
+        ("resnext29_2x64d", 1.424, 5.089, 1.691),
+        ("mobilenet_v2", 0.098, 16.398, 0.931),
+    ],
+)
+def test_linearconv_counts_as_the_paper(name: str, plain: float, full: float, lowrank: float) -> None:
+    models = [build(name), replaced(name, FULL), replaced(name, RANK_10)]
+    assert [counters.linearconv(model, (3, 32, 32)) / 1e9 for model in models] == pytest.approx([plain, full, lowrank], abs=0.02)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "making"),
+    [
+        (FULL, (2 * 4 - 1) * 4 * 36),
+        (RANK_1, (2 * 4 - 1) * 36 + 4 * 36),
+        (HALF, (2 * 4 - 1) * 2 * 36 + (2 * 2 - 1) * 4 * 36),
+        (SPARSE, (2 * 12 - 4) * 36),
+    ],
+    ids=["full", "rank 1", "rank 2", "sparse"],
+)
+def test_what_making_a_kernel_counts(variant: Variant, making: int, bias: bool) -> None:
+    """4 of 8 filters are made, in 2 groups that read 2 of 4 channels each, as if they read all; 12 of 16 coefficients."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2, bias=bias))
+    surgery.apply_(model, [edit("0", model[0], variant)])
+    assert counters.linearconv(model, (4, 6, 6)) == 8 * 4 * 4 * 2 * (9 + bias) + making
+
+
+def test_a_kernel_that_is_used_twice_is_made_once() -> None:
+    model = nn.Sequential(Code(lambda s, x: s.layer(s.layer(x)), layer=nn.Conv2d(4, 4, 1, bias=False)))
+    surgery.apply_(model, [edit("0.layer", model[0].layer, FULL)])
+    assert counters.linearconv(model, (4, 1, 1)) == 2 * 16 + (2 * 2 - 1) * 2 * 4
+
+
+def test_a_coefficient_that_is_not_there_adds_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False))
+    surgery.apply_(model, [edit("0", model[0], ("sparse", lambda p, s: {"kept": 0}))])
+    assert counters.linearconv(model, (4, 1, 1)) == 16
+
+
+MADE = [*(partial(replaced, "base", variant) for variant in COLUMNS), partial(coded, "resnet8", 12, 72, 3, in_a_block)]
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_kernels_that_are_made_count_as_plain_ones_beside_what_making_them_costs(make: Callable[[], nn.Module]) -> None:
+    """Where nothing is in groups: multiplications and additions, of these one less for every sum."""
+    model, plain = make(), make()
+    kernels.fold_(plain, hollow=True)
+    for count in (counters.hinge, counters.fcf):
+        assert count(model, (3, 32, 32)) == count(plain, (3, 32, 32))
+    sums = sum(layer.synthesis_sums for layer in kernels.layers(model).values())
+    making = counters.linearconv(model, (3, 32, 32)) - counters.linearconv(plain, (3, 32, 32))
+    assert making == 2 * kernels.synthesis_macs(model) - sums
+    assert 0 < sums <= kernels.synthesis_macs(model)
+
+
 @pytest.mark.parametrize("count", counters.COUNTERS.values(), ids=counters.COUNTERS)
 def test_a_network_is_left_as_it_was(count: counters.Counter) -> None:
     model = network(nn.BatchNorm2d(8)).train()
@@ -71,5 +140,5 @@ def test_a_network_is_left_as_it_was(count: counters.Counter) -> None:
 
 
 def test_a_counter_that_is_none_is_an_error_of_usage() -> None:
-    with pytest.raises(UsageError, match="--counter thop: it is one of hinge, fcf"):
+    with pytest.raises(UsageError, match="--counter thop: it is one of hinge, fcf, linearconv"):
         counters.get("thop")

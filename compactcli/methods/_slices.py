@@ -121,7 +121,8 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Generator (numbers, d) and codes (slices, d) of each layer that cost least: in turn while it helps, from a generator."""
     generator = generator if frozen else torch.linalg.qr(generator).Q
-    codes = [torch.linalg.lstsq(generator, layer.slicing.cut(layer.weight).T).solution.T.contiguous() for layer in layers]
+    inverse = _inverse(generator)
+    codes = [(layer.slicing.cut(layer.weight).double() @ inverse).float() for layer in layers]
     error = float("inf")
     for _ in range(ROUNDS):
         codes = [solve_codes(layer, generator, own, SOLVES) for layer, own in zip(layers, codes, strict=True)]
@@ -133,6 +134,18 @@ def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False)
         generator, mixed = torch.linalg.qr(generator)
         codes = [own @ mixed.T for own in codes]
     return generator, codes
+
+
+def _inverse(generator: Tensor) -> Tensor:
+    """(numbers, d) in float64: slices times it are the codes nearest to them.
+
+    Not by torch.linalg.lstsq, which does not give the same bits every time.
+    """
+    wide = generator.double()
+    gram = wide.T @ wide
+    gram.diagonal().add_(1e-10 * float(gram.diagonal().mean()) or 1e-30)
+    inverse: Tensor = wide @ torch.linalg.inv(gram)
+    return inverse
 
 
 def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:

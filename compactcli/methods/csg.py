@@ -1,4 +1,4 @@
-"""CSG: one generator makes the kernels of a whole network from short codes (Omidvar et al., AISTATS 2021).
+"""CSG: one generator makes a network's kernels from short codes (Omidvar et al., AISTATS 2021).
 
 Kernels are cut into slices of outputs x inputs x k x k. A linear map without bias, the generator (numbers of a slice x d),
 makes each slice from its code of d numbers; there is one for each kernel size (section 3). Kernels are made once: a layer
@@ -275,6 +275,10 @@ class Coded(KernelLayer):
     @property
     def synthesis_macs(self) -> int:
         return self.code.numel() * self.slicing.size
+
+    @property
+    def synthesis_sums(self) -> int:
+        return self.slicing.count * self.slicing.size
 
     def bind(self, shared: Mapping[str, nn.Module]) -> None:
         generator = shared.get(self.shares[0])

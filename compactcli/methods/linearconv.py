@@ -1,4 +1,4 @@
-"""LinearConv: some filters are stored, the others are linear combinations of them (Kahatapitiya & Rodrigo, WACV 2021).
+"""LinearConv: filters that are combinations of a few stored ones (Kahatapitiya & Rodrigo, WACV 2021).
 
 Of a convolution's o filters p are primary and stored; the other s = o - p are A times those, with A (s x p) stored whole
 (`full`), as a product U V of rank r (`lowrank`; `rankratio` with r a share of p), or with most of its entries zero
@@ -125,7 +125,7 @@ class LinearConv(Method):
             errors = curves.lowrank(p)
             tied = {"lowrank": options.rank, "rankratio": max(1, int(options.ratio * p))}.get(options.variant, 0)
             ranks = [min(tied, len(errors) - 1)] if tied else range(1, len(errors))
-            result += [(Form("lowrank", p, tied or r), float(errors[r])) for r in ranks]
+            result += [(Form("lowrank", p, min(tied, outputs) or r), float(errors[r])) for r in ranks]
         for p in some if options.variant in ("auto", "sparse") else ():
             shares = [options.kept] if options.kept else KEPT
             counts = np.unique(np.array([max(1, int(share * (outputs - p) * p)) for share in shares]))
@@ -243,6 +243,10 @@ class _Linear(KernelLayer):
         """How many filters are combinations."""
         return self.outputs - len(self.primary)
 
+    @property
+    def synthesis_sums(self) -> int:
+        return self.secondary * self.reads
+
     def combined(self, filters: Tensor) -> Tensor:
         """The combinations (s, i*k*k) of the primary filters (p, i*k*k)."""
         raise NotImplementedError
@@ -299,6 +303,10 @@ class LowRank(_Linear):
     def synthesis_macs(self) -> int:
         return (self.outer.numel() + self.inner.numel()) * self.reads
 
+    @property
+    def synthesis_sums(self) -> int:
+        return (self.secondary + len(self.inner)) * self.reads
+
     def combined(self, filters: Tensor) -> Tensor:
         return self.outer @ (self.inner @ filters)
 
@@ -328,6 +336,10 @@ class Sparse(_Linear):
     @property
     def synthesis_macs(self) -> int:
         return self.values.numel() * self.reads
+
+    @property
+    def synthesis_sums(self) -> int:
+        return min(self.secondary, self.values.numel()) * self.reads
 
     def bits(self) -> Tensor:
         """1 where there is a coefficient, of all in a row (s * p,) uint8."""
