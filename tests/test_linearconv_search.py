@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import randomise_
+from networks import conv, head, randomise_
+from test_compress import own
 from test_resume import DeadError
 from test_search import images, settings
 from test_train import same, weights
@@ -88,6 +89,20 @@ def test_numbers_that_are_given_are_those_of_every_layer(digits):
 def test_a_rank_that_there_cannot_be_is_as_many_as_filters(digits, options):
     for edit in begun(digits, 0.7, *options)[0]:
         assert edit.options["rank"] <= len(edit.tensors["place"])
+
+
+@pytest.mark.parametrize("name", ["linearconv", "csg"])
+def test_tied_weights_stay_tied(name):
+    """One layer under two names, and two layers with one weight: stored anew, either would no longer be one."""
+    layers = [conv(3, 16), conv(16, 16), conv(16, 16), conv(16, 16), conv(16, 32)]
+    layers[2].weight = layers[3].weight
+    model = randomise_(nn.Sequential(*layers[:2], nn.ReLU(), layers[1], nn.ReLU(), *layers[2:], *head(32)))
+    whole = measure.params(model)
+    small = compress(own(model), name, get(name)(), Target(0.75)).module
+    assert measure.params(small) <= 0.75 * whole
+    assert small[1] is small[3]
+    assert small[5].weight is small[6].weight
+    assert kernels.layers(small)
 
 
 # The losses

@@ -13,7 +13,9 @@ from ..kernels import KernelLayer
 def eligible(model: nn.Module, layer: Layer) -> bool:
     """Whether the layer is a plain convolution of at least two filters, whose weight nothing else reads."""
     module = model.get_submodule(layer.name)
-    return type(module) is nn.Conv2d and "weight" in module._parameters and layer.called and layer.shape[0] > 1
+    if type(module) is not nn.Conv2d or "weight" not in module._parameters or not layer.called or layer.shape[0] < 2:
+        return False
+    return sum(each is module.weight for _, each in model.named_parameters(remove_duplicate=False)) == 1
 
 
 def like(old: nn.Module) -> nn.Conv2d:

@@ -155,8 +155,8 @@ def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:
 
 def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> Tensor:
     """The codes (slices, d) of one layer that cost least, nearer by some steps of conjugate gradients."""
-    gram = generator.T @ generator
-    inverse = torch.linalg.inv(gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype))
+    gram = (generator.T @ generator).double()  # of a generator from a file, as near to singular as may be
+    inverse = torch.linalg.inv(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)).to(codes.dtype)
 
     def gradient(error: Tensor) -> Tensor:
         return layer.weighed(error) @ generator
