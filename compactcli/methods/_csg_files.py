@@ -32,6 +32,7 @@ class Given:
 
     weight: Tensor  # (numbers, d) float32
     shape: tuple[int, int]  # (outputs, inputs) of a slice
+    by_rows: bool  # whether it was made for slices that are runs of numbers
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> Foreign | None:
@@ -152,11 +153,12 @@ def generators(path: str) -> dict[tuple[int, ...], Given]:
 
 def _ours(recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[tuple[int, ...], Given]:
     result: dict[tuple[int, ...], Given] = {}
+    by_rows = any(isinstance(edit, Replace) and edit.options.get("rows") == 1 for edit in recipe.edits)
     for edit in recipe.edits:
         weight = tensors.get(f"{SHARED}.{edit.name}.weight") if isinstance(edit, Share) else None
         if isinstance(edit, Share) and edit.layer == "csg.generator" and weight is not None:
             options = edit.options
-            result[options["height"], options["width"]] = Given(weight.float(), (options["outputs"], options["inputs"]))
+            result[options["height"], options["width"]] = Given(weight.float(), (options["outputs"], options["inputs"]), by_rows)
     if not result:
         raise CompactError("there is no generator of csg in it")
     return result
@@ -168,7 +170,7 @@ def _theirs(tensors: Mapping[str, Tensor]) -> dict[tuple[int, ...], Given]:
         raise CompactError("there is no generator of csg in it")
     weight = _one(copies)
     kernel, side = _square(len(weight))
-    return {kernel: Given(weight.float(), (side, side))}
+    return {kernel: Given(weight.float(), (side, side), True)}
 
 
 def _square(numbers: int) -> tuple[tuple[int, int], int]:

@@ -45,8 +45,10 @@ class Options:
     slice: Annotated[str, "outputs x inputs of a slice (the paper: 16x16, and 12x12)"] = "8x8"
     code: Annotated[int, "numbers in a code; 0: as many as the ratio allows"] = 0
     order: Annotated[
-        Literal["tiled", "rows"], "slices as tiles of filters by inputs, or as runs of numbers, as in the authors' files"
-    ] = "tiled"
+        Literal["auto", "tiled", "rows"],
+        "slices as tiles of filters by inputs, or as runs of numbers, as in the authors' files; auto: tiled, but as a "
+        "generator from a file was made for",
+    ] = "auto"
     generator: Annotated[str, "file to take the generators from: another artefact, or one of the authors'"] = ""
     frozen: Annotated[Literal["auto", "yes", "no"], "train codes alone; auto: where the generators are from a file"] = "auto"
 
@@ -109,8 +111,7 @@ class CSG(Method):
         for index, layer in enumerate(budget.layers):
             kernel = layer.shape[2:]
             if eligible(model, layer) and (not given or kernel in given):
-                outputs, inputs = given[kernel].shape if given else self.options.shape
-                slicing = Slicing(layer.shape, outputs, inputs, self.options.order == "rows")
+                slicing = Slicing(layer.shape, *self._cut(given.get(kernel)))
                 weight = model.get_parameter(layer.weight).detach().float()
                 metric = metrics.of(layer)
                 counted = Metric(metric.outputs * float(left[index]), metric.inputs)
@@ -119,6 +120,12 @@ class CSG(Method):
         for kernel, plan in self._chosen(model, budget, groups, given).items():
             edits += self._edits(model, kernel, [each for each in groups[kernel] if each[0].name not in plan.plain], plan, given)
         return edits
+
+    def _cut(self, given: Given | None) -> tuple[int, int, bool]:
+        """(outputs, inputs, by rows) of the slices: as the generator from a file makes them, unless an order is asked for."""
+        outputs, inputs = given.shape if given else self.options.shape
+        rows = given.by_rows if given and self.options.order == "auto" else self.options.order == "rows"
+        return outputs, inputs, rows
 
     def _chosen(
         self,
@@ -196,10 +203,11 @@ class CSG(Method):
             yield Replace(layer.name, "csg.coded", cut | {"rows": int(first.by_rows)}, tensors)
 
     def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
-        """Freeze the generators if they are to stay."""
-        if self.options.freezes:
-            for generator in _generators(model):
-                generator.requires_grad_(False)
+        """Freeze the generators that the edits made, if they are to stay."""
+        there = shared(model)
+        for edit in edits:
+            if isinstance(edit, Share) and edit.name in there:
+                there[edit.name].requires_grad_(not self.options.freezes)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Codes and generators, each at the pace at which a step moves the kernels no farther than it would plain ones.
