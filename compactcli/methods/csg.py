@@ -144,7 +144,7 @@ class CSG(Method):
         return result
 
     def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: "Given | None") -> Iterator[tuple[float, float, Plan]]:
-        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain: first those that it helps most."""
+        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain: first those it helps most."""
         slices = [sliced for _, sliced in found]
         counts = np.array([sliced.slicing.count for sliced in slices], dtype=float)
         whole = np.array([sliced.weight.numel() for sliced in slices], dtype=float)

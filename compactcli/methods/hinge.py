@@ -255,12 +255,12 @@ def _widths(
             order, lost = _eliminate(model, channels, family.sets, consumers, moments)
         else:
             power = _power(model, channels, family.sets, axes, makers)
-            worths, shares = np.ones(1), power[None] / max(float(power.sum()), 1e-30)
+            values, shares = np.ones(1), power[None] / max(float(power.sum()), 1e-30)
             if consumers:
-                worths = np.array([worth.get(layer.name, 1.0) for layer in consumers])
+                values = np.array([worth.get(layer.name, 1.0) for layer in consumers])
                 shares = np.stack([_share(model, channels, family.sets, power, layer) for layer in consumers])
-            by_share = np.argsort(worths @ shares, kind="stable")
-            order, lost = family.sets[by_share], worths @ multiplied(np.cumsum(shares[:, by_share], axis=1))
+            by_share = np.argsort(values @ shares, kind="stable")
+            order, lost = family.sets[by_share], values @ multiplied(np.cumsum(shares[:, by_share], axis=1))
         result.append((index, order, np.concatenate([lost[::-1], [0.0]])))
     return result
 
