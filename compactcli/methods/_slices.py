@@ -115,7 +115,10 @@ def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
 def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Generator (numbers, d) and codes (slices, d) of each layer that cost least: in turn while it helps, from a generator."""
     generator = generator if frozen else torch.linalg.qr(generator).Q
-    codes = [torch.linalg.lstsq(generator, layer.slicing.cut(layer.weight).T).solution.T.contiguous() for layer in layers]
+    codes = [
+        torch.linalg.lstsq(generator, layer.slicing.cut(layer.weight).T, driver="gelsd").solution.T.contiguous()
+        for layer in layers
+    ]
     error = float("inf")
     for _ in range(ROUNDS):
         codes = [solve_codes(layer, generator, own, SOLVES) for layer, own in zip(layers, codes, strict=True)]
