@@ -6,6 +6,7 @@ reads them; a plain convolution with the weight that comes out does not. A filte
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -25,20 +26,24 @@ def plain_(model: nn.Module, input_shape: Sequence[int]) -> list[Edit]:
 
     Raises CompactError where an output changes by more than float64 rounds.
     """
-    made = [Replace(name, "plain.folded", {}) for name in kernels.layers(model)]
-    if made:
-        surgery.apply_same_(model, made, input_shape)
+    made = _made(model)
+    _apply_(model, made, input_shape)
     if not any(map(_hides, model.modules())):
         return [*made]
     graph = trace(model, input_shape)
     found = {edit.module: edit for edit in [*_computed(graph, model), *_across(graph, model)]}
-    edits: list[Edit] = list(found.values())
+    edits = list(found.values())
+    _apply_(model, edits, input_shape)
+    return [*made, *edits]
+
+
+def _apply_(model: nn.Module, edits: Sequence[Replace], input_shape: Sequence[int]) -> None:
+    """Replace layers, by values in float64 that are rounded to the network's own type once they have been checked."""
     if edits:
         dtype = next(model.parameters()).dtype
         surgery.apply_same_(model, edits, input_shape)
-        for path in found:
-            model.get_submodule(path).to(dtype)
-    return [*made, *edits]
+        for edit in edits:
+            model.get_submodule(edit.module).to(dtype)
 
 
 def plained(model: nn.Module, input_shape: Sequence[int]) -> nn.Module:
@@ -55,6 +60,14 @@ def _hides(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) or (
         isinstance(module, nn.Conv2d) and (type(module) is not nn.Conv2d or "weight" not in module._parameters)
     )
+
+
+def _made(model: nn.Module) -> list[Replace]:
+    """Layers that make their kernels become plain ones."""
+    return [
+        Replace(name, "plain.folded", {}, deepcopy(layer).double().dense().state_dict())
+        for name, layer in kernels.layers(model).items()
+    ]
 
 
 def _computed(graph: Graph, model: nn.Module) -> list[Replace]:
