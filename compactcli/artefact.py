@@ -21,6 +21,7 @@ from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text
 from .graph import run_fake
+from .kernels import KernelLayer
 from .recipe import Measures, Recipe, Replace, Share, Source
 
 KEY = "compactcli"  # the metadata entry that holds the recipe
@@ -46,9 +47,10 @@ class Network:
     @property
     def num_classes(self) -> int:
         """The width of the last linear layer, or of the last convolution in a network without one."""
-        layers = [module for module in self.module.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        layers = [module for module in self.module.modules() if isinstance(module, nn.Linear | nn.Conv2d | KernelLayer)]
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        return len((linear or layers)[-1].weight)
+        last = (linear or layers)[-1]
+        return last.outputs if isinstance(last, KernelLayer) else len(last.weight)
 
 
 @dataclass(frozen=True)

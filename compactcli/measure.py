@@ -71,6 +71,12 @@ def params_materialised(model: nn.Module) -> int:
     return params(model) - sum(held.values()) - shared + sum(layer.outputs * layer.reads for layer in made)
 
 
+def params_without_shared(model: nn.Module) -> int | None:
+    """Parameters but for those of what layers share; None if they share nothing."""
+    shared = kernels.shared(model).values()
+    return params(model) - sum(map(params, shared)) if shared else None
+
+
 def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Multiply-accumulates of one image: what torch.utils.flop_counter counts, halved. On fake tensors.
 
@@ -88,10 +94,10 @@ def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def thop_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """The figure that thop gives and many papers print, on a copy: thop leaves buffers behind."""
+    """The figure that thop gives and many papers print, all kernels made; on a copy, for thop leaves buffers behind."""
     profile = import_module("thop").profile
     with torch.no_grad():
-        total, _ = profile(copy.deepcopy(model).eval(), (torch.zeros(1, *input_shape),), verbose=False)
+        total, _ = profile(copy.deepcopy(kernels.folded(model)).eval(), (torch.zeros(1, *input_shape),), verbose=False)
     return int(total)
 
 
