@@ -141,14 +141,23 @@ def fresh(wishes: Wishes, seed: int) -> Network:
 
 
 def dumps(network: Network) -> bytes:
-    """The file's bytes: the state_dict and, under one metadata key, the recipe."""
-    data = safetensors.torch.save(_state(network.module))
+    """The file's bytes: the state_dict, in the recipe's dtype, and, under one metadata key, the recipe."""
+    dtype = network.recipe.dtype
+    data = safetensors.torch.save({name: stored(tensor, dtype) for name, tensor in _state(network.module).items()})
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = {KEY: network.recipe.dumps(), "format": "pt"}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def stored(tensor: Tensor, dtype: str | None) -> Tensor:
+    """The tensor as a file holds it whose recipe has that dtype: as it is where a value is finite that would not be in it."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    half = tensor.to(getattr(torch, dtype))
+    return half if torch.equal(half.isfinite(), tensor.isfinite()) else tensor
 
 
 def save(network: Network, target: str) -> int:
@@ -168,6 +177,13 @@ def nonfinite(module: nn.Module) -> tuple[list[str], list[str]]:
     return [name for name in bad if name not in infinite], infinite
 
 
+def check_finite(network: Network) -> None:
+    """Raise CompactError naming a weight that is not."""
+    weights, _ = nonfinite(network.module)
+    if weights:
+        raise CompactError(f"{network.name}: {weights[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
+
+
 def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     recipe = Recipe.loads(file.metadata[KEY])
     channels, height, width = recipe.input_shape
@@ -185,13 +201,13 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     module = architecture.build()
     methods.register_layers([edit.layer for edit in recipe.edits if isinstance(edit, Replace | Share)])
     surgery.apply_(module, recipe.edits)
-    _load_(module, file.tensors)
+    _load_(module, _floats(file.tensors))
     run_fake(module, shape)
     return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, file.notes)
 
 
 def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
-    tensors = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in file.tensors.items()}
+    tensors = _floats(file.tensors)
     notes = list(file.notes)
     if wishes.arch is not None:
         architecture = _named(wishes.arch, wishes)
@@ -250,6 +266,11 @@ def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
             f"--{wrong[0]} has {len(changes[wrong[0]])} numbers, the network's input {recipe.input_shape[0]} channels"
         )
     return replace(recipe, preprocessing=replace(recipe.preprocessing, **changes))
+
+
+def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of half precision in float32, in which networks are computed."""
+    return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in tensors.items()}
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

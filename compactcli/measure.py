@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import kernels
+from . import kernels, surgery
 from .errors import CompactError
 from .graph import run_fake
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 2  # runs before the first that counts
+PROBES = 8  # random images on which a network is compared with what it was, where there are no real ones
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,18 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     if not images:
         raise CompactError("there are no images to evaluate on")
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, images)
+
+
+def probed(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """The first output (PROBES, ...) in eval mode for random images, always the same."""
+    images = torch.randn(PROBES, *input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return surgery.outputs(model.eval()(images))[0]
+
+
+def relative_change(now: Tensor, before: Tensor) -> float:
+    """How far outputs are from what they were, as a share of their length."""
+    return float((now - before).norm() / before.norm().clamp_min(1e-30))
 
 
 def redundancy(weight: Tensor) -> Redundancy | None:
