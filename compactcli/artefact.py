@@ -21,6 +21,7 @@ from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text
 from .graph import run_fake
+from .kernels import KernelLayer
 from .methods import Foreign
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
@@ -47,9 +48,10 @@ class Network:
     @property
     def num_classes(self) -> int:
         """The width of the last linear layer, or of the last convolution in a network without one."""
-        layers = [module for module in self.module.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        layers = [module for module in self.module.modules() if isinstance(module, nn.Linear | nn.Conv2d | KernelLayer)]
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        return len((linear or layers)[-1].weight)
+        last = (linear or layers)[-1]
+        return last.outputs if isinstance(last, KernelLayer) else len(last.weight)
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,23 @@ def fresh(wishes: Wishes, seed: int) -> Network:
 
 
 def dumps(network: Network) -> bytes:
-    """The file's bytes: the state_dict and, under one metadata key, the recipe."""
-    data = safetensors.torch.save(_state(network.module))
+    """The file's bytes: the state_dict, in the recipe's dtype, and, under one metadata key, the recipe."""
+    dtype = network.recipe.dtype
+    data = safetensors.torch.save({name: stored(tensor, dtype) for name, tensor in _state(network.module).items()})
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = {KEY: network.recipe.dumps(), "format": "pt"}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def stored(tensor: Tensor, dtype: str | None) -> Tensor:
+    """The tensor as a file holds it whose recipe has that dtype: as it is where a value is finite that would not be in it."""
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    half = tensor.to(getattr(torch, dtype))
+    return half if torch.equal(half.isfinite(), tensor.isfinite()) else tensor
 
 
 def save(network: Network, target: str) -> int:
@@ -169,6 +180,13 @@ def nonfinite(module: nn.Module) -> tuple[list[str], list[str]]:
     return [name for name in bad if name not in infinite], infinite
 
 
+def check_finite(network: Network) -> None:
+    """Raise CompactError naming a weight that is not."""
+    weights, _ = nonfinite(network.module)
+    if weights:
+        raise CompactError(f"{network.name}: {weights[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
+
+
 def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     recipe = Recipe.loads(file.metadata[KEY])
     channels, height, width = recipe.input_shape
@@ -186,13 +204,13 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     module = architecture.build()
     methods.register_layers([edit.layer for edit in recipe.edits if isinstance(edit, Replace | Share)])
     surgery.apply_(module, recipe.edits)
-    _load_(module, file.tensors)
+    _load_(module, _floats(file.tensors))
     run_fake(module, shape)
     return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, file.notes)
 
 
 def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
-    tensors = {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in file.tensors.items()}
+    tensors = _floats(file.tensors)
     notes, foreign = list(file.notes), None
     if wishes.arch is not None:
         architecture = _named(wishes.arch, wishes)
@@ -264,6 +282,11 @@ def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
             f"--{wrong[0]} has {len(changes[wrong[0]])} numbers, the network's input {recipe.input_shape[0]} channels"
         )
     return replace(recipe, preprocessing=replace(recipe.preprocessing, **changes))
+
+
+def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of half precision in float32, in which networks are computed."""
+    return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in tensors.items()}
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import __version__, artefact, calibrate, data, distributed, kernels, measure, surgery
+from . import __version__, artefact, calibrate, data, distributed, kernels, measure, precision, surgery
 from .artefact import Network
 from .budget import Budget, Of
 from .channels import Channels
@@ -25,7 +24,6 @@ from .train import fit_
 
 # `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
 ROUND = {"cpu": 16, "cuda": None}
-PROBES = 8  # random images on which the error of a step is measured where there are no real ones
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,11 @@ def compress(
 
     Raises CompactError if a weight is not finite, the target is out of reach or the law is broken.
     """
-    weights, _ = artefact.nonfinite(network.module)
-    if weights:
-        raise CompactError(f"{network.name}: {weights[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
+    artefact.check_finite(network)
     of: Of = target.of or method.of[0]
     if of not in method.of:
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
+    precision.uncast_(network, log)
     module, shape = network.module, network.input_shape
     whole = measure.params(module) if of == "params" else None  # what is made plain may have fewer
     made = len(kernels.layers(module))
@@ -195,13 +192,6 @@ def _made_(
         original = copied(module)
         surgery.apply_checked_(module, edits, channels.consumed, shape)
         return calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
-    probe = torch.randn(PROBES, *shape, generator=torch.Generator().manual_seed(0))
-    before = _output(module, probe)
+    before = measure.probed(module, shape)
     surgery.apply_checked_(module, edits, channels.consumed, shape)
-    return float((_output(module, probe) - before).norm() / before.norm().clamp_min(1e-30))
-
-
-def _output(module: nn.Module, images: Tensor) -> Tensor:
-    """The first output in eval mode, (n, ...)."""
-    with torch.inference_mode():
-        return surgery.outputs(module.eval()(images))[0]
+    return measure.relative_change(measure.probed(module, shape), before)

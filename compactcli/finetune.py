@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__, artefact, data, distributed, measure, methods, report, train
+from . import __version__, artefact, data, distributed, measure, methods, precision, report, train
 from .artefact import Network
 from .errors import CompactError
 from .history import Watch
@@ -50,19 +50,23 @@ def finetune(
     kept: Path | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
     watch: Watch | None = None,
 ) -> Network:
     """Train the network in place on the training images; the same network, one step on, with its test accuracy.
 
     A network that was trained on the same images before does too well on those held out: `keep="last"` judges by none.
     The run is kept in the file `kept` until it ends, and with `resume` goes on from there, if all is the same that makes it
-    and that `identity` names. Of many processes only the main one has the step and the accuracy.
+    and that `identity` names. Of many processes only the main one has the step and the accuracy. What was stored in half
+    precision is so no more; with a `dtype` (`recipe.DTYPES`) it is rounded to that in the end, with a step and an accuracy of
+    its own.
     Raises CompactError if the data does not fit the network, or the teacher does not.
     """
     watch = watch or Watch()
     check(network, dataset, teacher)
     if dataset.test is not None:
         data.labels_of(dataset.test)  # better before the work than after
+    precision.uncast_(network, watch.log)
     recipe = network.recipe
     history = train.fit_(
         network.module,
@@ -79,6 +83,7 @@ def finetune(
     if not distributed.is_main():
         return network
     measures = Measures(params=measure.params(network.module), macs=measure.macs(network.module, network.input_shape))
+    tested = None
     if dataset.test is not None:
         tested = report.evaluate(network, dataset, device=settings.device)
         measures = replace(measures, accuracy=tested.accuracy.top1, evaluated=tested.to_json())
@@ -103,7 +108,16 @@ def finetune(
     network.recipe = replace(
         recipe.then(step), dataset=dataset.name if dataset.named else recipe.dataset, classes=dataset.classes or recipe.classes
     )
+    if dtype is not None:
+        judge = dataset if dataset.test is not None else _held_out(dataset, settings)
+        precision.cast_(network, dtype, judge, before=tested, device=settings.device, log=watch.log)
     return network
+
+
+def _held_out(dataset: data.Dataset, settings: Settings) -> data.Dataset:
+    """The images that training validated on."""
+    _, held = data.training_parts(dataset, settings.validation_share, train.VALIDATION_LIMIT, settings.seed)
+    return replace(dataset, train=replace(held, name="validation"), test=None)
 
 
 def check(network: Network, dataset: data.Dataset, teacher: Network | None) -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import kernels
+from . import kernels, surgery
 from .errors import CompactError
 from .graph import run_fake
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 2  # runs before the first that counts
+PROBES = 8  # random images on which a network is compared with what it was, where there are no real ones
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def params_materialised(model: nn.Module) -> int:
     return params(model) - sum(held.values()) - shared + sum(layer.outputs * layer.reads for layer in made)
 
 
+def params_without_shared(model: nn.Module) -> int | None:
+    """Parameters but for those of what layers share; None if they share nothing."""
+    shared = kernels.shared(model).values()
+    return params(model) - sum(map(params, shared)) if shared else None
+
+
 def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Multiply-accumulates of one image: what torch.utils.flop_counter counts, halved. On fake tensors.
 
@@ -88,10 +95,10 @@ def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def thop_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """The figure that thop gives and many papers print, on a copy: thop leaves buffers behind."""
+    """The figure that thop gives and many papers print, all kernels made; on a copy, for thop leaves buffers behind."""
     profile = import_module("thop").profile
     with torch.no_grad():
-        total, _ = profile(copy.deepcopy(model).eval(), (torch.zeros(1, *input_shape),), verbose=False)
+        total, _ = profile(copy.deepcopy(kernels.folded(model)).eval(), (torch.zeros(1, *input_shape),), verbose=False)
     return int(total)
 
 
@@ -246,6 +253,18 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     if not images:
         raise CompactError("there are no images to evaluate on")
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, images)
+
+
+def probed(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """The first output (PROBES, ...) in eval mode for random images, always the same."""
+    images = torch.randn(PROBES, *input_shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return surgery.outputs(model.eval()(images))[0]
+
+
+def relative_change(now: Tensor, before: Tensor) -> float:
+    """How far outputs are from what they were, as a share of their length."""
+    return float((now - before).norm() / before.norm().clamp_min(1e-30))
 
 
 def redundancy(weight: Tensor) -> Redundancy | None:

@@ -11,6 +11,7 @@ from .errors import CompactError
 
 OPEN = "open"  # the command of the step that a file of a method's authors begins with
 FORMAT = 1  # major version of the recipe; a newer one is refused
+DTYPES = ("float16", "bfloat16")  # what a file may hold its floating-point numbers in, beside what they are computed in
 
 # Numbers that a module's own code may split or slice its channels by: of a piece, of the first ones, or of all.
 COUNTS = ("width", "expand_chs", "num_1x1_c", "in_channels", "dim_conv3", "dim_untouched", "c")
@@ -136,6 +137,7 @@ class Recipe:
     classes: tuple[str, ...] | None = None
     dataset: str | None = None
     steps: tuple[Step, ...] = ()
+    dtype: str | None = None  # one of DTYPES, in which the file holds floating-point numbers; None: as they are
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -213,6 +215,7 @@ def _recipe(tree: dict[str, Any]) -> Recipe:
         classes=None if classes is None else tuple(_string(name) for name in classes),
         dataset=None if tree.get("dataset") is None else _string(tree["dataset"]),
         steps=tuple(_step(step) for step in tree["steps"]),
+        dtype=_optional(_dtype, tree.get("dtype")),
     )
 
 
@@ -294,6 +297,12 @@ def _integer(value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise TypeError(f"{value!r} is not an integer from {low} to {high}")
     return value
+
+
+def _dtype(value: Any) -> str:
+    if value not in DTYPES:
+        raise CompactError(f"the recipe stores numbers as {_brief(value)!r}; it needs a newer compactcli")
+    return _string(value)
 
 
 def _attribute(value: Any) -> str:

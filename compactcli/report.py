@@ -21,6 +21,7 @@ from .plain import plained
 from .plan import plan
 
 LATENCY_SECONDS = 1.0
+MADE = ("params_materialised", "params_without_shared", "macs_synthesis")  # figures of layers that make their kernels
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def report(
     """
     counted = {} if counter is None else {"counter": _counted(counter, network, baseline)}
     evaluated = {} if dataset is None else {id(n): evaluate(n, dataset) for n in (network, baseline) if n is not None}
-    # In the memory format in which load() gives them.
-    pair = [network.module] if baseline is None else [network.module, baseline.module]
+    # Folded, and in the memory format, as load() gives them.
+    pair = [kernels.folded(each.module) for each in (network, baseline) if each is not None]
     found = measure.latency(pair, network.input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
     latency = [each.median_ms for each in found]
     model = _model(network, evaluated.get(id(network)), latency[0])
@@ -129,9 +130,10 @@ def _described(network: Network, macs: int) -> dict[str, Any]:
         "arch": network.recipe.architecture,
         "input_shape": list(network.input_shape),
         "params": measure.params(network.module),
-        "params_materialised": measure.params(network.module),
+        "params_materialised": measure.params_materialised(network.module),
+        "params_without_shared": measure.params_without_shared(network.module),
         "macs": macs,
-        "macs_synthesis": 0,
+        "macs_synthesis": kernels.synthesis_macs(network.module),
         "flops": 2 * macs,
         "thop_macs": None,
         "size_bytes": network.size_bytes,
@@ -153,6 +155,7 @@ def _source(network: Network) -> dict[str, Any] | None:
         "input_shape": list(network.input_shape),
         "params": known["params"],
         "params_materialised": known["params"],
+        "params_without_shared": None,
         "macs": known["macs"],
         "macs_synthesis": 0,
         "flops": None if known["macs"] is None else 2 * known["macs"],
@@ -172,11 +175,12 @@ def _ratio(now: float | None, before: float | None) -> float | None:
 def _layers(network: Network) -> list[dict[str, Any]]:
     """Each layer of the first network, with what stands in its place now."""
     recipe = network.recipe
-    before = network.module
+    before = folded = kernels.folded(network.module)
     if recipe.steps and artefact.is_known(recipe.architecture):
         before = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
         surgery.apply_(before, recipe.opened)
-    now = budget.layers(trace(network.module, network.input_shape))
+        kernels.fold_(before)
+    now = budget.layers(trace(folded, network.input_shape))
     result = []
     for layer in budget.layers(trace(before, network.input_shape)):
         parts = [part for part in now if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
@@ -257,19 +261,21 @@ def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> Renderabl
     summary = Table(title=f"{model['arch']}, input {shape_text(model['input_shape'])}", title_justify="left")
     for name in ("", "original", "now", "kept"):
         summary.add_column(name, justify="left" if not name else "right")
-    rows = [
-        (label, first.get(key), model[key], unit)
-        for label, key, unit in (
-            ("Parameters", "params", ""),
-            ("MACs", "macs", ""),
-            ("FLOPs", "flops", ""),
-            ("File", "size_bytes", " B"),
-            ("Latency", "latency_ms", " ms"),
-        )
+    shown = [
+        ("Parameters", "params", ""),
+        ("Parameters, kernels made", "params_materialised", ""),
+        ("Parameters, but for shared ones", "params_without_shared", ""),
+        ("MACs", "macs", ""),
+        ("MACs to make kernels, once", "macs_synthesis", ""),
+        ("FLOPs", "flops", ""),
+        ("File", "size_bytes", " B"),
+        ("Latency", "latency_ms", " ms"),
     ]
+    idle = {key for key in MADE if all(_is_idle(key, part) for part in (model, first))}
+    rows = [(label, first.get(key), model[key], unit) for label, key, unit in shown if key not in idle]
     if "counter" in tree:
         own = tree["counter"]
-        rows.insert(3, (f"By {own['name']}'s counter", own["baseline"], own["count"], ""))
+        rows.insert(len(rows) - 2, (f"By {own['name']}'s counter", own["baseline"], own["count"], ""))
     for label, before, now, unit in rows:
         kept = _ratio(now, before)
         summary.add_row(label, _number(before, unit), _number(now, unit), "-" if kept is None else f"{100 * kept:.1f} %")
@@ -289,6 +295,11 @@ def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> Renderabl
     return Group(*parts)
 
 
+def _is_idle(key: str, model: Mapping[str, Any]) -> bool:
+    """Whether a figure says nothing new of a network: its kernels are not made, or nothing is shared."""
+    return not model.get(key) or (key == "params_materialised" and model[key] == model["params"])
+
+
 def _history(steps: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="history", title_justify="left")
     for name in ("step", "options", "parameters", "MACs", "accuracy", "output error"):
@@ -303,14 +314,14 @@ def _history(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="layers that changed", title_justify="left")
-    for name in ("layer", "before", "after", "MACs kept"):
-        table.add_column(name, justify="right" if name == "MACs kept" else "left")
+    for name in ("layer", "before", "after", "parameters kept", "MACs kept"):
+        table.add_column(name, justify="right" if name.endswith("kept") else "left")
     for layer in layers:
         before, after = layer["before"], layer["after"]
         if before != after:
-            kept = _ratio(after["macs"], before["macs"])
+            ratios = [_ratio(after[key], before[key]) for key in ("params", "macs")]
             shapes = (" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after))
-            table.add_row(layer["name"], *shapes, "-" if kept is None else f"{100 * kept:.1f} %")
+            table.add_row(layer["name"], *shapes, *("-" if kept is None else f"{100 * kept:.1f} %" for kept in ratios))
     return table
 
 
@@ -366,9 +377,10 @@ def bench(
     models: list[dict[str, Any]] = [
         {"name": each.name, "model": _benched(each, shape, batches), "latency": []} for each in networks
     ]
+    modules = [kernels.folded(each.module) for each in networks]
     for batch, count in itertools.product(batches, threads):
         found = measure.latency(
-            [each.module for each in networks],
+            modules,
             shape,
             batch=batch,
             threads=count,

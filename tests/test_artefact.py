@@ -97,6 +97,17 @@ def test_the_same_network_gives_the_same_bytes():
     assert dumps(fresh(Wishes("cifar:resnet8"), 3)) != dumps(fresh(Wishes("cifar:resnet8"), 4))
 
 
+@pytest.mark.parametrize("method", ["linearconv", "csg"])
+def test_methods_that_solve_give_the_same_bytes(method):
+    """Wherever in memory the numbers lie."""
+    kept = []
+    files = set()
+    for size in range(4):
+        kept.append(torch.rand(1000 * size + 3))
+        files.add(dumps(compress(network(width=8), method, get(method)(), Target(0.6))))
+    assert len(files) == 1
+
+
 def test_a_file_needs_nothing_else_and_holds_no_path(tmp_path):
     """A fresh process in another folder gives the same outputs; nothing of this machine is in the bytes."""
     source = tmp_path / "folder" / "original.pt"

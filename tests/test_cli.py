@@ -26,6 +26,7 @@ from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
 from compactcli.counters import COUNTERS
+from compactcli.recipe import DTYPES
 
 COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
 HINGE = ("--method", "hinge", "--ratio")
@@ -120,7 +121,7 @@ FRESH_FLAGS = {"--fresh", "--seed"}
 TRAINING_FLAGS = {
     *("--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"),
     *("--batch-size", "--device", "--time-limit", "--resume", "--state", "--save-every", "--keep", "--history", "--workers"),
-    "--precision",
+    *("--precision", "--dtype"),
 }
 FLAGS = {
     "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--explain", "--json"},
@@ -135,6 +136,7 @@ FLAGS = {
     | {"--output", "-o", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout", "--clip-grad", "--ema"}
     | {"--freeze-bn", "--sync-bn", "--patience", "--accumulate", "--compile"},
     "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
+    "export": MODEL_FLAGS | DATA_FLAGS | {"--dtype", "--to", "--batch-size", "--device", "--output", "-o"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
     | {"MODELS", "--batch-size", "--threads", "--repeats", "--device", "--json"},
@@ -506,6 +508,72 @@ def test_evaluate_json(small):
     assert "on 20 test images of digits" in line
 
 
+def exported(path: Path, *flags: str) -> bytes:
+    """What export writes into a pipe."""
+    result = run("export", "-q", path, *flags)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_export_writes_half_the_bytes(small, tmp_path, dtype):
+    """The same file twice, into a pipe and from one; a plain checkpoint as well."""
+    half = tmp_path / "half.safetensors"
+    result = run("export", small, "--dtype", dtype, "-o", half)
+    assert (result.exit_code, result.stdout_bytes) == (0, b"")
+    written, before = half.stat().st_size, small.stat().st_size
+    assert result.stderr.splitlines()[-1] == f"wrote {written:,} bytes to {half}, instead of {before:,}"
+    assert re.search(rf"^{dtype}: output error \S+ on random images$", result.stderr, re.MULTILINE)
+    assert exported(small, "--dtype", dtype) == half.read_bytes() == exported(small, "--dtype", dtype, "--to", "artefact")
+    assert run("export", "-q", "--dtype", dtype, stdin=small.read_bytes()).stdout_bytes == half.read_bytes()
+    assert written - len(open_model(half).recipe.dumps()) < 0.7 * (before - len(open_model(small).recipe.dumps()))
+    assert {tensor.dtype for tensor in compactcli.load(half).state_dict().values()} == {torch.float32, torch.int64}
+    plain = open_model(exported(tmp_path / "net.pt", "--dtype", dtype))
+    assert (plain.recipe.dtype, [step.command for step in plain.recipe.steps]) == (dtype, ["export"])
+
+
+def test_export_measures_what_it_costs(small, tmp_path):
+    half = tmp_path / "half.safetensors"
+    result = run("export", small, "--dtype", "bfloat16", "--data", "digits", "--limit", "30", "-o", half)
+    before, after = (
+        json.loads(run("evaluate", "--json", path, "--data", "digits", "--limit", "30").stdout)["accuracy"]
+        for path in (small, half)
+    )
+    figures = f"accuracy {after:.2f} %, {after - before:+.2f} points, before {before:.2f} %"
+    assert f"bfloat16: {figures}, on 30 test images of digits" in result.stderr
+    tree = json.loads(run("report", "--json", half).stdout)
+    assert (tree["model"]["accuracy"], tree["model"]["evaluated"]["images"]) == (after, 30)
+    assert tree["steps"][-1]["options"] == {"dtype": "bfloat16"}
+    assert "dtype=bfloat16" in run("report", half).stdout
+
+
+def test_export_refuses_what_it_does_not_know(small, tmp_path):
+    out = ("-o", tmp_path / "out")
+    assert "--dtype float8: it is float16 or bfloat16" in one_line(run("export", small, "--dtype", "float8", *out), 2)
+    assert "--to onnx: it is artefact" in one_line(run("export", small, "--dtype", "float16", "--to", "onnx", *out), 2)
+    assert "--dtype" in run("export", small, *out).stderr
+    assert run("export", small, *out).exit_code == 2
+    assert "nowhere.pt: no such file" in one_line(run("export", "nowhere.pt", "--dtype", "float16", *out))
+    for command in (("compress", *HINGE, "0.5"), ("finetune", "--data", "digits")):
+        assert "it is float16 or bfloat16" in one_line(run(command[0], small, *command[1:], "--dtype", "half", *out), 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compress_and_finetune_end_in_half_precision(net, tmp_path):
+    made = run("compress", "-q", net, "--method", "linearconv", "--ratio", "0.7", "--dtype", "float16").stdout_bytes
+    whole = run("compress", "-q", net, "--method", "linearconv", "--ratio", "0.7").stdout_bytes
+    assert run("export", "-q", "--dtype", "float16", stdin=whole).stdout_bytes == made
+    training = ("--data", "digits", "--limit", "60", "--batch-size", "20")
+    tuned = run("finetune", *training, "--epochs", "1", "--teacher", "none", "--dtype", "bfloat16", stdin=made)
+    assert "stdin: no longer stored in float16, but in float32; --dtype rounds what comes of it" in tuned.stderr
+    recipe = open_model(tuned.stdout_bytes).recipe
+    assert (recipe.dtype, [step.command for step in recipe.steps]) == ("bfloat16", ["compress", "export", "finetune", "export"])
+    both = run("compress", "-q", net, *HINGE, "0.7", *training, "--finetune-epochs", "1", "--dtype", "bfloat16").stdout_bytes
+    steps = open_model(both).recipe.steps
+    assert [step.command for step in steps] == ["compress", "finetune", "export"]
+    assert steps[-1].measures.evaluated["split"] == "test"
+
+
 def test_methods_lists_and_describes():
     assert re.search(r"^hinge +Hinge: ", run("methods").stdout, re.MULTILINE)
     text = run("methods", "hinge").stdout
@@ -546,6 +614,19 @@ def test_a_pipe_from_compress_to_report(net):
     assert tree["model"]["accuracy"] is not None
     assert 0.55 < tree["ratios"]["macs"] <= 0.6
     assert sorted(os.listdir(net.parent)) == ["net.pt"]
+
+
+def test_a_pipe_through_export(net):
+    script = """set -o pipefail
+        compactcli compress -q --method csg --ratio 0.7 < net.pt | compactcli export -q --dtype float16 | tee half.safetensors \
+        | compactcli report --json"""
+    result = shell(script, net.parent)
+    assert (result.returncode, result.stderr) == (0, b"")
+    tree = json.loads(result.stdout)
+    check_report(tree)
+    assert [step["command"] for step in tree["steps"]] == ["compress", "export"]
+    assert tree["model"]["size_bytes"] == (net.parent / "half.safetensors").stat().st_size
+    assert open_model(net.parent / "half.safetensors").recipe.dtype == "float16"
 
 
 def test_a_failure_goes_down_the_pipe_as_one_line_each(tmp_path):

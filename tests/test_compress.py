@@ -53,7 +53,7 @@ def test_the_share_kept_is_the_one_asked_for(ratio, of):
 
 def test_one_step_is_recorded():
     given = network(width=8)
-    image = torch.randn(driver.PROBES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(measure.PROBES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     before = outputs(given.module, image)[0]
     lines: list[str] = []
     small = compress(given, "hinge", hinge("prune"), Target(0.5, round_to=2), log=lines.append)

@@ -1,5 +1,6 @@
 """Layers that hide their channels become others of the same function, whose channels may be cut."""
 
+import re
 from collections.abc import Callable
 
 import networks
@@ -7,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import AWKWARD, SHAPE, outputs, randomise_, removable
+from test_artefact import assert_same, network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from compactcli import channels, methods, surgery
+from compactcli import channels, kernels, methods, surgery
+from compactcli.artefact import dumps, open_model
+from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.graph import copied
 from compactcli.plain import Across, plain_, plained
@@ -184,3 +188,32 @@ def test_what_a_file_may_not_ask_for(edit, message):
     methods.register_layers([edit.layer])
     with pytest.raises(CompactError, match=message):
         surgery.apply_(nn.Sequential(nn.ReLU(), nn.Conv1d(1, 1, 3)), [edit])
+
+
+@pytest.mark.parametrize("method", ["linearconv", "csg"])
+def test_kernels_that_are_made_are_plain_to_the_last_digit(method):
+    """In float32 they are what float64 says, rounded once; the file's recipe has no values."""
+    given = network(width=16)
+    made = compress(given, method, methods.get(method)(), Target(0.4)).module
+    wanted = {name: copied(layer).double().dense().weight for name, layer in kernels.layers(made).items()}
+    assert wanted
+    edits = plain_(made, given.input_shape)
+    assert [(edit.module, edit.layer) for edit in edits] == [(name, "plain.folded") for name in wanted]
+    assert not kernels.layers(made)
+    assert not kernels.shared(made)
+    for name, kernel in wanted.items():
+        layer = made.get_submodule(name)
+        assert type(layer) is nn.Conv2d
+        assert torch.equal(layer.weight, kernel.float())
+    assert {tensor.dtype for tensor in made.state_dict().values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("method", ["linearconv", "csg"])
+def test_another_method_goes_on_from_kernels_that_are_made(method):
+    given = compress(network(width=8), method, methods.get(method)(), Target(0.6))
+    lines: list[str] = []
+    small = compress(given, "hinge", methods.get("hinge")(), Target(0.6), log=lines.append)
+    assert re.match(r"hinge: made plain kernels of \d+ layers that another step had stored as fewer numbers", lines[0])
+    found = open_model(dumps(small))
+    assert_same(found.module, small.module, torch.randn(2, 3, 32, 32))
+    assert dumps(found) == dumps(small)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from compactcli.errors import CompactError
 from compactcli.recipe import (
+    DTYPES,
     FORMAT,
     SETTABLE,
     Keep,
@@ -60,6 +61,7 @@ recipes = st.builds(
     st.none() | st.lists(st.text(max_size=9), max_size=4).map(tuple),
     st.none() | names,
     st.lists(steps, max_size=3).map(tuple),
+    st.sampled_from([None, *DTYPES]),
 )
 
 
@@ -133,6 +135,7 @@ def test_the_text():
                 "version": "0.1.0",
             }
         ],
+        "dtype": None,
     }
 
 
@@ -255,6 +258,12 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(value):
         assert "\n" not in line, path
         assert len(line) < 400, path
         assert read is None or Recipe.loads(read.dumps()) == read, path
+
+
+def test_numbers_are_stored_in_types_that_are_known():
+    assert Recipe.loads(json.dumps({key: value for key, value in tree().items() if key != "dtype"})) == recipe()
+    for value in ("float8", "float32", "", 3, [], {"float16": 1}):
+        refused({**tree(), "dtype": value}, "stores numbers as .*; it needs a newer compactcli")
 
 
 @pytest.mark.parametrize("shape", [[], [3], [3, 32], [3, 32, 32, 32], [0, 32, 32], [3, -1, 32], [3, 1 << 20, 32], "3x32x32"])

@@ -1,7 +1,9 @@
 """What a network is, was and became: keys and figures of the JSON, and tables for people."""
 
+import copy
 import io
 import json
+import math
 from dataclasses import replace
 
 import networks
@@ -12,14 +14,26 @@ from rich.console import Console
 from test_artefact import network, smaller
 from test_compress import own
 
-from compactcli import artefact, counters, data, measure, report
+from compactcli import artefact, counters, data, kernels, measure, methods, report
 from compactcli.artefact import Wishes, open_model
+from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
-from compactcli.recipe import Measures, Preprocessing
+from compactcli.explain import explanation
+from compactcli.recipe import Measures, Preprocessing, Replace
 
 # DESIGN.md, "JSON, stable within a major version": every key, and no other.
 MODEL = {
-    *("arch", "input_shape", "params", "params_materialised", "macs", "macs_synthesis", "flops", "thop_macs"),
+    *(
+        "arch",
+        "input_shape",
+        "params",
+        "params_materialised",
+        "params_without_shared",
+        "macs",
+        "macs_synthesis",
+        "flops",
+        "thop_macs",
+    ),
     *("size_bytes", "latency_ms", "accuracy", "evaluated", "sha256"),
 }
 REPORT = {"schema", "model", "baseline", "ratios", "accuracy_delta", "steps", "layers"}
@@ -200,6 +214,133 @@ def test_a_papers_own_count_of_the_first_network_needs_its_file(pair):
     assert tree["counter"] == {"name": "hinge", "count": counters.hinge(small.module, (1, 32, 32)), "baseline": None}
     row = next(line for line in text_of(report.report_tables(tree)).splitlines() if "By hinge's counter" in line)
     assert row.count("-") == 2
+
+
+# Layers that make their kernels
+
+
+@pytest.fixture(scope="module", params=["linearconv", "csg"])
+def kerneled(request, tmp_path_factory):
+    """(original, network whose kernels are stored as fewer numbers), as read from files."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.save(named("cifar:resnet8", width=16, in_channels=1).state_dict(), folder / "original.pt")
+    kind = methods.get(request.param)
+    made = compress(open_model(folder / "original.pt"), request.param, kind(), Target(0.5))
+    artefact.save(made, str(folder / "made.safetensors"))
+    return open_model(folder / "original.pt"), open_model(folder / "made.safetensors")
+
+
+def synthesis(original, made) -> int:
+    """Multiply-accumulates to make the kernels, from the recipe's numbers alone."""
+    total = 0
+    for edit in made.recipe.edits:
+        if isinstance(edit, Replace):
+            outputs, *reads = original.module.get_parameter(f"{edit.module}.weight").shape
+            numbers, size = dict(edit.options), math.prod(reads)
+            if edit.layer == "csg.coded":
+                slices = math.ceil(outputs / numbers["outputs"]) * math.ceil(reads[0] / numbers["inputs"])
+                total += slices * numbers["code"] * numbers["outputs"] * numbers["inputs"] * reads[1] * reads[2]
+            else:
+                primary, rest = numbers["primary"], outputs - numbers["primary"]
+                rank = numbers.get("rank")
+                product = rest * primary if rank is None else rank * (rest + primary)
+                total += size * numbers.get("kept", product)
+    return total
+
+
+def test_the_figures_of_kernels_that_are_made(kerneled):
+    original, made = kerneled
+    shape = (1, 32, 32)
+    trees = [report.report(made, None, None), report.report(made, original, None)]
+    for tree in trees:
+        check_report(tree)
+        model, first = tree["model"], tree["baseline"]
+        assert model["params"] == sum(p.numel() for p in made.module.parameters()) <= 0.5 * first["params"]
+        assert model["params_materialised"] == first["params"] == first["params_materialised"] == measure.params(original.module)
+        assert model["macs"] == first["macs"] == measure.macs(original.module, shape)
+        assert model["macs_synthesis"] == synthesis(original, made) > 0
+        assert (first["macs_synthesis"], first["params_without_shared"]) == (0, None)
+        assert model["thop_macs"] == measure.thop_macs(original.module, shape)
+        generator = [p.numel() for name, p in made.module.named_parameters() if name.startswith("compactcli_shared.")]
+        assert model["params_without_shared"] == (model["params"] - sum(generator) if generator else None)
+    keys = set(MODEL) - {"thop_macs", "latency_ms"}
+    described = [report.analysis(made)["model"], report.bench([made], repeats=2)["models"][0]["model"]]
+    for other in described:
+        assert {key: other[key] for key in keys} == {key: trees[0]["model"][key] for key in keys}
+
+
+def test_layers_that_make_their_kernels_add_up(kerneled):
+    original, made = kerneled
+    tree = report.report(made, None, None)
+    assert sum(layer["macs"] for layer in tree["layers"]) == tree["model"]["macs"]
+    norms = sum(p.numel() for m in made.module.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters())
+    stored = tree["model"]["params_without_shared"] or tree["model"]["params"]
+    assert sum(layer["params"] for layer in tree["layers"]) + norms == stored
+    layers = {layer["name"]: layer for layer in tree["layers"]}
+    changed = kernels.layers(made.module)
+    for name, layer in changed.items():
+        weight = original.module.get_parameter(f"{name}.weight")
+        assert layers[name]["type"] == "Conv2d"
+        assert layers[name]["before"]["weight_shapes"] == layers[name]["after"]["weight_shapes"] == [list(weight.shape)]
+        assert layers[name]["before"]["params"] == weight.numel()
+        assert layers[name]["params"] == sum(p.numel() for p in layer.parameters()) < weight.numel()
+    assert {name for name, layer in layers.items() if layer["before"] != layer["after"]} == set(changed)
+    text = text_of(report.report_tables(tree, layers=True))
+    assert all(name in text for name in changed)
+
+
+def test_tables_show_what_kernels_are_made_of_where_they_are(kerneled, pair):
+    original, made = kerneled
+    text = text_of(report.report_tables(report.report(made, None, None)))
+    assert f"{measure.params(original.module):,}" in next(
+        line for line in text.splitlines() if "Parameters, kernels made" in line
+    )
+    assert f"{synthesis(original, made):,}" in next(line for line in text.splitlines() if "MACs to make kernels, once" in line)
+    assert ("Parameters, but for shared ones" in text) == bool(kernels.shared(made.module))
+    assert "None" not in text
+    text = text_of(report.report_tables(report.report(pair[1], None, None, counter="hinge")))
+    assert not any(word in text for word in ("kernels", "shared"))
+    labels = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert labels[:7] == ["Parameters", "MACs", "FLOPs", "By hinge's counter", "File", "Latency", "Accuracy"]
+
+
+def test_what_is_timed_is_what_load_gives(kerneled, monkeypatch):
+    timed = []
+    latency = measure.latency
+    monkeypatch.setattr(measure, "latency", lambda modules, *a, **k: timed.extend(modules) or latency(modules, *a, **k))
+    report.report(kerneled[1], kerneled[0], None)
+    report.bench([kerneled[1]], repeats=2)
+    assert len(timed) == 3
+    assert not any(kernels.layers(module) for module in timed)
+    assert kernels.layers(kerneled[1].module)  # left as it was
+
+
+def test_an_evaluation_of_kernels_that_are_made(kerneled, digits):
+    _, made = kerneled
+    tree = report.evaluation(made, report.evaluate(made, digits))
+    assert set(tree["model"]) == MODEL
+    assert tree["model"]["macs_synthesis"] == kernels.synthesis_macs(made.module) > 0
+    assert tree["model"]["params_materialised"] > tree["model"]["params"]
+
+
+def test_an_analysis_of_kernels_that_are_made(kerneled):
+    """It is of the plain network that they make."""
+    original, made = kerneled
+    layers = report.analysis(made)["layers"]
+    assert [(each["name"], each["weight_shape"], each["macs"], each["sets"]) for each in layers] == [
+        (each["name"], each["weight_shape"], each["macs"], each["sets"]) for each in report.analysis(original)["layers"]
+    ]
+    name = next(iter(kernels.layers(made.module)))
+    assert explanation(made, name) == explanation(original, name)
+
+
+def test_the_classes_of_a_network_that_ends_with_a_kernel_that_is_made():
+    plain = torch.nn.Sequential(networks.conv(3, 16), torch.nn.ReLU(), networks.conv(16, 12))
+    given = own(randomise_(torch.nn.Sequential(plain, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())))
+    for name in ("linearconv", "csg"):
+        made = compress(copy.deepcopy(given), name, methods.get(name)(), Target(0.5, nearest=True))
+        assert isinstance(made.module[0][2], kernels.KernelLayer)
+        assert made.num_classes == 12
 
 
 # Analysis

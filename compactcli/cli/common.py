@@ -13,6 +13,7 @@ import typer
 
 from .. import streams
 from ..errors import CompactError, UsageError
+from ..recipe import DTYPES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,6 +45,9 @@ Download = Annotated[bool, typer.Option("--download", help="Download the named d
 Limit = Annotated[int | None, typer.Option(min=1, help="At most that many images of each split, evenly over the classes.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch, of all processes together.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="float16|bfloat16", help="Store numbers so in the file: half the bytes. [default: float32]")
+]
 Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes on stderr.")]
@@ -183,6 +187,12 @@ def open_data(
             limit=limit,
             seed=seed,
         )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise UsageError for a word that --dtype does not know."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: it is {' or '.join(DTYPES)}")
 
 
 def check_device(device: str) -> None:

@@ -62,6 +62,7 @@ def command(
     workers: training.Workers = None,
     precision: training.Precision = "auto",
     device: common.Device = "cpu",
+    dtype: common.Dtype = None,
     output: common.Output = None,
     arch: common.Arch = None,
     arch_kwargs: common.ArchKwargs = None,
@@ -86,6 +87,7 @@ def command(
     if of is not None and of not in ("macs", "params"):
         raise UsageError(f"--of {of}: it is macs or params")
     training.check_keep(keep)
+    common.check_dtype(dtype)
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
@@ -94,6 +96,7 @@ def command(
     from ..data import sample
     from ..finetune import finetune
     from ..history import Watch
+    from ..precision import cast_
 
     options = methods.parse_options(kind, set or ())
     searches = {option.name for option in methods.option_list(kind) if option.help.startswith("search: ")}
@@ -152,8 +155,10 @@ def command(
             finetuning = replace(finetuning, time_limit=spare)
             with common.progress_bar(quiet, "images") as advance:
                 watch = Watch(say, advance, training.history_writer(history, "finetune", after="search" if epochs else None))
-                run = {"keep": keep, "kept": kept, "resume": left is not None, "identity": identity}
-                finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)  # type: ignore[arg-type]
+                run: Any = {"keep": keep, "kept": kept, "resume": left is not None, "identity": identity, "dtype": dtype}
+                finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)
+        if dtype is not None and network.recipe.dtype is None and distributed.is_main():
+            cast_(network, dtype, log=say)
         training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
 
 

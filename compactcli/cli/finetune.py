@@ -43,6 +43,7 @@ def command(
     patience: Annotated[int | None, typer.Option(metavar="N", help="End after N epochs without a better one.")] = None,
     time_limit: training.TimeLimit = None,
     keep: training.Keep = "best",
+    dtype: common.Dtype = None,
     output: common.Output = None,
     resume: training.Resume = False,
     state: training.State = None,
@@ -74,6 +75,7 @@ def command(
     torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
     training.check_keep(keep)
+    common.check_dtype(dtype)
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
     from .. import artefact, distributed, optim
@@ -109,5 +111,6 @@ def command(
         guide = find_teacher(network, teacher, arch=arch, log=say)
         with common.progress_bar(quiet, "images") as advance:
             watch = Watch(say, advance, training.history_writer(history))
-            finetune(network, dataset, settings, teacher=guide, keep=keep, kept=kept, resume=resume, watch=watch)  # type: ignore[arg-type]
+            run: Any = {"keep": keep, "kept": kept, "resume": resume, "dtype": dtype}
+            finetune(network, dataset, settings, teacher=guide, watch=watch, **run)
         training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
