@@ -30,7 +30,7 @@ WIDEST = 8_192  # inputs of a layer, i*k*k, up to which its covariance is afford
 LIVE_BYTES = 192 << 20  # of values carried forward in both networks; more images join as they shrink
 BATCH_BYTES = 64 << 20  # of all values of one batch
 ROWS_BYTES = 32 << 20  # of a layer's inputs and residuals that wait to enter its Gram matrix
-COLUMNS = 1_024  # of a Gram matrix in float32 before they are added up in float64
+COLUMNS = 128  # of a Gram matrix at once, in float32 before they are added up in float64, from its diagonal on
 BATCH = 64
 
 
@@ -112,22 +112,22 @@ class _Sums:
         self.layer, self.generator = layer, generator
         outs, ins = len(layer.weight), _width(layer)
         self.inputs, self.worth = torch.zeros(ins, ins), torch.zeros(outs, outs)
-        self.mean = torch.zeros(ins, 1)
+        self.mean = torch.zeros(ins)
         self.count = 0
 
     def add(self, image: Tensor, gradient: Tensor) -> None:
         """What the layer read (n, ...) and the gradient (n, ...) of what it made of it."""
-        x = patches(self.layer, image).transpose(1, 2)  # (n, i*k*k, positions)
-        g = gradient.flatten(2) if isinstance(self.layer, nn.Conv2d) else gradient.reshape(*x[:, 0].shape, -1).transpose(1, 2)
-        count = len(x) * x.shape[2]
+        x = patches(self.layer, image)  # (n, positions, i*k*k)
+        images, positions, ins = x.shape
+        g = gradient.flatten(2) if isinstance(self.layer, nn.Conv2d) else gradient.reshape(images, positions, -1).transpose(1, 2)
+        count, outs = images * positions, g.shape[1]
         self.count += count
-        self.mean += (x.mean((0, 2))[:, None] - self.mean) * (count / self.count)
+        self.mean += (x.mean((0, 1)) - self.mean) * (count / self.count)
         x = x - self.mean
-        rows = (self._sketch(g.shape[1]) @ g if g.shape[1] > SKETCH else g) @ x.transpose(1, 2)  # (n, o or SKETCH, i*k*k)
-        rows = rows.flatten(0, 1)
+        rows = (self._sketch(outs) @ g if outs > SKETCH else g) @ x  # (n, o or SKETCH, i*k*k)
+        columns = rows if outs <= SKETCH else g @ (x @ self._sketch(ins).T if ins > SKETCH else x)  # (n, o, i*k*k or SKETCH)
+        rows, columns = rows.flatten(0, 1), columns.transpose(0, 1).flatten(1)
         self.inputs.addmm_(rows.T, rows)
-        columns = g @ (self._sketch(x.shape[1]) @ x if x.shape[1] > SKETCH else x).transpose(1, 2)  # (n, o, i*k*k or SKETCH)
-        columns = columns.transpose(0, 1).flatten(1)
         self.worth.addmm_(columns, columns.T)
 
     def _sketch(self, width: int) -> Tensor:
@@ -177,7 +177,9 @@ def patches(layer: nn.Module, image: Tensor, at: Tensor | None = None) -> Tensor
     columns = (padded.shape[3] - layer.dilation[1] * (width - 1) - 1) // layer.stride[1] + 1
     row = (at // columns * layer.stride[0])[:, None, None] + (torch.arange(height) * layer.dilation[0])[:, None]
     column = (at % columns * layer.stride[1])[:, None, None] + torch.arange(width) * layer.dilation[1]
-    return padded[:, :, row, column].permute(0, 2, 1, 3, 4).reshape(len(image), len(at), -1)  # from (n, i, positions, k, k)
+    place = (row * padded.shape[3] + column).flatten()  # all inputs of one place lie together: they are copied at once
+    read = padded.flatten(2).transpose(1, 2).contiguous().index_select(1, place)  # (n, positions * k * k, i)
+    return read.view(len(image), len(at), height * width, -1).transpose(2, 3).reshape(len(image), len(at), -1)
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, int]:
@@ -409,11 +411,12 @@ def _refit_site_(
     wanted = max(1, POSITIONS // sum(len(values[site.target]) for values in streams.target.values))
     for theirs, ours in zip(streams.target.values, streams.model.values, strict=True):
         output, image = theirs[site.target], streams.model.value(site.model.args[_image_at(site.model)], ours)  # type: ignore[arg-type]
-        if outputs_kept is not None:
-            output = output.index_select(-1 if isinstance(old, nn.Linear) else 1, outputs_kept)
-        output = output + _shortcut_error(site, theirs, ours, outputs_kept, output.shape, scale)
         at = _sample(output.shape[2:].numel(), wanted, generator)
-        rows = output if isinstance(old, nn.Linear) else output.flatten(2)[:, :, at].transpose(1, 2)  # (n, p, o)
+        if isinstance(old, nn.Linear):
+            rows = output if outputs_kept is None else output.index_select(-1, outputs_kept)
+        else:
+            missing = _shortcut_error(site, theirs, ours, at, outputs_kept, output.shape, scale)
+            rows = (_sampled(output, at, outputs_kept) + missing).transpose(1, 2)  # (n, p, o)
         sums.add(patches(old, image, at).flatten(0, 1), rows.reshape(-1, len(start)))
     regression, shift = sums.solve(scale.abs())
     if kind is None:
@@ -448,18 +451,31 @@ def _scale(norm: nn.Module | None, outputs: int) -> Tensor:
     return torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp_min(1e-3 * float(scale.abs().max()) or 1.0)
 
 
+def _sampled(values: Tensor, at: Tensor, kept: Tensor | None) -> Tensor:
+    """Values (n, c, h, w) at some positions, of all channels or those that are kept: (n, c, positions)."""
+    found = values.flatten(2).index_select(2, at)
+    return found if kept is None else found.index_select(1, kept)
+
+
 def _shortcut_error(
-    site: _Site, theirs: Mapping[fx.Node, Any], ours: Mapping[fx.Node, Any], kept: Tensor | None, shape: torch.Size, scale: Tensor
+    site: _Site,
+    theirs: Mapping[fx.Node, Any],
+    ours: Mapping[fx.Node, Any],
+    at: Tensor,
+    kept: Tensor | None,
+    shape: torch.Size,
+    scale: Tensor,
 ) -> Tensor:
-    """What the output must make up for of the error in the shortcut that is added to it, if that is known by now."""
+    """What the output (n, o, h, w) must make up for, at some positions, of the error in the shortcut that is added to it.
+
+    Nothing if that is not known by now.
+    """
     if site.shortcut is None or site.shortcut[0] not in theirs or site.shortcut[1] not in ours:
         return torch.zeros(())
     wanted, got = theirs[site.shortcut[0]], ours[site.shortcut[1]]
-    if kept is not None:
-        wanted = wanted.index_select(1, kept)
-    if wanted.shape != shape or got.shape != shape:
+    if wanted.shape != shape or got.shape != (shape[0], len(scale), *shape[2:]):
         return torch.zeros(())
-    missing: Tensor = (wanted - got) / scale.to(got.dtype)[:, None, None]
+    missing: Tensor = (_sampled(wanted, at, kept) - _sampled(got, at, None)) / scale.to(got.dtype)[:, None]
     return missing
 
 
@@ -492,7 +508,7 @@ class _RegressionSums:
             x.sub_(self.origin[0])
             residual.sub_(self.origin[1])
         for at in range(0, x.shape[1], COLUMNS):
-            self.xx[at : at + COLUMNS] += x[:, at : at + COLUMNS].T @ x
+            self.xx[at : at + COLUMNS, at:] += x[:, at : at + COLUMNS].T @ x[:, at:]
         self.rx += residual.T @ x
         self.x += x.sum(0)
         self.r += residual.sum(0)
@@ -505,6 +521,7 @@ class _RegressionSums:
         """
         if self.waiting:
             self._flush()
+        self.xx.triu_().add_(self.xx.triu(1).T)
         xx, rx, x, r = (sums.div_(self.count) for sums in (self.xx, self.rx, self.x, self.r))
         if self.centred:
             assert self.origin is not None

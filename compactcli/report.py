@@ -175,12 +175,12 @@ def _ratio(now: float | None, before: float | None) -> float | None:
 def _layers(network: Network) -> list[dict[str, Any]]:
     """Each layer of the first network, with what stands in its place now."""
     recipe = network.recipe
-    before = folded = kernels.folded(network.module)
+    first = network.module
     if recipe.steps and artefact.is_known(recipe.architecture):
-        before = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
-        surgery.apply_(before, recipe.opened)
-        kernels.fold_(before)
-    now = budget.layers(trace(folded, network.input_shape))
+        first = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
+        surgery.apply_(first, recipe.opened)
+    before = kernels.folded(first)
+    now = budget.layers(trace(kernels.folded(network.module), network.input_shape))
     result = []
     for layer in budget.layers(trace(before, network.input_shape)):
         parts = [part for part in now if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
@@ -188,7 +188,7 @@ def _layers(network: Network) -> list[dict[str, Any]]:
             {
                 "name": layer.name,
                 "type": type(before.get_submodule(layer.name)).__name__,
-                "before": _shape(before, [layer]),
+                "before": _shape(first, [layer]),
                 "after": _shape(network.module, parts),
                 "params": sum(_params(network.module, part) for part in parts),
                 "macs": sum(part.macs for part in parts),
