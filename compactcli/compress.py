@@ -88,8 +88,10 @@ def compress(
         raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
     precision.uncast_(network, log)
     module, shape = network.module, network.input_shape
-    whole = measure.params(module) if of == "params" else None  # what is made plain may have fewer
     made = len(kernels.layers(module))
+    whole: int | None = None  # what is made plain may cost more, or have fewer parameters
+    if made or of == "params":
+        whole = measure.params(module) if of == "params" else measure.macs(module, shape)
     plain = plain_(module, shape)
     if made:
         log(f"{name}: made plain kernels of {made} layers that another step had stored as fewer numbers")

@@ -67,24 +67,34 @@ class KernelLayer(nn.Module):
         """Take what this layer shares with others; called when it comes into a network."""
 
     def forward(self, image: Tensor) -> Tensor:
-        kernel, padding = self.kernel(), self.padding
+        return self.applied(image, self.kernel(), self.groups)
+
+    def applied(self, image: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        """A kernel in this layer's geometry on an image, and its bias."""
+        padding = self.padding
         if self.padding_mode != "zeros":
             image, padding = F.pad(image, self._edges, mode=self.padding_mode), (0, 0)
-        return F.conv2d(image, kernel, self.bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(image, kernel, self.bias, self.stride, padding, self.dilation, groups)
+
+    def folded(self, *, hollow: bool = False) -> nn.Module:
+        """The plain layers that this one is run as; if `hollow`, only their shapes are right."""
+        return self.hollow() if hollow else self.dense()
 
     def dense(self) -> nn.Conv2d:
         """The plain convolution that this layer is equal to. Its bias is the same tensor."""
         with torch.no_grad():
-            return self._plain(self.kernel().contiguous())
+            return self.plain(self.kernel().contiguous(), self.groups)
 
     def hollow(self) -> nn.Conv2d:
         """The same without making the kernel: only its shape is right."""
         some = next(self.parameters())
-        return self._plain(torch.empty(self.shape, dtype=some.dtype, device=some.device))
+        return self.plain(torch.empty(self.shape, dtype=some.dtype, device=some.device), self.groups)
 
-    def _plain(self, kernel: Tensor) -> nn.Conv2d:
-        like: Any = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        layer = nn.Conv2d(self.in_channels, self.out_channels, self.shape[2:], **like, bias=False, device="meta")  # type: ignore[arg-type]
+    def plain(self, kernel: Tensor, groups: int) -> nn.Conv2d:
+        """A plain convolution of this geometry, with this layer's bias."""
+        like: Any = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        like |= {"kernel_size": self.shape[2:], "groups": groups, "bias": False, "device": "meta"}
+        layer = nn.Conv2d(self.in_channels, self.out_channels, **like)
         layer.weight, layer.bias = nn.Parameter(kernel), self.bias
         return layer.train(self.training)
 
@@ -133,18 +143,23 @@ def drop_unused_(model: nn.Module) -> None:
 
 
 def fold_(model: nn.Module, *, hollow: bool = False) -> None:
-    """Put plain convolutions in the places of those that make their kernels; only of the right shape if `hollow`."""
+    """Put the plain layers that they are run as in the places of compact ones; only of the right shapes if `hollow`."""
     for name, layer in layers(model).items():
-        model.set_submodule(name, layer.hollow() if hollow else layer.dense())
+        model.set_submodule(name, layer.folded(hollow=hollow))
     drop_unused_(model)
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """The network itself if all its kernels are plain; else a copy in which they are, with every other tensor shared."""
+def folded(model: nn.Module, *, dense: bool = False) -> nn.Module:
+    """The network as it is run: itself, or a copy with plain layers for compact ones, and every other tensor shared.
+
+    With `dense` each of them is the one convolution that it is equal to, even where it is run as several.
+    """
     if not layers(model):
         return model
     result = copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-    fold_(result)
+    for name, layer in layers(result).items():
+        result.set_submodule(name, layer.dense() if dense else layer.folded())
+    drop_unused_(result)
     return result
 
 

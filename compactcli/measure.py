@@ -65,11 +65,11 @@ def params(model: nn.Module) -> int:
 
 
 def params_materialised(model: nn.Module) -> int:
-    """Parameters when all kernels are made."""
+    """Parameters of the network as it is run, with all kernels made."""
     made = kernels.layers(model).values()
-    held = {id(each): each.numel() for layer in made for name, each in layer.named_parameters() if name != "bias"}
+    held = {id(each): each.numel() for layer in made for each in layer.parameters()}
     shared = sum(params(layer) for layer in kernels.shared(model).values())
-    return params(model) - sum(held.values()) - shared + sum(layer.outputs * layer.reads for layer in made)
+    return params(model) - sum(held.values()) - shared + sum(params(layer.folded(hollow=True)) for layer in made)
 
 
 def params_without_shared(model: nn.Module) -> int | None:

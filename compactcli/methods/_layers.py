@@ -33,14 +33,14 @@ def dense(layer: nn.Module) -> nn.Module:
     return layer.dense()
 
 
-def meet(model: nn.Module, budget: Budget, choices: Sequence[Choice], method: str) -> list[int]:
-    """Which of its forms each part of the network takes, so that its parameters meet the budget; the first is what it has now.
+def meet(budget: Budget, choices: Sequence[Choice], method: str, what: str = "store as fewer numbers") -> list[int]:
+    """Which of its forms each part of the network takes, so that the whole meets the budget; the first is what it has now.
 
-    Raises CompactError if there is nothing to choose, or the target is out of reach.
+    Costs are in what the budget counts. Raises CompactError if there is nothing to choose, or the target is out of reach.
     """
     if all(len(each.costs) < 2 for each in choices) and not budget.nearest:
-        raise CompactError(f"there are no convolutions here that {method} could store as fewer numbers")
-    fixed = sum(each.numel() for each in model.parameters()) - sum(float(each.costs[0]) for each in choices)
+        raise CompactError(f"there are no convolutions here that {method} could {what}")
+    fixed = float(budget.cost(budget.along(), budget.ranks())) - sum(float(each.costs[0]) for each in choices)
     least = fixed + sum(float(each.costs.min()) for each in choices)
     if least > budget.target and not budget.nearest:
         raise budget.out_of_reach(least)

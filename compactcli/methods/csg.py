@@ -146,7 +146,7 @@ class CSG(Method):
                 own.append(plan)
             choices.append(Choice(np.array(costs), np.array(errors)))
             plans.append(own)
-        chosen = meet(model, budget, choices, "csg")
+        chosen = meet(budget, choices, "csg")
         result = {kernel: own[form] for kernel, own, form in zip(groups, plans, chosen, strict=True) if form}
         if not given and not self.options.code:
             fixed = sum(each.numel() for each in model.parameters()) - sum(float(each.costs[0]) for each in choices)

@@ -1,0 +1,159 @@
+"""The order of channels that lie between two layers: free to choose, for one layer writes and others read them by place.
+
+Layers that are divided into parts keep most where channels that have much to do with each other are in one part.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..budget import Budget, Family, Layer
+from ..channels import Axis, Channels, Ids
+from ..errors import CompactError
+from ..surgery import TOLERANCE, difference, run_double
+from ._errors import Metrics
+
+if TYPE_CHECKING:
+    from ..calibrate import Moments
+
+SWEEPS = 2  # over all layers: each order depends on those before and behind it
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class _Between:
+    """Channels that one layer writes, and others read."""
+
+    axes: tuple[Axis, ...]
+    writer: Layer | None  # where it is divided
+    readers: tuple[Layer, ...]  # those that are divided
+    count: int
+
+
+def arrange_(
+    model: nn.Module,
+    channels: Channels,
+    budget: Budget,
+    metrics: Metrics,
+    parts: Mapping[str, int],
+) -> "Mapping[str, Moments]":
+    """Reorder channels in place so that layers in so many `parts` (by name) keep most; the moments in the new order.
+
+    The network computes what it did. Raises CompactError if it does not.
+    """
+    image = torch.randn(
+        2, *budget.graph.image.meta["val"].shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    before = run_double(model, image)
+    layers = {layer.name: layer for layer in budget.layers if layer.name in parts}
+    energies = {name: _energies(model, layer, metrics) for name, layer in layers.items()}
+    found = [each for family in budget.families if (each := _between(family, channels, budget, layers)) is not None]
+    orders: dict[Axis, Ids] = {axis: np.arange(each.count) for each in found for axis in each.axes}
+    for _ in range(SWEEPS):
+        for each in found:
+            order = _order(each, energies, parts)
+            if order is None:
+                continue
+            for axis in each.axes:
+                orders[axis] = orders[axis][order]
+            for layer, side in [*([(each.writer, 0)] if each.writer else []), *((reader, 1) for reader in each.readers)]:
+                energies[layer.name] = energies[layer.name].take(order, axis=side)
+    _permute_(model, orders)
+    if difference(run_double(model, image), before) > TOLERANCE:
+        raise CompactError(
+            "the network depends on the order of its channels; try --set arrange=contiguous, and please report this"
+        )
+    return {name: _permuted(known, layers.get(name), orders) for name, known in metrics.moments.items()}
+
+
+def _energies(model: nn.Module, layer: Layer, metrics: Metrics) -> Matrix:
+    """(o, i): what it costs to leave out the kernel between two channels but for its centre, to first order."""
+    weight = model.get_parameter(layer.weight).detach().double().flatten(2)  # (o, i, k*k)
+    metric = metrics.of(layer)
+    power = torch.ones(weight[0].numel()) if metric.inputs is None else metric.inputs.diagonal()
+    each = metric.outputs.diagonal().double()[:, None, None] * weight.square() * power.double().view(weight[0].shape)
+    each[..., each.shape[2] // 2] = 0
+    return np.asarray(each.sum(2).numpy())
+
+
+def _between(family: Family, channels: Channels, budget: Budget, layers: Mapping[str, Layer]) -> _Between | None:
+    """The channels of a family if nothing but the layers around them, and what normalises them, knows their places."""
+    axes = tuple(axis for axis, positions in family.axes if positions == 1 and len(channels.axes[axis]) == len(family.sets))
+    own = set(axes)
+    around = [layer for layer in budget.layers if {(layer.weight, 0), (layer.weight, 1)} & own]
+    writers = [layer for layer in around if (layer.weight, layer.out_axis) in own]
+    readers = [layer for layer in around if (layer.weight, layer.in_axis) in own]
+    if len(axes) < len(family.axes) or len(writers) != 1 or any(not layer.called or layer.groups > 1 for layer in around):
+        return None
+    divided = tuple(layer for layer in readers if layer.name in layers)
+    writer = writers[0] if writers[0].name in layers else None
+    return _Between(axes, writer, divided, len(family.sets)) if writer or divided else None
+
+
+def _order(between: _Between, energies: Mapping[str, Matrix], parts: Mapping[str, int]) -> Ids | None:
+    """The order in which the layers around lose least, their other sides as they are; None where there is no choice."""
+    around = [*([(between.writer, energies[between.writer.name])] if between.writer else [])]
+    around += [(reader, energies[reader.name].T) for reader in between.readers]
+    most = max(parts[layer.name] for layer, _ in around)
+    gains = np.zeros((between.count, most))
+    for layer, energy in around:  # (channels in between, channels on the other side)
+        own = parts[layer.name]
+        if most % own or between.count % most:
+            continue
+        by_part = energy.reshape(between.count, own, -1).sum(2)
+        gains += by_part[:, np.arange(most) * own // most]
+    if between.count % most or not gains.any():
+        return None
+    return np.argsort(balanced(gains), kind="stable")
+
+
+def balanced(gains: Matrix) -> Ids:
+    """A group for each item (n,) so that all groups have as many and the sum of gains (n, groups) is large.
+
+    Items choose in the order of what they lose if they come late; then pairs change places while that helps.
+    """
+    count, groups = gains.shape
+    sorted_gains = np.sort(gains, axis=1)
+    room, result = np.full(groups, count // groups), np.full(count, -1)
+    for item in np.argsort(-(sorted_gains[:, -1] - sorted_gains[:, 0]), kind="stable"):
+        group = int(np.argmax(np.where(room > 0, gains[item], -np.inf)))
+        result[item], room[group] = group, room[group] - 1
+    for _ in range(count * groups):
+        moved = gains - gains[np.arange(count), result][:, None]  # of each item into each group
+        best, pair = 1e-12 * max(float(np.abs(gains).max()), 1e-300), None
+        for a in range(groups):
+            for b in range(a + 1, groups):
+                mine, theirs = (np.flatnonzero(result == group) for group in (a, b))
+                first, second = mine[np.argmax(moved[mine, b])], theirs[np.argmax(moved[theirs, a])]
+                gain = moved[first, b] + moved[second, a]
+                if gain > best:
+                    best, pair = gain, (first, second)
+        if pair is None:
+            break
+        result[list(pair)] = result[list(pair[::-1])]
+    return result
+
+
+def _permute_(model: nn.Module, orders: Mapping[Axis, Ids]) -> None:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for (name, axis), order in orders.items():
+        tensors[name].data = tensors[name].data.index_select(axis, torch.from_numpy(order))
+
+
+def _permuted(known: "Moments", layer: Layer | None, orders: Mapping[Axis, Ids]) -> "Moments":
+    """The moments of a layer whose channels were put in an order."""
+    if layer is None:
+        return known
+    if (layer.weight, layer.in_axis) in orders:
+        order = orders[layer.weight, layer.in_axis]
+        index = torch.from_numpy((order[:, None] * layer.kernel + np.arange(layer.kernel)).flatten())
+        known = replace(known, inputs=known.inputs[index][:, index])
+    if (layer.weight, layer.out_axis) in orders:
+        index = torch.from_numpy(orders[layer.weight, layer.out_axis])
+        known = replace(known, worth=known.worth[index][:, index])
+    return known
