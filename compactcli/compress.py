@@ -126,7 +126,7 @@ def compress(
     if search is not None:
         method.attach(module, begun)
         _searched_(network, method, budget, search, log)
-        known = moments()
+        known = None if begun else moments()  # of what a method made at the start it knows all it needs
     ended = method.finish(module, channels, budget, known)
     if error is None:
         error = _made_(module, ended, channels, shape, batches, seed, progress)

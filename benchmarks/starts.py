@@ -1,17 +1,19 @@
-"""Accuracy of linearconv and csg with a share of the parameters, calibrated alone: `python -m benchmarks stored`.
+"""Accuracy that methods start from, calibrated, beside plain starts: `python -m benchmarks starts`.
 
 CIFAR-10 ResNets (JPEG images), calibrated on 1,024 unlabelled training images, no training, all 10,000 test images, at 90, 70,
-50 and 30 % of the parameters, beside plain truncation at as many parameters:
+50 and 30 % of the parameters (linearconv, csg) or MACs (hetconv), beside a plain start at as many:
 
 - linearconv: every layer the nearest kernel of rank p in the sum of squares, p the same share of its filters everywhere;
-- csg: generator and codes from the truncated SVD of all slices, of the method's own shape, nothing weighted.
+- csg: generator and codes from the truncated SVD of all slices, of the method's own shape, nothing weighted;
+- hetconv: layers in the parts that the method chose, channels in their order, the centres of the kernels that go.
 
-Neither is refitted. Required of the ResNet-56 at 70 %: linearconv at most 2 points lost, csg at most half of what its truncation
-loses, either in less than 40 s.
+None of them is refitted. Required of the ResNet-56 at 70 %: linearconv at most 2 points lost, csg and hetconv at most half of
+what their plain start loses, each in less than 40 s.
 
-A row is written to benchmarks/results/stored-NETWORK.json the moment it is there; --resume keeps those there are.
+A row is written to benchmarks/results/starts-NETWORK.json the moment it is there; --resume keeps those there are.
 
-    python -m benchmarks stored [--networks resnet56 resnet20] [--methods linearconv csg] [--ratios 0.9 0.7 0.5 0.3] [--resume]
+    python -m benchmarks starts [--networks resnet56 resnet20] [--methods linearconv csg hetconv] [--ratios 0.9 0.7 0.5 0.3]
+                                [--resume]
 """
 
 import argparse
@@ -31,11 +33,13 @@ from compactcli.artefact import Network
 from compactcli.budget import Layer
 from compactcli.compress import Calibration, Target, compress
 from compactcli.graph import trace
+from compactcli.kernels import layers
 from compactcli.methods import get
 from compactcli.methods._errors import Metric
 from compactcli.methods._layers import eligible
 from compactcli.methods._slices import Sliced, Slicing, spectrum
 from compactcli.methods.csg import Options
+from compactcli.methods.hetconv import Parts, fit
 
 from ._common import RESULTS, checkpoint, images, write
 
@@ -43,21 +47,21 @@ IMAGES = 1024  # to calibrate on
 RATIOS = (0.9, 0.7, 0.5, 0.3)
 REQUIRED_AT = 0.7
 MOST_LOST = 2.0  # points, by linearconv
-MOST_OF_TRUNCATION = 0.5  # of what truncation loses, by csg
+MOST_OF_PLAIN = 0.5  # of what the plain start loses, by the others
 MOST_SECONDS = 40.0
 
 Kernels = dict[str, Tensor]  # layer -> its new weight
 
 
 def main(arguments: list[str]) -> None:
-    """Run and write benchmarks/results/stored-NETWORK.json for each network."""
-    parser = argparse.ArgumentParser(prog="stored")
+    """Run and write benchmarks/results/starts-NETWORK.json for each network."""
+    parser = argparse.ArgumentParser(prog="starts")
     parser.add_argument("--networks", nargs="+", default=["resnet56", "resnet20"])
-    parser.add_argument("--methods", nargs="+", choices=list(TRUNCATED), default=list(TRUNCATED))
+    parser.add_argument("--methods", nargs="+", choices=list(PLAIN), default=list(PLAIN))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--resume", action="store_true", help="keep the rows there are")
     options = parser.parse_args(arguments)
-    command = " ".join(["python -m benchmarks stored", *arguments])
+    command = " ".join(["python -m benchmarks starts", *arguments])
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
@@ -69,33 +73,38 @@ def main(arguments: list[str]) -> None:
                 if options.resume and key in _rows(name):
                     continue
                 row = {"command": command, "original": original, **_row(network, dataset, method, ratio)}
-                write(f"stored-{name}", {"rows": _rows(name) | {key: row | _judged(name, method, ratio, row, original)}})
+                write(f"starts-{name}", {"rows": _rows(name) | {key: row | _judged(name, method, ratio, row, original)}})
         _show(name)
 
 
 def _row(network: Network, dataset: data.Dataset, method: str, ratio: float) -> dict[str, Any]:
-    """Ours and the truncation, each with its accuracy and its share of the parameters."""
+    """Ours and the plain start, each with its accuracy and its share of the parameters or MACs."""
     assert dataset.train is not None
     calibration = Calibration(data.sample(dataset.train, IMAGES, 0), dataset.name)
     start = time.perf_counter()
     one = compress(copy.deepcopy(network), method, get(method)(), Target(ratio), calibration=calibration)
     seconds = time.perf_counter() - start
-    whole = measure.params(network.module)
-    truncated, stored = TRUNCATED[method](network, ratio * whole)
+    of = get(method).of[0]
+    plain, kept = PLAIN[method](network, one, ratio)
     return {
-        "params_kept": measure.params(one.module) / whole,
+        "of": of,
+        "kept": _size(one, of) / _size(network, of),
         "accuracy": report.evaluate(one, dataset).accuracy.top1,
         "seconds": seconds,
         "images": IMAGES,
-        "truncated": {"params_kept": stored / whole, "accuracy": report.evaluate(truncated, dataset).accuracy.top1},
+        "plain": {"kept": kept, "accuracy": report.evaluate(plain, dataset).accuracy.top1},
     }
 
 
+def _size(network: Network, of: str) -> int:
+    return measure.params(network.module) if of == "params" else measure.macs(network.module, network.input_shape)
+
+
 def _judged(name: str, method: str, ratio: float, row: dict[str, Any], original: float) -> dict[str, Any]:
-    lost, truncated = original - row["accuracy"], original - row["truncated"]["accuracy"]
+    lost, plain = original - row["accuracy"], original - row["plain"]["accuracy"]
     if (name, ratio) != ("resnet56", REQUIRED_AT):
         return {}
-    most = MOST_LOST if method == "linearconv" else MOST_OF_TRUNCATION * truncated
+    most = MOST_LOST if method == "linearconv" else MOST_OF_PLAIN * plain
     return {"required": {"lost": lost, "at_most": most, "met": lost <= most and row["seconds"] < MOST_SECONDS}}
 
 
@@ -106,10 +115,10 @@ def _coded(network: Network) -> list[tuple[Layer, Tensor]]:
     return [(layer, model.get_parameter(layer.weight).detach()) for layer in found]
 
 
-def _combined(network: Network, target: float) -> tuple[Network, float]:
+def _combined(network: Network, ours: Network, ratio: float) -> tuple[Network, float]:
     """Kernels of rank p, which p filters and the coefficients of the others store (full), p the largest share that fits."""
-    found = _coded(network)
-    fixed = measure.params(network.module) - sum(weight.numel() for _, weight in found)
+    found, whole = _coded(network), measure.params(network.module)
+    fixed = whole - sum(weight.numel() for _, weight in found)
 
     def ranks(share: float) -> list[int]:
         return [max(1, min(len(weight) - 1, weight[0].numel(), int(share * len(weight)))) for _, weight in found]
@@ -118,9 +127,9 @@ def _combined(network: Network, target: float) -> tuple[Network, float]:
         sizes = zip(ranks(share), found, strict=True)
         return fixed + sum(p * weight[0].numel() + p * (len(weight) - p) for p, (_, weight) in sizes)
 
-    share = max(step / 256 for step in range(1, 257) if stored(step / 256) <= target or step == 1)
+    share = max(step / 256 for step in range(1, 257) if stored(step / 256) <= ratio * whole or step == 1)
     kernels = {layer.weight: _of_rank(weight, p) for (layer, weight), p in zip(found, ranks(share), strict=True)}
-    return _with(network, kernels), stored(share)
+    return _with(network, kernels), stored(share) / whole
 
 
 def _of_rank(weight: Tensor, rank: int) -> Tensor:
@@ -128,7 +137,7 @@ def _of_rank(weight: Tensor, rank: int) -> Tensor:
     return ((U[:, :rank] * S[:rank]) @ V[:rank]).view_as(weight)
 
 
-def _generated(network: Network, target: float) -> tuple[Network, float]:
+def _generated(network: Network, ours: Network, ratio: float) -> tuple[Network, float]:
     """Slices on their first principal directions, one generator for each kernel size, codes as long as fits."""
     outputs, inputs = Options().shape
     groups: dict[tuple[int, ...], list[tuple[Layer, Sliced]]] = {}
@@ -137,20 +146,35 @@ def _generated(network: Network, target: float) -> tuple[Network, float]:
         sliced = Sliced(weight, metric, Slicing(layer.shape, outputs, inputs))
         groups.setdefault(layer.shape[2:], []).append((layer, sliced))
     every = [sliced for group in groups.values() for _, sliced in group]
-    fixed = measure.params(network.module) - sum(sliced.weight.numel() for sliced in every)
+    whole = measure.params(network.module)
+    fixed = whole - sum(sliced.weight.numel() for sliced in every)
     numbers = sum(group[0][1].slicing.size for group in groups.values())
     each = numbers + sum(sliced.slicing.count for sliced in every)  # stored for one more number in a code
-    size = int((target - fixed) // each)
+    size = int((ratio * whole - fixed) // each)
     kernels: Kernels = {}
     for group in groups.values():
         directions, _ = spectrum([sliced for _, sliced in group])
         basis = directions[:, :size]
         for layer, sliced in group:
             kernels[layer.weight] = sliced.slicing.paste(sliced.slicing.cut(sliced.weight) @ basis @ basis.T)
-    return _with(network, kernels), fixed + size * each
+    return _with(network, kernels), (fixed + size * each) / whole
 
 
-TRUNCATED: dict[str, Callable[[Network, float], tuple[Network, float]]] = {"linearconv": _combined, "csg": _generated}
+def _centred(network: Network, ours: Network, ratio: float) -> tuple[Network, float]:
+    """Kernels in the parts that ours has, of which nothing but the centre is kept elsewhere."""
+    kernels = {}
+    for name, layer in layers(ours.module).items():
+        assert isinstance(layer, Parts)
+        weight = network.module.get_parameter(f"{name}.weight").detach()
+        kernels[f"{name}.weight"] = fit(weight, None, layer.parts)
+    return _with(network, kernels), _size(ours, "macs") / _size(network, "macs")
+
+
+PLAIN: dict[str, Callable[[Network, Network, float], tuple[Network, float]]] = {  # (original, ours, ratio) -> (network, kept)
+    "linearconv": _combined,
+    "csg": _generated,
+    "hetconv": _centred,
+}
 
 
 def _with(network: Network, kernels: Kernels) -> Network:
@@ -162,19 +186,19 @@ def _with(network: Network, kernels: Kernels) -> Network:
 
 
 def _rows(name: str) -> dict[str, dict[str, Any]]:
-    path = RESULTS / f"stored-{name}.json"
+    path = RESULTS / f"starts-{name}.json"
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     return rows
 
 
 def _show(name: str) -> None:
     table = Table("method, ratio", title=name, title_justify="left")
-    for column in ("parameters kept", "accuracy", "seconds", "truncated: kept", "accuracy", "original", "required"):
+    for column in ("kept", "accuracy", "seconds", "plain: kept", "accuracy", "original", "required"):
         table.add_column(column, justify="right")
     for key, row in _rows(name).items():
         verdict = row.get("required")
         told = "" if verdict is None else f"{verdict['lost']:.2f} of {verdict['at_most']:.2f}{'' if verdict['met'] else ' !'}"
-        ours = (f"{row['params_kept']:.3f}", f"{row['accuracy']:.2f}", f"{row['seconds']:.0f}")
-        plain = (f"{row['truncated']['params_kept']:.3f}", f"{row['truncated']['accuracy']:.2f}", f"{row['original']:.2f}")
+        ours = (f"{row['kept']:.3f}", f"{row['accuracy']:.2f}", f"{row['seconds']:.0f}")
+        plain = (f"{row['plain']['kept']:.3f}", f"{row['plain']['accuracy']:.2f}", f"{row['original']:.2f}")
         table.add_row(key, *ours, *plain, told)
     Console(width=130).print(table)
