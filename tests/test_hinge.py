@@ -14,7 +14,8 @@ from compactcli import channels, surgery
 from compactcli.budget import Budget, Dial
 from compactcli.errors import CompactError, UsageError
 from compactcli.graph import trace
-from compactcli.methods import get, hinge, parse_options
+from compactcli.methods import get, parse_options
+from compactcli.methods._errors import worths
 from compactcli.recipe import Edit, Keep, Replace, Set
 from compactcli.surgery import LAYERS
 
@@ -167,7 +168,7 @@ def test_the_error_of_a_rank_is_minus_the_logarithm_of_the_share_of_energy_that_
 def test_errors_fall_from_all_to_nothing(monkeypatch, name):
     shape = (3, 64, 64) if ":" not in name else CIFAR_SHAPE
     task, dials = captured(monkeypatch, model := named(name), shape, "auto")
-    worth = hinge._worth(model, channels.find(trace(model, shape), model), task)
+    worth = worths(model, channels.find(trace(model, shape), model), task)
     assert any(dial.family is not None for dial in dials)
     assert any(dial.layer is not None for dial in dials)
     for dial in dials:
@@ -182,7 +183,7 @@ def test_what_is_added_on_a_shortcut_counts_by_its_share_of_the_power():
     model = named("cifar:resnet8", shortcut="conv")
     randomise_(model)
     task, sets = plan(model, 0.5)
-    worth = hinge._worth(model, sets, task)
+    worth = worths(model, sets, task)
     for stage in (2, 3):
         both = [f"layer{stage}.0.conv2", f"layer{stage}.0.shortcut.0"]
         power = [float((norm.weight.square() + norm.bias.square()).mean().detach()) for norm in _norms(model, stage)]
