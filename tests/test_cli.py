@@ -136,6 +136,10 @@ FLAGS = {
     | {"--output", "-o", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout", "--clip-grad", "--ema"}
     | {"--freeze-bn", "--sync-bn", "--patience", "--accumulate", "--compile"},
     "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
+    "sweep": MODEL_FLAGS
+    | DATA_FLAGS
+    | (TRAINING_FLAGS - {"--time-limit", "--state", "--save-every", "--history", "--dtype"})
+    | {"--methods", "--ratios", "--set", "--seed", "--json", "--output", "-o", "--verbose", "-v"},
     "export": MODEL_FLAGS | DATA_FLAGS | {"--dtype", "--to", "--batch-size", "--device", "--output", "-o"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
