@@ -7,14 +7,15 @@ same test images. The document is also what an interrupted sweep goes on from:
      "model":    {as in report},
      "settings": {"version", "methods", "options", "ratios", "data", "images", "seed", "training": {...} | null},
      "rows":     [{"method", "ratio", "of", "options",
-                   "params", "params_materialised", "macs", "macs_synthesis", "size_bytes", "latency_ms",
-                   "error", "accuracy", "seconds", "reason", "pareto", "identity"}]}
+                   "params", "params_materialised", "macs", "macs_synthesis", "size_bytes",
+                   "latency_ms", "latency_ratio", "error", "accuracy", "seconds", "reason", "pareto", "identity"}]}
 
 The first row is the original: it has no method. A target that a method cannot reach is a row with a reason and no figures.
-`size_bytes` is of the artefact that it would be, `latency_ms` of a batch of 1, `error` that of the compression's output before
-any training, `accuracy` of the test images, `seconds` what compressing and training took. `pareto` names the costs of "params",
-"macs" and "latency" for which no other row is as good at less, or better at no more; better is more accurate, or of less output
-error where there is no accuracy. `identity` is a digest of all that makes a row; a row is kept where it is the same.
+`size_bytes` is of the artefact that it would be, `latency_ms` of a batch of 1, `latency_ratio` to the original timed in the same
+rounds (a machine is not as fast at one row as at another), `error` of the outputs before any training, `accuracy` on the test
+images, `seconds` what compressing and training took. `pareto` names the costs of "params", "macs" and "latency" (the ratio) for
+which no other row is as good at less, or better at no more; better is more accurate, or of less output error where there is no
+accuracy. `identity` is a digest of all that makes a row; a row is kept where it is the same.
 """
 
 import copy
@@ -24,7 +25,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import RenderableType
@@ -41,10 +41,10 @@ from .optim import Settings
 from .train import VALIDATION_LIMIT
 
 SCHEMA = "compactcli/sweep/1"
-COSTS = {"params": "params", "macs": "macs", "latency": "latency_ms"}  # what a row may be the best at -> its figure
+COSTS = {"params": "params", "macs": "macs", "latency": "latency_ratio"}  # what a row may be the best at -> its figure
 FIGURES = (
-    *("params", "params_materialised", "macs", "macs_synthesis", "size_bytes", "latency_ms"),
-    *("error", "accuracy"),
+    *("params", "params_materialised", "macs", "macs_synthesis", "size_bytes"),
+    *("latency_ms", "latency_ratio", "error", "accuracy"),
 )
 ROW = {"method", "ratio", "of", "options", *FIGURES, "seconds", "reason", "pareto", "identity"}
 
@@ -212,7 +212,7 @@ def _identity(network: Network, cell: Cell | None, terms: Terms) -> str:
 def _original(network: Network, terms: Terms) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the network as documents describe it, its row)."""
     evaluated = _evaluated(network, terms)
-    figures = _figures(network, 0.0, None if evaluated is None else evaluated.accuracy.top1)
+    figures = _figures(network, network, 0.0, None if evaluated is None else evaluated.accuracy.top1)
     row = {**dict.fromkeys(("method", "ratio", "of", "options")), **figures, "seconds": None, "reason": None}
     return report.measured(network, evaluated, figures["latency_ms"]), row
 
@@ -240,7 +240,7 @@ def _row(network: Network, cell: Cell, terms: Terms, original: Mapping[str, Any]
         if not terms.settings.epochs:
             evaluated = _evaluated(small, terms)
             accuracy = None if evaluated is None else evaluated.accuracy.top1
-        return {**row, **_figures(small, error, accuracy), "seconds": seconds, "reason": None}
+        return {**row, **_figures(small, network, error, accuracy), "seconds": seconds, "reason": None}
     except UsageError:
         raise
     except CompactError as problem:
@@ -268,10 +268,10 @@ def _evaluated(network: Network, terms: Terms) -> report.Evaluated | None:
     return report.evaluate(network, terms.dataset, device=terms.settings.device)
 
 
-def _figures(network: Network, error: float | None, accuracy: float | None) -> dict[str, Any]:
-    """The figures of a row."""
-    (found,) = measure.latency(
-        [kernels.folded(network.module)],
+def _figures(network: Network, first: Network, error: float | None, accuracy: float | None) -> dict[str, Any]:
+    """The figures of a row, timed beside the first one's network."""
+    found = measure.latency(
+        [kernels.folded(each.module) for each in ((network,) if network is first else (network, first))],
         network.input_shape,
         seconds=report.LATENCY_SECONDS,
         memory_formats=["contiguous"],
@@ -282,7 +282,8 @@ def _figures(network: Network, error: float | None, accuracy: float | None) -> d
         "macs": measure.macs(network.module, network.input_shape),
         "macs_synthesis": kernels.synthesis_macs(network.module),
         "size_bytes": len(artefact.dumps(network)),
-        "latency_ms": found.median_ms,
+        "latency_ms": found[0].median_ms,
+        "latency_ratio": found[0].median_ms / found[-1].median_ms,
         "error": error if error is not None and math.isfinite(error) else None,
         "accuracy": accuracy,
     }
@@ -294,7 +295,7 @@ COLUMNS = {
     "parameters": ("params", "{:,}", min),
     "MACs": ("macs", "{:,}", min),
     "file, B": ("size_bytes", "{:,}", min),
-    "latency, ms": ("latency_ms", "{:,.2f}", min),
+    "latency": ("latency_ratio", "{:.3f}", min),
     "output error": ("error", "{:.3f}", min),
     "accuracy, %": ("accuracy", "{:.2f}", max),
 }
@@ -311,12 +312,13 @@ def sweep_table(tree: Mapping[str, Any]) -> RenderableType:
         whole = row["method"] is None
         figures = [_shown(row[key], form, not whole and row[key] == best[key]) for key, form, _ in COLUMNS.values()]
         kept = "" if whole else f"{100 * row['ratio']:g} % of {row['of']}"
-        told = Text(row["reason"] or ", ".join(row["pareto"]), style="bold" if row["pareto"] else "")
-        table.add_row(row["method"] or "original", kept, *figures, _shown(row["seconds"], "{:,.1f}"), told)
+        note = Text(row["reason"] or ", ".join(row["pareto"]), style="bold" if row["pareto"] else "")
+        table.add_row(row["method"] or "original", kept, *figures, _shown(row["seconds"], "{:,.1f}"), note)
         if whole:
             table.add_section()
     told = "calibrated" if settings["images"] else "from the weights alone"
     told += f", {settings['training']['epochs']} epochs of fine-tuning" if settings["training"] else ""
+    told += f"; latency: to the original's {rows[0]['latency_ms']:,.2f} ms"
     table.caption = f"{told}; *: best of its column; Pareto: no other is as good at less, or better at no more"
     table.caption_justify = "left"
     return table

@@ -76,13 +76,13 @@ def command(
         raise UsageError("--epochs needs images: give --data")
     chosen = _chosen(methods, set or ())
     shares = common.floats("--ratios", ratios)
+    if not all(0 < share < 1 for share in shares):
+        raise UsageError(f"--ratios {ratios}: each is the share to keep, between 0 and 1")
     from .. import optim
-    from ..compress import Calibration, Target
+    from ..compress import Calibration
     from ..data import sample
     from ..sweep import Terms, dumps, sweep, sweep_table
 
-    for share in shares:
-        Target(share)
     settings = optim.Settings(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,  # type: ignore[arg-type]
         batch_size=batch_size, distill_weight=distill_weight, temperature=temperature, seed=seed, device=device,
