@@ -138,7 +138,8 @@ def loads(text: str, name: str) -> dict[str, Any]:
         tree = json.loads(text)
     except ValueError:
         tree = None
-    rows = tree.get("rows") if isinstance(tree, dict) and tree.get("schema") == SCHEMA else None
+    ours = isinstance(tree, dict) and tree.get("schema") == SCHEMA and isinstance(tree.get("model"), dict)
+    rows = tree.get("rows") if ours else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == ROW for row in rows):
         raise CompactError(f"{name} is not what a sweep wrote; leave --resume out to begin one")
     return dict(tree)

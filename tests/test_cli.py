@@ -231,7 +231,8 @@ def test_a_bad_file_is_one_line(tmp_path, name, from_stdin):
 
 
 @pytest.mark.parametrize(
-    "command", [("analyze",), ("report",), ("bench",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")]
+    "command",
+    [("analyze",), ("report",), ("bench",), ("sweep",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")],
 )
 def test_every_command_refuses_alike(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
