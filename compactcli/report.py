@@ -68,8 +68,8 @@ def report(
     pair = [kernels.folded(each.module) for each in (network, baseline) if each is not None]
     found = measure.latency(pair, network.input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
     latency = [each.median_ms for each in found]
-    model = _model(network, evaluated.get(id(network)), latency[0])
-    first = _source(network) if baseline is None else _model(baseline, evaluated.get(id(baseline)), latency[1])
+    model = measured(network, evaluated.get(id(network)), latency[0])
+    first = _source(network) if baseline is None else measured(baseline, evaluated.get(id(baseline)), latency[1])
     ratios = {
         name: _ratio(model[key], None if first is None else first[key])
         for name, key in (("params", "params"), ("macs", "macs"), ("size_bytes", "size_bytes"), ("latency", "latency_ms"))
@@ -108,8 +108,8 @@ def _counted(name: str, network: Network, baseline: Network | None) -> dict[str,
     return {"name": name, "count": count(network.module, network.input_shape), "baseline": before}
 
 
-def _model(network: Network, evaluated: Evaluated | None, latency_ms: float) -> dict[str, Any]:
-    """One network's part of the report. Without data, the accuracy that its last step recorded."""
+def measured(network: Network, evaluated: Evaluated | None, latency_ms: float) -> dict[str, Any]:
+    """A network as documents describe it. Not evaluated, it has the accuracy that its last step recorded."""
     macs = measure.macs(network.module, network.input_shape)
     last = next((step.measures for step in reversed(network.recipe.steps) if step.measures.accuracy is not None), None)
     source = network.recipe.source

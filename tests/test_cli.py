@@ -136,6 +136,10 @@ FLAGS = {
     | {"--output", "-o", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout", "--clip-grad", "--ema"}
     | {"--freeze-bn", "--sync-bn", "--patience", "--accumulate", "--compile"},
     "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
+    "sweep": MODEL_FLAGS
+    | DATA_FLAGS
+    | (TRAINING_FLAGS - {"--time-limit", "--state", "--save-every", "--history", "--dtype"})
+    | {"--methods", "--ratios", "--set", "--seed", "--json", "--output", "-o", "--verbose", "-v"},
     "export": MODEL_FLAGS | DATA_FLAGS | {"--dtype", "--to", "--batch-size", "--device", "--output", "-o"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
@@ -227,7 +231,8 @@ def test_a_bad_file_is_one_line(tmp_path, name, from_stdin):
 
 
 @pytest.mark.parametrize(
-    "command", [("analyze",), ("report",), ("bench",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")]
+    "command",
+    [("analyze",), ("report",), ("bench",), ("sweep",), ("finetune", "--data", "digits"), ("evaluate", "--data", "digits")],
 )
 def test_every_command_refuses_alike(tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import analyze, bench, compress, evaluate, export, finetune, methods, report
+from . import analyze, bench, compress, evaluate, export, finetune, methods, report, sweep
 
 app = typer.Typer(
     help="Make pretrained CNN checkpoints smaller and faster. Models travel through pipes as safetensors.",
@@ -18,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="compactcli compress resnet56.pt --method hinge --ratio 0.5 | compactcli finetune --data cifar10 | compactcli report",
 )
-for command in (analyze, compress, finetune, report, evaluate, export, bench, methods):
+for command in (analyze, compress, finetune, report, sweep, evaluate, export, bench, methods):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 
