@@ -19,7 +19,7 @@ from ._errors import Metrics
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
-SWEEPS = 2  # over all layers: each order depends on those before and behind it
+SWEEPS = 10  # over all layers, there and back: each order depends on those before and behind it
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -49,15 +49,19 @@ def arrange_(
     energies = {name: _energies(model, layer, metrics) for name, layer in layers.items()}
     found = [each for family in budget.families if (each := _between(family, channels, budget, layers)) is not None]
     orders: dict[Axis, Ids] = {axis: np.arange(each.count) for each in found for axis in each.axes}
-    for _ in range(SWEEPS):
-        for each in found:
+    for sweep in range(SWEEPS):
+        still = True
+        for each in found[:: -1 if sweep % 2 else 1]:
             order = _order(each, energies, parts)
-            if order is None:
+            if order is None or np.array_equal(order, np.arange(each.count)):
                 continue
+            still = False
             for axis in each.axes:
                 orders[axis] = orders[axis][order]
             for layer, side in [*([(each.writer, 0)] if each.writer else []), *((reader, 1) for reader in each.readers)]:
                 energies[layer.name] = energies[layer.name].take(order, axis=side)
+        if still:
+            break
     shape = budget.graph.image.meta["val"].shape[1:]
     with same_function(model, shape, "the network with its channels in another order (try --set arrange=contiguous)"):
         _permute_(model, orders)
@@ -109,9 +113,10 @@ def _order(between: _Between, energies: Mapping[str, Matrix], parts: Mapping[str
 
 
 def balanced(gains: Matrix) -> Ids:
-    """A group for each item (n,) so that all groups have as many and the sum of gains (n, groups) is large.
+    """A group for each item (n,) so that all groups have as many and the sum of gains (n, groups) is the largest.
 
-    Items choose in the order of what they lose if they come late; then pairs change places while that helps.
+    Items choose in the order of what they lose if they come late; then each of several groups hands an item on to the
+    next, while there is a circle of them in which that helps: where there is none, nothing is better (Klein, 1967).
     """
     count, groups = gains.shape
     sorted_gains = np.sort(gains, axis=1)
@@ -122,12 +127,37 @@ def balanced(gains: Matrix) -> Ids:
     for _ in range(count * groups):
         items = np.argsort(result, kind="stable").reshape(groups, -1)
         moved = gains[items] - gains[items, np.arange(groups)[:, None]][..., None]  # (group, item of it, group it moves to)
-        best = moved.max(1)
-        a, b = np.unravel_index(np.argmax(best + best.T), best.shape)
-        if best[a, b] + best[b, a] <= 1e-12 * float(np.abs(gains).max()):
+        circle = _circle(moved.max(1), 1e-12 * float(np.abs(gains).max()))
+        for group, following in zip(circle, [*circle[1:], *circle[:1]], strict=True):
+            result[items[group, moved[group, :, following].argmax()]] = following
+        if not circle:
             break
-        result[items[a, moved[a, :, b].argmax()]], result[items[b, moved[b, :, a].argmax()]] = b, a
     return result
+
+
+def _circle(gains: Matrix, least: float) -> list[int]:
+    """Groups in a circle, each of which gains (from, to) by handing on to the next, and all together more than the least.
+
+    None if there is no such circle. By the longest paths: one that is longer than there are groups goes in a circle.
+    """
+    a, b = np.unravel_index(np.argmax(gains + gains.T), gains.shape)
+    if gains[a, b] + gains[b, a] > least:
+        return [int(a), int(b)]
+    reached, before = np.zeros(len(gains)), np.zeros(len(gains), dtype=int)
+    for _ in range(len(gains)):
+        through = reached[:, None] + gains
+        longer = through.max(0) > reached + least
+        before = np.where(longer, through.argmax(0), before)
+        reached = np.where(longer, through.max(0), reached)
+        if not longer.any():
+            return []
+    group = int(np.argmax(longer))
+    for _ in range(len(gains)):
+        group = int(before[group])
+    circle = [group]
+    while (group := int(before[group])) != circle[0]:
+        circle.append(group)
+    return circle[::-1]
 
 
 def _permute_(model: nn.Module, orders: Mapping[Axis, Ids]) -> None:
