@@ -1,4 +1,4 @@
-"""HetConv: k x k kernels on one part of a filter's inputs, 1 x 1 on the others (Singh et al., CVPR 2019).
+"""HetConv: k x k kernels on a part of a filter's inputs, 1 x 1 on others (Singh et al., CVPR 2019).
 
 Filters and inputs are divided into P parts. A filter has k x k kernels on the inputs of its own part, and 1 x 1 kernels on all
 others (section 3): a grouped convolution and a pointwise one, whose blocks that the first covers are neither stored nor
