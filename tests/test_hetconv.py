@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import AWKWARD, SHAPE, conv, head, named, randomise_
+from networks import AWKWARD, SHAPE, conv, head, named, outputs, randomise_
 from test_compress import own
+from test_search import images, settings, small
 from torch import Tensor, nn
 
-from compactcli import calibrate, kernels, measure, surgery
+from compactcli import calibrate, data, kernels, measure, surgery
+from compactcli.artefact import Network
 from compactcli.budget import Budget, Of
-from compactcli.compress import Target, compress
+from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.errors import CompactError
 from compactcli.methods import get, hetconv, parse_options
 from compactcli.methods._arrange import arrange_, balanced
@@ -269,21 +271,21 @@ def divisions(model: nn.Module) -> dict[str, int]:
 
 def test_parts_that_are_given_are_those_of_every_layer_that_they_divide():
     model, settings = network(), Target(0.01, nearest=True)
-    small = compress(own(model), "hetconv", chosen("parts=4"), settings).module
-    assert divisions(small) == {"2": 4, "5": 4, "8": 4, "10": 4}
+    found = compress(own(model), "hetconv", chosen("parts=4"), settings).module
+    assert divisions(found) == {"2": 4, "5": 4, "8": 4, "10": 4}
     assert divisions(compress(own(network()), "hetconv", chosen("parts=3"), settings).module) == {"8": 3, "10": 3}
 
 
 def test_no_part_is_narrower_than_it_may_be():
-    small = compress(own(network()), "hetconv", chosen("width=8"), Target(0.01, nearest=True)).module
-    widths = {name: layer.in_channels // layer.parts for name, layer in kernels.layers(small).items()}
+    found = compress(own(network()), "hetconv", chosen("width=8"), Target(0.01, nearest=True)).module
+    widths = {name: layer.in_channels // layer.parts for name, layer in kernels.layers(found).items()}
     assert widths
     assert min(widths.values()) >= 8
 
 
 def test_layers_become_as_many_parts_as_suits_each():
-    small = compress(own(network()), "hetconv", chosen(), Target(0.5)).module
-    assert len(set(divisions(small).values())) > 1
+    found = compress(own(network()), "hetconv", chosen(), Target(0.5)).module
+    assert len(set(divisions(found).values())) > 1
 
 
 @pytest.mark.parametrize("of", ["macs", "params"])
@@ -292,13 +294,13 @@ def test_what_is_kept_is_the_share_asked_for(of, ratio):
     """As near as the forms allow: no single layer could take its next larger form."""
     count = {"macs": lambda model: measure.macs(model, SHAPE), "params": measure.params}[of]
     _, budget = planned(network(), ratio, of)
-    small = compress(own(network()), "hetconv", chosen(), Target(ratio, of)).module
-    cost, found = count(small), divisions(small)
+    found = compress(own(network()), "hetconv", chosen(), Target(ratio, of)).module
+    cost, parts = count(found), divisions(found)
     assert cost <= ratio * count(network())
     for layer in budget.layers:
-        if layer.name in found:
-            forms = [hetconv._cost(layer, parts, budget) for parts in (1, *chosen()._parts(layer))]
-            now = hetconv._cost(layer, found[layer.name], budget)
+        if layer.name in parts:
+            forms = [hetconv._cost(layer, each, budget) for each in (1, *chosen()._parts(layer))]
+            now = hetconv._cost(layer, parts[layer.name], budget)
             assert cost + min(form for form in forms if form > now) - now > budget.target
 
 
@@ -323,6 +325,46 @@ def test_a_network_that_nothing_can_be_divided_in_is_told():
 def test_options_that_cannot_be_are_refused(option):
     with pytest.raises(CompactError, match=f"--set {option}: it is"):
         chosen(option)
+
+
+# With images
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def change(given: Network) -> float:
+    """Of the outputs on images that were not calibrated on, from those of the network that was given."""
+    x = data.normalise(pictures(64, seed=1), given.recipe.preprocessing)
+    return measure.relative_change(outputs(given.module, x)[0], outputs(small(width=8), x)[0])
+
+
+def given() -> Network:
+    return own(small(width=8), (3, 32, 32))
+
+
+@pytest.mark.parametrize("options", [(), ("parts=4",), ("arrange=contiguous",)])
+def test_images_make_good_what_is_lost(options):
+    target, images_ = Target(0.6, nearest=True), Calibration(pictures(128), "noise")
+    blind = compress(given(), "hetconv", chosen(*options), target)
+    seen = compress(given(), "hetconv", chosen(*options), target, calibration=images_)
+    assert divisions(seen.module)
+    assert change(seen) < 0.6 * change(blind)
+
+
+def test_a_search_trains_what_there_is_of_the_kernels():
+    images_ = Calibration(pictures(36), "noise")
+    search = Search(images(36), settings(epochs=1))
+    before = compress(given(), "hetconv", chosen(), Target(0.6), calibration=images_)
+    after = compress(given(), "hetconv", chosen(), Target(0.6), calibration=images_, search=search)
+    assert divisions(after.module) == divisions(before.module)
+    for name, layer in kernels.layers(after.module).items():
+        assert isinstance(layer, Parts)
+        first = before.module.get_submodule(name)
+        assert not torch.equal(layer.grouped, first.grouped)
+        assert not torch.equal(layer.pointwise, first.pointwise)
+        assert int(layer.kernel().count_nonzero()) <= layer.grouped.numel() + layer.pointwise.numel()
 
 
 # The order of channels
