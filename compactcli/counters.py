@@ -6,6 +6,7 @@ module's output for one image.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -58,7 +59,18 @@ def linearconv(model: nn.Module, input_shape: Sequence[int]) -> int:
     return _convolutions(calls) + _input_biases(calls) + _weights(calls) + _synthesis(calls)
 
 
-COUNTERS: dict[str, Counter] = {"hinge": hinge, "fcf": fcf, "linearconv": linearconv}
+def hetconv(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Convolutions as if each had a bias, less the share of a filter that its parts leave out, and linear weights.
+
+    Their formula, rounded; pointwise kernels that a filter's own part covers are not counted, executed or not. Batch
+    normalisations, activations and pooling are left out. Singh et al., CVPR 2019.
+    """
+    calls = _calls(model, input_shape)
+    each = [call.output.numel() * (one.numel() + 1) * _used(call) for call, one in _kernels(calls)]
+    return round(sum(each, Fraction(_weights(calls))))
+
+
+COUNTERS: dict[str, Counter] = {"hinge": hinge, "fcf": fcf, "linearconv": linearconv, "hetconv": hetconv}
 
 
 def get(name: str) -> Counter:
@@ -97,7 +109,15 @@ def _kernels(calls: Sequence[_Call]) -> list[tuple[_Call, torch.Size]]:
 
 
 def _convolutions(calls: Sequence[_Call]) -> int:
-    return sum(call.output.numel() * one.numel() for call, one in _kernels(calls))
+    return sum(
+        call.output.numel() * (call.module.executed if isinstance(call.module, KernelLayer) else one.numel())
+        for call, one in _kernels(calls)
+    )
+
+
+def _used(call: _Call) -> Fraction:
+    """The share of a filter that is not left out."""
+    return Fraction(call.module.used, call.module.reads) if isinstance(call.module, KernelLayer) else Fraction(1)
 
 
 def _input_biases(calls: Sequence[_Call]) -> int:

@@ -50,6 +50,16 @@ class KernelLayer(nn.Module):
         return int(torch.Size(self.shape[1:]).numel())
 
     @property
+    def used(self) -> int:
+        """Numbers of one filter that are not zero whatever the layer learns."""
+        return self.reads
+
+    @property
+    def executed(self) -> int:
+        """Multiply-accumulates for one output, as the layer is run."""
+        return self.reads
+
+    @property
     def synthesis_macs(self) -> int:
         """Multiply-accumulates that making the kernel takes, once."""
         raise NotImplementedError

@@ -190,7 +190,7 @@ def _layers(network: Network) -> list[dict[str, Any]]:
                 "type": type(before.get_submodule(layer.name)).__name__,
                 "before": _shape(first, [layer]),
                 "after": _shape(network.module, parts),
-                "params": sum(_params(network.module, part) for part in parts),
+                "params": _params(network.module, parts),
                 "macs": sum(part.macs for part in parts),
             }
         )
@@ -200,13 +200,17 @@ def _layers(network: Network) -> list[dict[str, Any]]:
 def _shape(module: nn.Module, parts: Sequence[budget.Layer]) -> dict[str, Any]:
     return {
         "weight_shapes": [list(part.shape) for part in parts],
-        "params": sum(_params(module, part) for part in parts),
+        "params": _params(module, parts),
         "macs": sum(part.macs for part in parts),
     }
 
 
-def _params(module: nn.Module, layer: budget.Layer) -> int:
-    return sum(parameter.numel() for parameter in module.get_submodule(layer.name).parameters(recurse=False))
+def _params(module: nn.Module, parts: Sequence[budget.Layer]) -> int:
+    """Parameters that the network stores for layers that are run; one that makes its kernel may be run as several."""
+    made = kernels.layers(module)
+    parents = [part.name.rpartition(".")[0] for part in parts]
+    holders = {parent if parent in made else part.name for part, parent in zip(parts, parents, strict=True)}
+    return sum(parameter.numel() for name in holders for parameter in module.get_submodule(name).parameters(recurse=False))
 
 
 def analysis(network: Network, *, linear: bool = False, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def _analysed(module: nn.Module, channels: Channels, layer: budget.Layer, linear
         "name": layer.name,
         "type": type(owner).__name__,
         "weight_shape": list(layer.shape),
-        "params": _params(module, layer),
+        "params": _params(module, [layer]),
         "macs": layer.macs,
         "sets": len({number for number in channels.axes[out].tolist() if number not in channels.locked}),
         "locked": channels.reason(out),

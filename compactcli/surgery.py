@@ -104,10 +104,20 @@ def apply_same_(model: nn.Module, edits: Sequence[Edit], input_shape: Sequence[i
 
     Raises CompactError where they do not, by more than rounding in float64. The model is then in an undefined state.
     """
+    with same_function(model, input_shape, "the network in plain layers"):
+        apply_(model, edits)
+
+
+@contextmanager
+def same_function(model: nn.Module, input_shape: Sequence[int], what: str) -> Iterator[None]:
+    """What is done to `model` meanwhile makes `what` of it, and leaves its function as it is.
+
+    Raises CompactError where it does not, by more than rounding in float64. The model is then in an undefined state.
+    """
     image = _probe(input_shape)
     expected = run_double(model, image)
-    apply_(model, edits)
-    _compare(model, image, expected, "the network in plain layers differs from the original")
+    yield
+    _compare(model, image, expected, f"{what} differs from the original")
 
 
 def _probe(input_shape: Sequence[int]) -> Tensor:

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from compactcli import cifar, counters, kernels, measure, surgery
 from compactcli.errors import UsageError
+from compactcli.methods import register_layers
+from compactcli.recipe import Replace
+
+register_layers(["hetconv.parts"])
 
 SHAPE = (3, 8, 8)
 CONV, LINEAR = 8 * 3 * 9 * 64, 8 * 5  # MACs of the layers of `network`, without biases
@@ -45,6 +49,7 @@ def test_what_a_layer_counts_for_each_element(layer: nn.Module, hinge: int, fcf:
     assert counters.hinge(model, SHAPE) == CONV + LINEAR + hinge * ELEMENTS
     assert counters.fcf(model, SHAPE) == CONV + LINEAR + 5 + fcf * ELEMENTS + ELEMENTS  # a bias, and the pooling at the end
     assert counters.linearconv(model, SHAPE) == CONV + LINEAR + 3 * ELEMENTS  # a bias for each input, and nothing else
+    assert counters.hetconv(model, SHAPE) == CONV + LINEAR + ELEMENTS  # a bias, and nothing else
 
 
 def on_values(code: Code, x: Tensor) -> Tensor:
@@ -108,6 +113,16 @@ def test_a_kernel_that_is_used_twice_is_made_once() -> None:
     assert counters.linearconv(model, (4, 1, 1)) == 2 * 16 + (2 * 2 - 1) * 2 * 4
 
 
+@pytest.mark.parametrize(("parts", "share"), [(2, 5 / 9), (4, 1 / 3), (8, 2 / 9)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_hetconv_counts_a_bias_whether_there_is_one_or_not_by_the_share_of_the_kernel(
+    parts: int, share: float, bias: bool
+) -> None:
+    model = nn.Sequential(conv(8, 8, bias=bias))
+    surgery.apply_(model, [Replace("0", "hetconv.parts", {"parts": parts})])
+    assert counters.hetconv(model, (8, 3, 3)) == round(9 * 8 * (8 * 9 + 1) * share)
+
+
 def test_a_coefficient_that_is_not_there_adds_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False))
     surgery.apply_(model, [edit("0", model[0], ("sparse", lambda p, s: {"kept": 0}))])
@@ -122,7 +137,7 @@ def test_kernels_that_are_made_count_as_plain_ones_beside_what_making_them_costs
     """Where nothing is in groups: multiplications and additions, of these one less for every sum."""
     model, plain = make(), make()
     kernels.fold_(plain, hollow=True)
-    for count in (counters.hinge, counters.fcf):
+    for count in (counters.hinge, counters.fcf, counters.hetconv):
         assert count(model, (3, 32, 32)) == count(plain, (3, 32, 32))
     sums = sum(layer.synthesis_sums for layer in kernels.layers(model).values())
     making = counters.linearconv(model, (3, 32, 32)) - counters.linearconv(plain, (3, 32, 32))
@@ -140,5 +155,5 @@ def test_a_network_is_left_as_it_was(count: counters.Counter) -> None:
 
 
 def test_a_counter_that_is_none_is_an_error_of_usage() -> None:
-    with pytest.raises(UsageError, match="--counter thop: it is one of hinge, fcf, linearconv"):
+    with pytest.raises(UsageError, match="--counter thop: it is one of hinge, fcf, linearconv, hetconv"):
         counters.get("thop")

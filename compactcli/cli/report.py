@@ -17,7 +17,7 @@ def command(
     ] = None,
     counter: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A paper's own count as well: hinge, fcf, linearconv."),
+        typer.Option(metavar="NAME", help="A paper's own count as well: hinge, fcf, linearconv, hetconv."),
     ] = None,
     data: common.Data = None,
     data_dir: common.DataDir = None,

@@ -13,14 +13,13 @@ from torch import nn
 
 from ..budget import Budget, Family, Layer
 from ..channels import Axis, Channels, Ids
-from ..errors import CompactError
-from ..surgery import TOLERANCE, difference, run_double
+from ..surgery import same_function
 from ._errors import Metrics
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
-SWEEPS = 2  # over all layers: each order depends on those before and behind it
+SWEEPS = 10  # over all layers, there and back: each order depends on those before and behind it
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,29 +45,28 @@ def arrange_(
 
     The network computes what it did. Raises CompactError if it does not.
     """
-    image = torch.randn(
-        2, *budget.graph.image.meta["val"].shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    before = run_double(model, image)
     layers = {layer.name: layer for layer in budget.layers if layer.name in parts}
     energies = {name: _energies(model, layer, metrics) for name, layer in layers.items()}
     found = [each for family in budget.families if (each := _between(family, channels, budget, layers)) is not None]
     orders: dict[Axis, Ids] = {axis: np.arange(each.count) for each in found for axis in each.axes}
-    for _ in range(SWEEPS):
-        for each in found:
+    for sweep in range(SWEEPS):
+        still = True
+        for each in found[:: -1 if sweep % 2 else 1]:
             order = _order(each, energies, parts)
-            if order is None:
+            if order is None or np.array_equal(order, np.arange(each.count)):
                 continue
+            still = False
             for axis in each.axes:
                 orders[axis] = orders[axis][order]
             for layer, side in [*([(each.writer, 0)] if each.writer else []), *((reader, 1) for reader in each.readers)]:
                 energies[layer.name] = energies[layer.name].take(order, axis=side)
-    _permute_(model, orders)
-    if difference(run_double(model, image), before) > TOLERANCE:
-        raise CompactError(
-            "the network depends on the order of its channels; try --set arrange=contiguous, and please report this"
-        )
-    return {name: _permuted(known, layers.get(name), orders) for name, known in metrics.moments.items()}
+        if still:
+            break
+    shape = budget.graph.image.meta["val"].shape[1:]
+    with same_function(model, shape, "the network with its channels in another order (try --set arrange=contiguous)"):
+        _permute_(model, orders)
+    every = {layer.name: layer for layer in budget.layers}
+    return {name: _permuted(known, every[name], orders) for name, known in metrics.moments.items()}
 
 
 def _energies(model: nn.Module, layer: Layer, metrics: Metrics) -> Matrix:
@@ -83,12 +81,14 @@ def _energies(model: nn.Module, layer: Layer, metrics: Metrics) -> Matrix:
 
 def _between(family: Family, channels: Channels, budget: Budget, layers: Mapping[str, Layer]) -> _Between | None:
     """The channels of a family if nothing but the layers around them, and what normalises them, knows their places."""
-    axes = tuple(axis for axis, positions in family.axes if positions == 1 and len(channels.axes[axis]) == len(family.sets))
+    axes = tuple(axis for axis, _ in family.axes)
+    first = channels.axes[axes[0]]
+    alike = len(first) == len(family.sets) and all(np.array_equal(channels.axes[axis], first) for axis in axes)
     own = set(axes)
     around = [layer for layer in budget.layers if {(layer.weight, 0), (layer.weight, 1)} & own]
     writers = [layer for layer in around if (layer.weight, layer.out_axis) in own]
     readers = [layer for layer in around if (layer.weight, layer.in_axis) in own]
-    if len(axes) < len(family.axes) or len(writers) != 1 or any(not layer.called or layer.groups > 1 for layer in around):
+    if not alike or len(writers) != 1 or any(not layer.called or layer.groups > 1 for layer in around):
         return None
     divided = tuple(layer for layer in readers if layer.name in layers)
     writer = writers[0] if writers[0].name in layers else None
@@ -113,9 +113,10 @@ def _order(between: _Between, energies: Mapping[str, Matrix], parts: Mapping[str
 
 
 def balanced(gains: Matrix) -> Ids:
-    """A group for each item (n,) so that all groups have as many and the sum of gains (n, groups) is large.
+    """A group for each item (n,) so that all groups have as many and the sum of gains (n, groups) is the largest.
 
-    Items choose in the order of what they lose if they come late; then pairs change places while that helps.
+    Items choose in the order of what they lose if they come late; then each of several groups hands an item on to the
+    next, while there is a circle of them in which that helps: where there is none, nothing is better (Klein, 1967).
     """
     count, groups = gains.shape
     sorted_gains = np.sort(gains, axis=1)
@@ -124,19 +125,39 @@ def balanced(gains: Matrix) -> Ids:
         group = int(np.argmax(np.where(room > 0, gains[item], -np.inf)))
         result[item], room[group] = group, room[group] - 1
     for _ in range(count * groups):
-        moved = gains - gains[np.arange(count), result][:, None]  # of each item into each group
-        best, pair = 1e-12 * max(float(np.abs(gains).max()), 1e-300), None
-        for a in range(groups):
-            for b in range(a + 1, groups):
-                mine, theirs = (np.flatnonzero(result == group) for group in (a, b))
-                first, second = mine[np.argmax(moved[mine, b])], theirs[np.argmax(moved[theirs, a])]
-                gain = moved[first, b] + moved[second, a]
-                if gain > best:
-                    best, pair = gain, (first, second)
-        if pair is None:
+        items = np.argsort(result, kind="stable").reshape(groups, -1)
+        moved = gains[items] - gains[items, np.arange(groups)[:, None]][..., None]  # (group, item of it, group it moves to)
+        circle = _circle(moved.max(1), 1e-12 * float(np.abs(gains).max()))
+        for group, following in zip(circle, [*circle[1:], *circle[:1]], strict=True):
+            result[items[group, moved[group, :, following].argmax()]] = following
+        if not circle:
             break
-        result[list(pair)] = result[list(pair[::-1])]
     return result
+
+
+def _circle(gains: Matrix, least: float) -> list[int]:
+    """Groups in a circle, each of which gains (from, to) by handing on to the next, and all together more than the least.
+
+    None if there is no such circle. By the longest paths: one that is longer than there are groups goes in a circle.
+    """
+    a, b = np.unravel_index(np.argmax(gains + gains.T), gains.shape)
+    if gains[a, b] + gains[b, a] > least:
+        return [int(a), int(b)]
+    reached, before = np.zeros(len(gains)), np.zeros(len(gains), dtype=int)
+    for _ in range(len(gains)):
+        through = reached[:, None] + gains
+        longer = through.max(0) > reached + least
+        before = np.where(longer, through.argmax(0), before)
+        reached = np.where(longer, through.max(0), reached)
+        if not longer.any():
+            return []
+    group = int(np.argmax(longer))
+    for _ in range(len(gains)):
+        group = int(before[group])
+    circle = [group]
+    while (group := int(before[group])) != circle[0]:
+        circle.append(group)
+    return circle[::-1]
 
 
 def _permute_(model: nn.Module, orders: Mapping[Axis, Ids]) -> None:
@@ -145,10 +166,8 @@ def _permute_(model: nn.Module, orders: Mapping[Axis, Ids]) -> None:
         tensors[name].data = tensors[name].data.index_select(axis, torch.from_numpy(order))
 
 
-def _permuted(known: "Moments", layer: Layer | None, orders: Mapping[Axis, Ids]) -> "Moments":
+def _permuted(known: "Moments", layer: Layer, orders: Mapping[Axis, Ids]) -> "Moments":
     """The moments of a layer whose channels were put in an order."""
-    if layer is None:
-        return known
     if (layer.weight, layer.in_axis) in orders:
         order = orders[layer.weight, layer.in_axis]
         index = torch.from_numpy((order[:, None] * layer.kernel + np.arange(layer.kernel)).flatten())

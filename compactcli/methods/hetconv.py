@@ -1,4 +1,4 @@
-"""HetConv: k x k kernels on one part of a filter's inputs, 1 x 1 on the others (Singh et al., CVPR 2019).
+"""HetConv: k x k kernels on a part of a filter's inputs, 1 x 1 on others (Singh et al., CVPR 2019).
 
 Filters and inputs are divided into P parts. A filter has k x k kernels on the inputs of its own part, and 1 x 1 kernels on all
 others (section 3): a grouped convolution and a pointwise one, whose blocks that the first covers are neither stored nor
@@ -33,7 +33,7 @@ from ._layers import dense, eligible, like, meet
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
-RIDGE = 1e-6  # of the mean power of what a layer reads
+RIDGE = 1e-6  # of the power of all that a layer reads, in which rounding is lost
 ARRANGED = 4  # parts for which channels are put in order, where the layer may have so many: for fewer it is good as well
 
 
@@ -138,15 +138,13 @@ def fit(weight: Tensor, inputs: Tensor | None, parts: int) -> Tensor:
     kept = _support(weight.shape, parts)
     if inputs is None:
         return torch.where(kept, weight, 0.0)
-    gram = inputs.double()
-    ridge = RIDGE * float(gram.diagonal().mean()) or 1e-30
+    gram = inputs.to(torch.float64, copy=True)
+    gram.diagonal().add_(RIDGE * float(gram.diagonal().sum()) or 1e-30)
     wanted = weight.flatten(1) @ gram  # (o, i*k*k)
     result = torch.zeros_like(wanted)
     for rows, target, support in zip(wanted.chunk(parts), result.chunk(parts), kept.flatten(1).chunk(parts), strict=True):
         own = support[0].nonzero().flatten()
-        within = gram[own][:, own]
-        within.diagonal().add_(ridge)
-        target[:, own] = torch.cholesky_solve(rows[:, own].T, torch.linalg.cholesky(within)).T
+        target[:, own] = torch.cholesky_solve(rows[:, own].T, torch.linalg.cholesky(gram[own][:, own])).T
     return result.view(weight.shape)
 
 
@@ -196,6 +194,14 @@ class Parts(KernelLayer):
         self.parts = parts
         self.grouped = nn.Parameter(like.weight.new_empty(outputs, inputs // parts, *kernel))
         self.pointwise = nn.Parameter(like.weight.new_empty(parts, parts - 1, outputs // parts, inputs // parts))
+
+    @property
+    def used(self) -> int:
+        return (self.grouped.numel() + self.pointwise.numel()) // self.outputs
+
+    @property
+    def executed(self) -> int:
+        return self.grouped.numel() // self.outputs + (self.in_channels // 2 if self.parts == 2 else self.in_channels)
 
     @property
     def synthesis_macs(self) -> int:
