@@ -33,10 +33,18 @@ def dense(layer: nn.Module) -> nn.Module:
     return layer.dense()
 
 
-def meet(budget: Budget, choices: Sequence[Choice], method: str, what: str = "store as fewer numbers") -> list[int]:
+def meet(
+    budget: Budget,
+    choices: Sequence[Choice],
+    method: str,
+    what: str = "store as fewer numbers",
+    *,
+    refitted: Sequence[Layer] = (),
+) -> list[int]:
     """Which of its forms each part of the network takes, so that the whole meets the budget; the first is what it has now.
 
-    Costs are in what the budget counts. Raises CompactError if there is nothing to choose, or the target is out of reach.
+    Costs are in what the budget counts. Where the parts are layers that will be `refitted`, errors count by what is then left
+    of them (`Budget.left`). Raises CompactError if there is nothing to choose, or the target is out of reach.
     """
     if all(len(each.costs) < 2 for each in choices) and not budget.nearest:
         raise CompactError(f"there are no convolutions here that {method} could {what}")
@@ -44,4 +52,10 @@ def meet(budget: Budget, choices: Sequence[Choice], method: str, what: str = "st
     least = fixed + sum(float(each.costs.min()) for each in choices)
     if least > budget.target and not budget.nearest:
         raise budget.out_of_reach(least)
-    return allocate(choices, max(budget.target, least) - fixed)
+    room = max(budget.target, least) - fixed
+    chosen = allocate(choices, room)
+    if not refitted:
+        return chosen
+    left = budget.left(sum(float(each.errors[form]) for each, form in zip(choices, chosen, strict=True)))
+    shares = [float(left[budget.layers.index(layer)]) for layer in refitted]
+    return allocate([Choice(each.costs, own * each.errors) for each, own in zip(choices, shares, strict=True)], room)

@@ -79,17 +79,14 @@ class HetConv(Method):
         if self.options.arrange == "auto":
             some = {name: max([p for p in own if p <= ARRANGED] or own[:1]) for name, own in every.items() if own}
             metrics = Metrics(model, channels, budget, arrange_(model, channels, budget, metrics, some))
-        left = budget.left() if moments is not None else np.ones(len(budget.layers))
         choices = []
         for layer in found:
             weight, metric = _weight(model, layer), metrics.of(layer)
-            share = float(left[budget.layers.index(layer)])
-            errors = [
-                share * metric.cost(weight.flatten(1) - fit(weight, metric.inputs, p).flatten(1)) for p in every[layer.name]
-            ]
+            errors = [metric.cost(weight.flatten(1) - fit(weight, metric.inputs, p).flatten(1)) for p in every[layer.name]]
             costs = [_cost(layer, p, budget) for p in every[layer.name]]
             choices.append(Choice(np.array([_cost(layer, 1, budget), *costs], dtype=float), np.array([0.0, *errors])))
-        chosen = meet(budget, choices, "hetconv", "compute with fewer products")
+        refitted = found if moments is not None else ()
+        chosen = meet(budget, choices, "hetconv", "compute with fewer products", refitted=refitted)
         result: list[Edit] = []
         for layer, form in zip(found, chosen, strict=True):
             if form:

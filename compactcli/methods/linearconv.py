@@ -147,12 +147,7 @@ class LinearConv(Method):
             size = int(np.prod(layer.shape))
             costs = [form.cost(layer.shape[0], size // layer.shape[0]) for form, _ in own]
             choices.append(Choice(np.array([size, *costs], dtype=float), np.array([0.0, *(error for _, error in own)])))
-        chosen = meet(budget, choices, "linearconv")
-        if refitted:  # now that it is known how much is lost
-            left = budget.left(sum(float(each.errors[form]) for each, form in zip(choices, chosen, strict=True)))
-            share = [float(left[budget.layers.index(layer)]) for layer in found]
-            scaled = [Choice(each.costs, own * each.errors) for each, own in zip(choices, share, strict=True)]
-            chosen = meet(budget, scaled, "linearconv")
+        chosen = meet(budget, choices, "linearconv", refitted=found if refitted else ())
         return [(layer, own[form - 1][0]) for layer, own, form in zip(found, forms, chosen, strict=True) if form]
 
     def regularise(self, model: nn.Module, progress: Progress) -> None:
