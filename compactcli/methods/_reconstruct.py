@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STEPS = 60
 RATE = 0.1
-NOISE = 0.1  # lambda, of the mean power of what is read
+NOISE = 1.0  # lambda, of the mean power of what is read
 WIDEST = 1_024  # i*k*k up to which every position of the kernel counts by itself, not only the channels
 PENALTY = Penalty(0.05, 1.1, 6.0)
 
@@ -89,9 +89,10 @@ def choose(problems: Sequence[Problem], order: Ids, keep: int) -> Tensor:
 
 
 def _admm(problems: Sequence[Problem], count: int, keep: int) -> Tensor:
+    """Which channels go (n,) bool, by gradient steps on the error and the penalty; the first slopes are 1 in the mean."""
     sizes, counts = torch.tensor([count]), torch.tensor([keep])
     admm = Admm(counts, sizes, count, PENALTY)
-    v = torch.ones(1, count, dtype=torch.float64)
+    v = torch.full((1, count), keep / count, dtype=torch.float64)
     scale = 0.0
     for _ in range(STEPS):
         slopes = sum((each.slopes(v[0]) for each in problems), torch.zeros(()))
