@@ -69,6 +69,11 @@ class Admm:
         self.growth, self.most, self.rho = penalty.growth, penalty.most, penalty.rho
         self.y1, self.y2, self.z1, self.z2 = torch.zeros(4, len(counts), widest, device=counts.device)
 
+    def to_(self, device: torch.device) -> None:
+        """Go on where v is."""
+        if self.counts.device != device:
+            self.counts, self.sizes, self.y1, self.y2 = (each.to(device) for each in (self.counts, self.sizes, self.y1, self.y2))
+
     def gradient(self, v: Tensor) -> Tensor:
         """Of the penalty in v, after z1 and z2 have moved to where it is least for this v."""
         self.z1 = onto_box(v + self.y1 / self.rho, self.counts, self.sizes)

@@ -26,6 +26,7 @@ STEPS = 60
 RATE = 0.1
 NOISE = 1.0  # lambda, of the mean power of what is read
 WIDEST = 1_024  # i*k*k up to which every position of the kernel counts by itself, not only the channels
+MOST = 4_096  # channels read, above which what to give up is left to the order
 PENALTY = Penalty(0.05, 1.1, 6.0)
 
 
@@ -52,6 +53,12 @@ class Problem:
         M = torch.linalg.inv(self.precision + torch.diag(each.square() / self.noise))
         slopes = -2 * each / self.noise * ((M @ self.gram) * M).sum(1)
         return v.new_zeros(len(v) + 1).index_add_(0, self.owner, slopes)[:-1]
+
+
+def small(consumer: Layer) -> bool:
+    """Whether what a layer reads is few enough for as many inverses as ADMM takes."""
+    channels = consumer.shape[consumer.in_axis]
+    return (channels if channels * consumer.kernel > WIDEST else channels * consumer.kernel) <= MOST
 
 
 def problem(model: nn.Module, channels: Channels, sets: Ids, consumer: Layer, moments: "Moments") -> Problem:

@@ -49,7 +49,7 @@ def removable(
 
 def _share(model: nn.Module, channels: Channels, sets: Ids, power: Floats, consumer: Layer) -> Floats:
     """Each set's share of what a consumer reads from all of them: its power times the energy of the weights on it."""
-    read = power * _per_set(_energy(model, consumer, consumer.in_axis), channels.axes[consumer.weight, consumer.in_axis], sets)
+    read = power * per_set(_energy(model, consumer, consumer.in_axis), channels.axes[consumer.weight, consumer.in_axis], sets)
     return read / max(float(read.sum()), 1e-30)
 
 
@@ -126,12 +126,12 @@ def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str,
         others = [(tensor, model.get_submodule(tensor.rpartition(".")[0])) for tensor, _ in sorted(axes, reverse=True)]
         norms = [(tensor, module) for tensor, module in others if isinstance(module, nn.BatchNorm2d) and module.affine][:1]
     if norms:
-        shift = sum(_per_set(norm.bias.detach().double().numpy(), channels.axes[tensor, 0], sets) for tensor, norm in norms)
+        shift = sum(per_set(norm.bias.detach().double().numpy(), channels.axes[tensor, 0], sets) for tensor, norm in norms)
         square = [norm.weight.detach().double().square().numpy() for _, norm in norms]
-        spread = sum(_per_set(own, channels.axes[tensor, 0], sets) for own, (tensor, _) in zip(square, norms, strict=True))
+        spread = sum(per_set(own, channels.axes[tensor, 0], sets) for own, (tensor, _) in zip(square, norms, strict=True))
         return _rectified_power(torch.as_tensor(spread).sqrt(), torch.as_tensor(shift)).numpy()
     side = makers[0].out_axis
-    return _per_set(_energy(model, makers[0], side), channels.axes[makers[0].weight, side], sets)
+    return per_set(_energy(model, makers[0], side), channels.axes[makers[0].weight, side], sets)
 
 
 def _rectified_power(gamma: Tensor, beta: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _energy(model: nn.Module, layer: Layer, axis: int) -> Floats:
     return np.asarray(weight.square().transpose(0, axis).flatten(1).sum(1).numpy())
 
 
-def _per_set(values: Floats, positions: Ids, sets: Ids) -> Floats:
+def per_set(values: Floats, positions: Ids, sets: Ids) -> Floats:
     """Sum the values of the positions that belong to each set."""
     total = np.zeros(int(max(positions.max(), sets.max())) + 1)
     np.add.at(total, positions, values)

@@ -8,6 +8,7 @@ Here a scalar stands behind the batch normalisation, which would undo one that s
 same ADMM minimises, of each layer's filters, what those that read them can not make good.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,14 +26,14 @@ from ..errors import CompactError
 from ..lpbox import Admm, Penalty
 from ..recipe import Edit
 from . import Method, Progress
-from ._errors import norm_of
-from ._reconstruct import choose, problem
-from ._widths import Widths, numbered, removable
+from ._reconstruct import choose, problem, small
+from ._widths import Widths, numbered, per_set, removable
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
 CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
+STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
 SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
 
 
@@ -105,7 +107,7 @@ class FCF(Method):
         self.widths: Widths = []
         self.kept: dict[int, int] = {}  # family -> how many of its sets stay
         self.scalars: dict[int, nn.Parameter] = {}  # family -> v, while it is searched; the values that the search ended with
-        self.gated: list[tuple[str, str]] = []  # (module, parameter)
+        self.gated: dict[str, list[str]] = {}  # module -> its parameters in their order
         self.admm: Admm | None = None
 
     def start(
@@ -122,6 +124,8 @@ class FCF(Method):
         Raises CompactError for a target that is out of reach.
         """
         self.widths = removable(model, channels, budget, moments, shared=self.options.residual == "prune")
+        if trains:
+            self.widths = [width for width in self.widths if not _tied(model, budget.families[width[0]])]
         self.kept = self._counts(model, channels, budget, refitted=moments is not None)
         if trains:
             self._attach_(model, channels, budget)
@@ -131,14 +135,14 @@ class FCF(Method):
         """How many sets of each family stay."""
         if self.options.select == "error":
             dials = [
-                Dial(errors, budget.step(len(order)), int(np.ceil(self.options.floor * len(order))), family=family)
+                Dial(errors, budget.step(len(order)), self._least(len(order)), family=family)
                 for family, order, errors in self.widths
             ]
             settings = budget.solve(dials, refitted=refitted)
             return {family: kept for (family, _, _), kept in zip(self.widths, settings, strict=True)}
         if not self.widths:
             raise CompactError("there are no filters here that could go; `compactcli analyze` says why")
-        rank = self._identical if self.options.select == "identical" else self._global(model, budget)
+        rank = self._identical(budget) if self.options.select == "identical" else self._global(model, channels, budget)
         every = [rank(share) for share in np.linspace(0, 1, 1025)]
         costs = budget.cost(np.stack([self._along(budget, kept) for kept in every]), np.tile(budget.ranks(), (len(every), 1)))
         fitting = np.flatnonzero(costs <= budget.target)
@@ -146,19 +150,34 @@ class FCF(Method):
             raise budget.out_of_reach(float(costs.min()))
         return every[int(fitting[-1]) if len(fitting) else 0]
 
-    def _identical(self, share: float) -> dict[int, int]:
-        """The same share of its filters in each layer."""
-        return {family: max(1, int(len(order) * share)) for family, order, _ in self.widths}
+    def _least(self, full: int) -> int:
+        """The smallest number of its filters that a layer keeps."""
+        return max(1, int(np.ceil(self.options.floor * full)))
 
-    def _global(self, model: nn.Module, budget: Budget) -> Callable[[float], dict[int, int]]:
+    def _whole(self, budget: Budget, wanted: int, full: int) -> int:
+        """A number of filters that a layer may keep: no more than wanted, where that is not too few."""
+        step = budget.round_to or 1
+        least = -(-self._least(full) // step) * step
+        return full if wanted >= full else min(max(wanted // step * step, least), full)
+
+    def _identical(self, budget: Budget) -> Callable[[float], dict[int, int]]:
+        """Share -> how many stay of each family, where each layer keeps that share of its filters."""
+        return lambda share: {
+            family: self._whole(budget, int(len(order) * share + 1e-9), len(order)) for family, order, _ in self.widths
+        }
+
+    def _global(self, model: nn.Module, channels: Channels, budget: Budget) -> Callable[[float], dict[int, int]]:
         """Share of all filters -> how many stay of each family, of filters ranked by the mean of |w| over all layers."""
-        means = {family: _means(model, budget, budget.families[family]) for family, _, _ in self.widths}
+        means = {family: _means(model, channels, budget, budget.families[family]) for family, _, _ in self.widths}
         pooled = np.sort(np.concatenate(list(means.values())))
 
         def kept(share: float) -> dict[int, int]:
             threshold = pooled[min(int((1 - share) * len(pooled)), len(pooled) - 1)]
             shares = {family: np.clip((own >= threshold).mean(), *CLIPPED) for family, own in means.items()}
-            return {family: max(1, round(len(means[family]) * float(own))) for family, own in shares.items()}
+            return {
+                family: self._whole(budget, round(len(means[family]) * float(own)), len(means[family]))
+                for family, own in shares.items()
+            }
 
         return kept
 
@@ -170,19 +189,18 @@ class FCF(Method):
         return along
 
     def _attach_(self, model: nn.Module, channels: Channels, budget: Budget) -> None:
-        """A scalar for each filter that may go, on what comes out of the batch normalisation behind it, or of the filter."""
+        """A scalar for each filter that may go, on what comes out of the batch normalisations behind it, or of the filter."""
         if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
             raise CompactError("there is nothing here that a search could choose; leave out --epochs")
         for family, order, _ in self.widths:
             sets = budget.families[family].sets
             self.scalars[family] = nn.Parameter(torch.ones(len(order)))
-            for module, axis in _gates(model, budget, budget.families[family]):
-                of = numbered(channels, channels.axes[axis], sets)
-                for name in [name for name in ("weight", "bias") if getattr(model.get_submodule(module), name) is not None]:
-                    along = axis[1] if module == axis[0].rpartition(".")[0] and name == "weight" else 0
-                    gate = Gate(self.scalars[family], of, along)
-                    parametrize.register_parametrization(model.get_submodule(module), name, gate)
-                    self.gated.append((module, name))
+            for tensor, axis in _gates(model, budget, budget.families[family]):
+                module, _, name = tensor.rpartition(".")
+                owner = model.get_submodule(module)
+                self.gated.setdefault(module, list(owner._parameters))
+                gate = Gate(self.scalars[family], numbered(channels, channels.axes[tensor, axis], sets), axis)
+                parametrize.register_parametrization(owner, name, gate)
         self.sizes = torch.tensor([len(own) for own in self.scalars.values()])
         counts = torch.tensor([self.kept[family] for family in self.scalars])
         penalty = Penalty(self.options.rho, self.options.growth or 1.0, self.options.most)
@@ -201,7 +219,10 @@ class FCF(Method):
         if not self.options.growth:
             full = self.options.most / self.options.rho
             self.admm.rho = self.options.rho * full ** min(progress.share / SETTLED, 1.0)
-        drawn = self.admm.gradient(self._matrix())
+        self.admm.rho = min(self.admm.rho, STEADY / (self.options.alpha * max(*progress.learning_rates, 1e-12)))
+        matrix = self._matrix()
+        self.admm.to_(matrix.device)
+        drawn = self.admm.gradient(matrix)
         for v, row, size in zip(self.scalars.values(), drawn, self.sizes.tolist(), strict=True):
             assert v.grad is not None
             v.grad.mul_(1 - self.options.alpha).add_(row[:size], alpha=self.options.alpha)
@@ -219,14 +240,16 @@ class FCF(Method):
         """Plain parameters again, times their scalars; how far those came."""
         if self.admm is None:
             return None
-        for module, name in self.gated:
+        for module, names in self.gated.items():
             owner = model.get_submodule(module)
-            parametrize.remove_parametrizations(owner, name)
-        for module in {module for module, _ in self.gated}:
-            _reorder_(model.get_submodule(module))
+            for name in names:
+                if parametrize.is_parametrized(owner, name):
+                    parametrize.remove_parametrizations(owner, name)
+            for name in names:  # in the order that they had
+                owner._parameters[name] = owner._parameters.pop(name)
         values = torch.cat([v.detach() for v in self.scalars.values()])
         far = float(torch.minimum(values.abs(), (values - 1).abs()).max())
-        self.admm, self.gated = None, []
+        self.admm, self.gated = None, {}
         return f"fcf: {sum(self.kept.values())} of {len(values)} filters stay; no scalar is farther than {far:.3f} from 0 or 1"
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -264,16 +287,21 @@ class FCF(Method):
         ranked = np.array([place[number] for number in order.tolist()])
         axes = {axis for axis, _ in own.axes}
         readers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
-        known = [layer for layer in readers if moments is not None and layer.name in moments]
+        known = [layer for layer in readers if moments is not None and layer.name in moments and small(layer)]
         problems = [problem(model, channels, own.sets, layer, moments[layer.name]) for layer in known] if moments else []
         return choose(problems if len(known) == len(readers) else [], ranked, self.kept[family])
 
 
-def _means(model: nn.Module, budget: Budget, family: Family) -> Floats:
+def _means(model: nn.Module, channels: Channels, budget: Budget, family: Family) -> Floats:
     """Mean |w| of the filters that make each set of a family."""
-    layer, *_ = _makers(budget, family)
-    weight = model.get_parameter(layer.weight).detach().transpose(0, layer.out_axis).flatten(1)
-    return np.asarray(weight.abs().mean(1).double().numpy())
+    total = np.zeros((2, len(family.sets)))
+    for layer in _makers(budget, family):
+        weight = model.get_parameter(layer.weight).detach().transpose(0, layer.out_axis).flatten(1).abs().double()
+        positions = channels.axes[layer.weight, layer.out_axis]
+        for place, values in enumerate((weight.sum(1).numpy(), np.full(len(weight), float(weight.shape[1])))):
+            total[place] += per_set(values, positions, family.sets)
+    means: Floats = total[0] / total[1]
+    return means
 
 
 def _makers(budget: Budget, family: Family) -> list[Layer]:
@@ -282,24 +310,28 @@ def _makers(budget: Budget, family: Family) -> list[Layer]:
     return [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
 
 
-def _gates(model: nn.Module, budget: Budget, family: Family) -> list[tuple[str, Axis]]:
-    """The modules that scalars stand on, with an axis on which the family's channels lie as in their parameters.
+def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
+    """What scalars stand on: all parameters of batch normalisations on the family's channels.
 
-    Behind each layer that makes them; where a grouped one reads and makes them again, behind that alone.
+    Where others read what a layer makes, or there is no such, the layer's own. Grouped layers that read channels and make
+    them again are among them, for what these make of zeros need not be zero.
     """
-    makers = _makers(budget, family)
-    last = [layer for layer in makers if layer.groups > 1][-1:] or makers
-    return [
-        (
-            layer.norm if layer.norm is not None and norm_of(model, layer) is not None else layer.name,
-            (layer.weight, layer.out_axis),
-        )
-        for layer in last
+    parameters, axes = dict(model.named_parameters()), [axis for axis, _ in family.axes]
+    inside = {tensor: tensor.rpartition(".")[0] for tensor, _ in axes}
+    norms = [
+        (tensor, axis)
+        for tensor, axis in axes
+        if tensor in parameters and isinstance(model.get_submodule(inside[tensor]), _BatchNorm)
     ]
+    bare = [layer for layer in _makers(budget, family) if not (layer.normed and norms)]
+    weights = {(layer.weight, layer.out_axis) for layer in bare}
+    biases = {(tensor, 0) for tensor, _ in axes if tensor in parameters and parameters[tensor].ndim == 1}
+    biases = {(tensor, 0) for tensor, _ in biases if inside[tensor] in {layer.name for layer in bare}}
+    return [*norms, *(axis for axis in axes if axis in weights | biases)]
 
 
-def _reorder_(module: nn.Module) -> None:
-    """Weight before bias, as it was."""
-    for name in ("weight", "bias"):
-        if name in module._parameters:
-            module._parameters[name] = module._parameters.pop(name)
+def _tied(model: nn.Module, family: Family) -> bool:
+    """Whether a parameter that the family lies on is another's as well."""
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())
+    return any(holders[id(own[tensor])] > 1 for (tensor, _), _ in family.axes if tensor in own)
