@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from compactcli import architectures, budget, counters, measure
@@ -19,8 +18,7 @@ CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
 def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     kwargs: dict[str, Any] = {"shortcut": "conv"} if name.startswith("cifar:") else {}
-    with torch.device("meta"):
-        return architectures.get(name, kwargs).build(), CIFAR if kwargs else IMAGENET
+    return architectures.get(name, kwargs).build(device="meta"), CIFAR if kwargs else IMAGENET
 
 
 def chain(model: nn.Module, shape: tuple[int, ...]) -> list[budget.Layer]:
