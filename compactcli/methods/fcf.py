@@ -192,10 +192,13 @@ class FCF(Method):
         """A scalar for each filter that may go, on what comes out of the batch normalisations behind it, or of the filter."""
         if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
             raise CompactError("there is nothing here that a search could choose; leave out --epochs")
+        gates = {
+            family: _gates(model, budget, budget.families[family]) for family, _, _ in self.widths
+        }  # by names as they are now
         for family, order, _ in self.widths:
             sets = budget.families[family].sets
             self.scalars[family] = nn.Parameter(torch.ones(len(order)))
-            for tensor, axis in _gates(model, budget, budget.families[family]):
+            for tensor, axis in gates[family]:
                 module, _, name = tensor.rpartition(".")
                 owner = model.get_submodule(module)
                 self.gated.setdefault(module, list(owner._parameters))
