@@ -326,7 +326,8 @@ def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
         for tensor, axis in axes
         if tensor in parameters and isinstance(model.get_submodule(inside[tensor]), _BatchNorm)
     ]
-    bare = [layer for layer in _makers(budget, family) if not (layer.normed and norms)]
+    again = [layer for layer in budget.layers if layer.groups > 1 and (layer.weight, layer.in_axis) in axes]  # transposed
+    bare = [layer for layer in [*_makers(budget, family), *again] if not (layer.normed and norms)]
     weights = {(layer.weight, layer.out_axis) for layer in bare}
     biases = {(tensor, 0) for tensor, _ in axes if tensor in parameters and parameters[tensor].ndim == 1}
     biases = {(tensor, 0) for tensor, _ in biases if inside[tensor] in {layer.name for layer in bare}}
