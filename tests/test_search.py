@@ -47,7 +47,7 @@ def begun(model: nn.Module, *options: str, ratio: float = 0.5, shape: tuple[int,
     graph = trace(model, shape)
     sets = channels.find(graph, model)
     method = Hinge(parse_options(Hinge, options))
-    method.start(model, sets, Budget(graph, sets, model, ratio=ratio))
+    method.start(model, sets, Budget(graph, sets, model, ratio=ratio), trains=True)
     return method
 
 
