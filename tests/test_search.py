@@ -272,7 +272,7 @@ def test_norms_begin_as_the_error_per_cost_of_what_they_belong_to():
     moments = calibrate.moments(model, [layer.name for layer in budget.layers], batches)
     widths = {family: (order, errors) for family, order, errors in file._widths(model, sets, budget, moments, shared=False)}
     method = Hinge()
-    method.start(model, sets, budget, moments)
+    method.start(model, sets, budget, moments, trains=True)
     search, shares = method.search, []
     assert np.concatenate(search.norms(model)).mean() == pytest.approx(1)
     for each, norms, price in zip(search.found, search.norms(model), search.prices, strict=True):
@@ -433,7 +433,7 @@ def test_the_cost_that_norms_tell_is_that_of_the_network(name, mode):
     sets = channels.find(graph, model)
     budget = Budget(graph, sets, model, ratio=0.5)
     method = Hinge(parse_options(Hinge, [f"mode={mode}"]))
-    method.start(model, sets, budget)
+    method.start(model, sets, budget, trains=True)
     generator, search = np.random.default_rng(0), method.search
     norms, removed, ranks = [], [], {}
     for each in search.found:
