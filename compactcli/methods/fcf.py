@@ -50,6 +50,7 @@ class Options:
     ] = "leave"
     floor: Annotated[float, "smallest share of its filters that a layer keeps"] = 0.05
     alpha: Annotated[float, "search: share of the penalty in the gradient of the scalars, that of the loss has the rest"] = 0.99
+    rate: Annotated[float, "search: learning rate of the scalars, the same in every step"] = 0.1
     rho: Annotated[float, "search: the penalty's strength at the start"] = 0.01
     growth: Annotated[float, "search: what it is multiplied with in each step; 0: so that it is full at half of the search"] = 0.0
     most: Annotated[float, "search: the penalty's full strength"] = 6.0
@@ -61,6 +62,7 @@ class Options:
         for name, good, wanted in (
             ("floor", 0 < self.floor <= 1, "a share above 0, up to 1"),
             ("alpha", 0 < self.alpha <= 1, "above 0, up to 1"),
+            ("rate", self.rate > 0, "above 0"),
             ("rho", self.rho > 0, "above 0"),
             ("growth", self.growth == 0 or self.growth > 1, "0, or above 1"),
             ("most", self.most >= self.rho, "as much as rho or more"),
@@ -209,26 +211,24 @@ class FCF(Method):
         penalty = Penalty(self.options.rho, self.options.growth or 1.0, self.options.most)
         self.admm = Admm(counts, self.sizes, int(self.sizes.max()), penalty)
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
-        """The scalars: by plain gradient steps, as ADMM takes them, and without weight decay (3.4)."""
-        if not self.scalars:
-            return None
-        return [{"params": list(self.scalars.values()), "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}]
-
     def regularise(self, model: nn.Module, progress: Progress) -> None:
-        """The gradient of the scalars: of the penalty, and for the rest that of the loss (3.4)."""
+        """A plain gradient step of the scalars, as ADMM takes them: of the penalty, and for the rest of the loss (3.4).
+
+        Their rate is their own: a schedule that ends at nothing would leave them between zero and one.
+        """
         if self.admm is None:
             return
-        if not self.options.growth:
-            full = self.options.most / self.options.rho
-            self.admm.rho = self.options.rho * full ** min(progress.share / SETTLED, 1.0)
-        self.admm.rho = min(self.admm.rho, STEADY / (self.options.alpha * max(*progress.learning_rates, 1e-12)))
+        options = self.options
+        if not options.growth:
+            self.admm.rho = options.rho * (options.most / options.rho) ** min(progress.share / SETTLED, 1.0)
+        self.admm.rho = min(self.admm.rho, STEADY / (options.alpha * options.rate))
         matrix = self._matrix()
         self.admm.to_(matrix.device)
         drawn = self.admm.gradient(matrix)
         for v, row, size in zip(self.scalars.values(), drawn, self.sizes.tolist(), strict=True):
             assert v.grad is not None
-            v.grad.mul_(1 - self.options.alpha).add_(row[:size], alpha=self.options.alpha)
+            v.data -= options.rate * (options.alpha * row[:size] + (1 - options.alpha) * v.grad)
+            v.grad = None  # the optimizer leaves them alone
 
     def project(self, model: nn.Module, progress: Progress) -> None:
         """Raise the dual variables."""
