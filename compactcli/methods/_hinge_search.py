@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..budget import Budget, Floats, Layer
-from ..channels import Channels, Ids
+from ..channels import Channels
 from ..proximal import OPERATORS, STEPS, TINY
 from . import Progress
+from ._widths import numbered
 
 if TYPE_CHECKING:
     from .hinge import Options
@@ -204,7 +205,7 @@ def attach_(
         carriers = {}
         for layer, axis in own:
             name = layer.weight if layer.name not in products else factors(layer.name)[0 if axis == layer.out_axis else 1]
-            of = _numbered(channels, channels.axes[layer.weight, axis], budget.families[index].sets)
+            of = numbered(channels, channels.axes[layer.weight, axis], budget.families[index].sets)
             is_matrix = layer.name in matrices or (layer.name in products and axis == layer.out_axis)
             carriers[name, axis] = Carrier(name, axis, of, is_matrix, layer.name in outer, layer.normed)
         found.append(Groups(len(budget.families[index].sets), tuple(carriers.values()), family=index))
@@ -244,13 +245,6 @@ def _outer(channels: Channels, budget: Budget) -> set[str]:
     made = {layer.name: set(channels.axes[layer.weight, layer.out_axis].tolist()) for layer in budget.layers}
     makers = Counter(number for layer in budget.layers if layer.groups == 1 for number in made[layer.name])
     return {layer.name for layer in budget.layers if any(makers[number] > (layer.groups == 1) for number in made[layer.name])}
-
-
-def _numbered(channels: Channels, positions: Ids, sets: Ids) -> Tensor:
-    """For every position of an axis the place of its set among `sets`; their count where it is none of them."""
-    place = np.full(channels.count, len(sets))
-    place[sets] = np.arange(len(sets))
-    return torch.from_numpy(place[positions])
 
 
 def _price(budget: Budget, group: Groups) -> float:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import Budget, Dial, Floats, Layer, Price
-from ..channels import INPUT, OUTPUT, Channels, Ids, edits
+from ..channels import INPUT, OUTPUT, Channels, edits
 from ..errors import CompactError
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method, Progress, _hinge_search, _two_slope
-from ._errors import multiplied, norm_of, root, row_scale, worths
+from ._errors import multiplied, root, row_scale, worths
+from ._widths import Widths, removable
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -82,7 +83,6 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name):g}: it is {wanted}")
 
 
-Widths = list[tuple[int, Ids, Floats]]  # (family, its sets in the order in which to give them up, error by how many are kept)
 Ranks = list[tuple[int, Floats]]  # (layer, error by rank)
 
 
@@ -195,7 +195,7 @@ class Hinge(Method):
     ) -> tuple[Widths, Ranks]:
         """What may be removed, and the layers that may be decomposed, with the errors."""
         mode, shared = self.options.mode, self._price(images=searches or moments is not None) == "time"
-        widths = _widths(model, channels, budget, moments, shared=shared) if mode != "decompose" else []
+        widths = removable(model, channels, budget, moments, shared=shared) if mode != "decompose" else []
         return widths, _ranks(model, channels, budget, moments) if mode != "prune" else []
 
     def _chosen(
@@ -216,7 +216,7 @@ class Hinge(Method):
         return "time" if favour == "speed" else "cost"
 
     def _by_norm(self, norms: list[Floats]) -> tuple[Widths, Ranks]:
-        """Widths and ranks as `_widths` and `_ranks` give them, the squares of the groups' norms for errors."""
+        """Widths and ranks as `removable` and `_ranks` give them, the squares of the groups' norms for errors."""
         assert self.search is not None
         widths, ranks = [], []
         for each, own, price in zip(self.search.found, norms, self.search.prices, strict=True):
@@ -233,102 +233,6 @@ class Hinge(Method):
     def _dial(self, budget: Budget, price: Price, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
         full = len(errors) - 1
         return Dial(errors, budget.step(full, price), int(np.ceil(self.options.floor * full)), family, layer)
-
-
-def _widths(
-    model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, shared: bool
-) -> Widths:
-    """What may be removed of what one layer alone produces.
-
-    With `shared`, of what several layers produce together as well.
-    """
-    result = []
-    worth = worths(model, channels, budget) if moments is None else {}
-    for index, family in enumerate(budget.families):
-        axes = {axis for axis, _ in family.axes}
-        makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
-        producers = [layer for layer in makers if layer.groups == 1]
-        consumers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
-        if not producers or len(family.sets) < 2 or (len(producers) > 1 and not shared):
-            continue
-        if moments is not None and consumers and all(layer.name in moments for layer in consumers):
-            order, lost = _eliminate(model, channels, family.sets, consumers, moments)
-        else:
-            power = _power(model, channels, family.sets, axes, makers)
-            counts, shares = np.ones(1), power[None] / max(float(power.sum()), 1e-30)
-            if consumers:
-                counts = np.array([worth.get(layer.name, 1.0) for layer in consumers])
-                shares = np.stack([_share(model, channels, family.sets, power, layer) for layer in consumers])
-            by_share = np.argsort(counts @ shares, kind="stable")
-            order, lost = family.sets[by_share], counts @ multiplied(np.cumsum(shares[:, by_share], axis=1))
-        result.append((index, order, np.concatenate([lost[::-1], [0.0]])))
-    return result
-
-
-def _share(model: nn.Module, channels: Channels, sets: Ids, power: Floats, consumer: Layer) -> Floats:
-    """Each set's share of what a consumer reads from all of them: its power times the energy of the weights on it."""
-    read = power * _per_set(_energy(model, consumer, consumer.in_axis), channels.axes[consumer.weight, consumer.in_axis], sets)
-    return read / max(float(read.sum()), 1e-30)
-
-
-def _eliminate(
-    model: nn.Module, channels: Channels, sets: Ids, consumers: list[Layer], moments: Mapping[str, "Moments"]
-) -> tuple[Ids, Floats]:
-    """(order, summed error after each) in which sets are given up, each time the one that costs least.
-
-    The consumers' weights on the sets that are left make up for the lost one as least squares can
-    (optimal brain surgeon, Hassibi & Stork 1993, with the consumers' columns of one set as a block).
-    """
-    readers = [_Reader(model, channels, layer, sets, moments[layer.name]) for layer in consumers]
-    left = np.ones(len(sets), dtype=bool)
-    order: list[int] = []
-    lost: list[float] = []
-    stride = max(1, len(sets) // 128)  # wide layers give up a few at a time
-    while left.any():
-        costs = np.where(left, sum(reader.costs() for reader in readers), np.inf)
-        chosen = np.argsort(costs, kind="stable")[: min(stride, int(left.sum()))]
-        left[chosen] = False
-        order += chosen.tolist()
-        lost += costs[chosen].tolist()
-        for reader in readers:
-            reader.give_up(chosen)
-    return sets[np.array(order)], np.cumsum(lost)
-
-
-class _Reader:
-    """A consumer of a family while sets are given up: its weight, and the inverse of its inputs' moment."""
-
-    def __init__(self, model: nn.Module, channels: Channels, layer: Layer, sets: Ids, moments: "Moments") -> None:
-        weight = model.get_parameter(layer.weight).detach().double().transpose(0, layer.out_axis).flatten(1)
-        owner = np.repeat(channels.axes[layer.weight, layer.in_axis], layer.kernel)  # the set of every column
-        self.block = torch.stack([torch.from_numpy(np.flatnonzero(owner == number)) for number in sets])  # (sets, columns of one)
-        inverse = moments.inputs.double().mT  # in the layout in which all of this is done in place: it may be most of the memory
-        inverse.diagonal().add_((1e-4 + 1e-6 * len(inverse)) * float(inverse.diagonal().mean()) or 1.0)
-        torch.linalg.cholesky(inverse, out=inverse)
-        self.inverse = torch.cholesky_inverse(inverse, out=inverse)
-        self.weight = root(moments.worth) @ weight  # (o, i*k*k)
-
-    def costs(self) -> Floats:
-        """The error of giving up each set, the others making up for it: tr(W_s P_ss^-1 W_s^T)."""
-        return np.concatenate([self._costs(block) for block in torch.split(self.block, 64)])
-
-    def _costs(self, block: Tensor) -> Floats:
-        pivots = self.inverse[block[:, :, None], block[:, None, :]]  # (sets, c, c)
-        weights = self.weight[:, block].permute(1, 2, 0)  # (sets, c, o)
-        solved = torch.linalg.solve(pivots + 1e-12 * torch.eye(pivots.shape[1], dtype=torch.float64), weights)
-        costs: Floats = (weights * solved).sum((1, 2)).numpy()
-        return costs
-
-    def give_up(self, chosen: Ids) -> None:
-        columns = self.block[torch.from_numpy(chosen)].flatten()
-        rows = self.inverse[columns]  # (c, i*k*k)
-        gain = torch.linalg.solve(rows[:, columns], rows)
-        self.weight.addmm_(self.weight[:, columns], gain, alpha=-1)
-        self.inverse.addmm_(rows.T, gain, alpha=-1)
-        self.inverse[columns] = 0.0
-        self.inverse[:, columns] = 0.0
-        self.inverse[columns, columns] = 1.0  # given up: costs nothing any more
-        self.weight[:, columns] = 0.0
 
 
 def _ranks(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
@@ -420,49 +324,6 @@ def _gram(matrix: Tensor) -> Tensor:
     """M M^T in float64; its eigenvalues are the squares of M's singular values. Large products are made in float32."""
     small = matrix if matrix.numel() < 1 << 23 else matrix.float()
     return (small @ small.T).double()
-
-
-def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str, int]], makers: list[Layer]) -> Floats:
-    """The mean square of each channel as its consumers read it.
-
-    Batch normalisations tell it, taken as normal behind a ReLU: those behind the layers that are added up,
-    the one behind a depthwise layer on top of them, or another that lies on the channels; without one, the norms
-    of the filters do.
-    """
-    grouped = [layer for layer in makers if layer.groups > 1]
-    norms = [(f"{layer.norm}.weight", norm) for layer in grouped[-1:] or makers if (norm := norm_of(model, layer)) is not None]
-    if not norms:
-        others = [(tensor, model.get_submodule(tensor.rpartition(".")[0])) for tensor, _ in sorted(axes, reverse=True)]
-        norms = [(tensor, module) for tensor, module in others if isinstance(module, nn.BatchNorm2d) and module.affine][:1]
-    if norms:
-        shift = sum(_per_set(norm.bias.detach().double().numpy(), channels.axes[tensor, 0], sets) for tensor, norm in norms)
-        square = [norm.weight.detach().double().square().numpy() for _, norm in norms]
-        spread = sum(_per_set(own, channels.axes[tensor, 0], sets) for own, (tensor, _) in zip(square, norms, strict=True))
-        return _rectified_power(torch.as_tensor(spread).sqrt(), torch.as_tensor(shift)).numpy()
-    side = makers[0].out_axis
-    return _per_set(_energy(model, makers[0], side), channels.axes[makers[0].weight, side], sets)
-
-
-def _rectified_power(gamma: Tensor, beta: Tensor) -> Tensor:
-    """E max(0, beta + gamma z)^2 for standard normal z."""
-    spread = gamma.abs().clamp_min(1e-12)
-    ratio = beta / spread
-    density = torch.exp(-ratio.square() / 2) / (2 * torch.pi) ** 0.5
-    power: Tensor = (beta.square() + spread.square()) * torch.special.ndtr(ratio) + beta * spread * density
-    return power
-
-
-def _energy(model: nn.Module, layer: Layer, axis: int) -> Floats:
-    """Sum of squares of the weight at each position of the axis."""
-    weight = model.get_parameter(layer.weight).detach().double()
-    return np.asarray(weight.square().transpose(0, axis).flatten(1).sum(1).numpy())
-
-
-def _per_set(values: Floats, positions: Ids, sets: Ids) -> Floats:
-    """Sum the values of the positions that belong to each set."""
-    total = np.zeros(int(max(positions.max(), sets.max())) + 1)
-    np.add.at(total, positions, values)
-    return total[sets]
 
 
 def _build(old: nn.Module, options: Mapping[str, int]) -> nn.Module:

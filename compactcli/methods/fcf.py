@@ -1,0 +1,341 @@
+"""FCF: filters and the choice of filters, learnt together (Li et al., CVPR 2019).
+
+Every filter has a scalar v that it is multiplied with. Of a layer's scalars exactly k shall be one and the others zero: they are
+trained with the weights, while ADMM draws them to where the box {0 <= v <= 1, sum v = k} meets the sphere through its corners
+(section 3). The filters whose scalars end at zero are then removed.
+
+Here a scalar stands behind the batch normalisation, which would undo one that stands before it. From weights or images alone the
+same ADMM minimises, of each layer's filters, what those that read them can not make good.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pad_sequence
+
+from ..budget import Budget, Dial, Family, Floats, Layer
+from ..channels import Axis, Channels, Ids, edits
+from ..errors import CompactError
+from ..lpbox import Admm, Penalty
+from ..recipe import Edit
+from . import Method, Progress
+from ._reconstruct import choose, problem, small
+from ._widths import Widths, numbered, per_set, removable
+
+if TYPE_CHECKING:
+    from ..calibrate import Moments
+
+CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
+STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
+SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
+
+
+@dataclass(frozen=True)
+class Options:
+    """How fcf chooses."""
+
+    select: Annotated[
+        Literal["error", "identical", "global"],
+        "how many filters each layer keeps: by error per cost, the same share everywhere, or ranked over all layers by mean |w|",
+    ] = "error"
+    residual: Annotated[
+        Literal["leave", "prune"], "channels that shortcuts share: leave them, or remove them from all layers that make them"
+    ] = "leave"
+    floor: Annotated[float, "smallest share of its filters that a layer keeps"] = 0.05
+    alpha: Annotated[float, "search: share of the penalty in the gradient of the scalars, that of the loss has the rest"] = 0.99
+    rate: Annotated[float, "search: learning rate of the scalars, the same in every step"] = 0.1
+    rho: Annotated[float, "search: the penalty's strength at the start"] = 0.01
+    growth: Annotated[float, "search: what it is multiplied with in each step; 0: so that it is full at half of the search"] = 0.0
+    most: Annotated[float, "search: the penalty's full strength"] = 6.0
+    preset: Annotated[Literal["none", "cifar", "imagenet"], "search: the paper's constants, for what is not set otherwise"] = (
+        "none"
+    )
+
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            ("floor", 0 < self.floor <= 1, "a share above 0, up to 1"),
+            ("alpha", 0 < self.alpha <= 1, "above 0, up to 1"),
+            ("rate", self.rate > 0, "above 0"),
+            ("rho", self.rho > 0, "above 0"),
+            ("growth", self.growth == 0 or self.growth > 1, "0, or above 1"),
+            ("most", self.most >= self.rho, "as much as rho or more"),
+        ):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name):g}: it is {wanted}")
+
+
+PRESETS = {
+    "cifar": {"alpha": 0.99, "rho": 0.01, "growth": 1.01, "most": 6.0, "select": "identical"},
+    "imagenet": {"alpha": 0.65, "rho": 0.001, "growth": 1.005, "most": 6.0, "select": "identical"},
+}
+
+
+class Gate(nn.Module):
+    """A parameter whose positions along an axis are multiplied with the scalars of the filters that they belong to."""
+
+    of: Tensor
+
+    def __init__(self, scalars: nn.Parameter, of: Tensor, axis: int) -> None:
+        """`of` (positions,): the number of each position's scalar; their count for none."""
+        super().__init__()
+        self.scalars, self.axis = scalars, axis
+        self.register_buffer("of", of, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        every = torch.cat((self.scalars, self.scalars.new_ones(1)))[self.of]
+        return weight * every.view([-1 if axis == self.axis else 1 for axis in range(weight.ndim)])
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The weight itself: all scalars are one at the start."""
+        return weight
+
+
+class FCF(Method):
+    """As many filters as the ratio allows, chosen while they are trained."""
+
+    Options = Options
+    presets = PRESETS
+    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self.widths: Widths = []
+        self.kept: dict[int, int] = {}  # family -> how many of its sets stay
+        self.scalars: dict[int, nn.Parameter] = {}  # family -> v, while it is searched; the values that the search ended with
+        self.gated: dict[str, list[str]] = {}  # module -> its parameters in their order
+        self.admm: Admm | None = None
+
+    def start(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget,
+        moments: Mapping[str, "Moments"] | None = None,
+        *,
+        trains: bool = False,
+    ) -> list[Edit]:
+        """How many filters of each layer stay; for a search, their scalars.
+
+        Raises CompactError for a target that is out of reach.
+        """
+        self.widths = removable(model, channels, budget, moments, shared=self.options.residual == "prune")
+        if trains:
+            self.widths = [width for width in self.widths if not _tied(model, budget.families[width[0]])]
+        self.kept = self._counts(model, channels, budget, refitted=moments is not None)
+        if trains:
+            self._attach_(model, channels, budget)
+        return []
+
+    def _counts(self, model: nn.Module, channels: Channels, budget: Budget, *, refitted: bool) -> dict[int, int]:
+        """How many sets of each family stay."""
+        if self.options.select == "error":
+            dials = [
+                Dial(errors, budget.step(len(order)), self._least(len(order)), family=family)
+                for family, order, errors in self.widths
+            ]
+            settings = budget.solve(dials, refitted=refitted)
+            return {family: kept for (family, _, _), kept in zip(self.widths, settings, strict=True)}
+        if not self.widths:
+            raise CompactError("there are no filters here that could go; `compactcli analyze` says why")
+        rank = self._identical(budget) if self.options.select == "identical" else self._global(model, channels, budget)
+        every = [rank(share) for share in np.linspace(0, 1, 1025)]
+        costs = budget.cost(np.stack([self._along(budget, kept) for kept in every]), np.tile(budget.ranks(), (len(every), 1)))
+        fitting = np.flatnonzero(costs <= budget.target)
+        if not len(fitting) and not budget.nearest:
+            raise budget.out_of_reach(float(costs.min()))
+        return every[int(fitting[-1]) if len(fitting) else 0]
+
+    def _least(self, full: int) -> int:
+        """The smallest number of its filters that a layer keeps."""
+        return max(1, int(np.ceil(self.options.floor * full)))
+
+    def _whole(self, budget: Budget, wanted: int, full: int) -> int:
+        """A number of filters that a layer may keep: no more than wanted, where that is not too few."""
+        step = budget.round_to or 1
+        least = -(-self._least(full) // step) * step
+        return full if wanted >= full else min(max(wanted // step * step, least), full)
+
+    def _identical(self, budget: Budget) -> Callable[[float], dict[int, int]]:
+        """Share -> how many stay of each family, where each layer keeps that share of its filters."""
+        return lambda share: {
+            family: self._whole(budget, int(len(order) * share + 1e-9), len(order)) for family, order, _ in self.widths
+        }
+
+    def _global(self, model: nn.Module, channels: Channels, budget: Budget) -> Callable[[float], dict[int, int]]:
+        """Share of all filters -> how many stay of each family, of filters ranked by the mean of |w| over all layers."""
+        means = {family: _means(model, channels, budget, budget.families[family]) for family, _, _ in self.widths}
+        pooled = np.sort(np.concatenate(list(means.values())))
+
+        def kept(share: float) -> dict[int, int]:
+            threshold = pooled[min(int((1 - share) * len(pooled)), len(pooled) - 1)]
+            shares = {family: np.clip((own >= threshold).mean(), *CLIPPED) for family, own in means.items()}
+            return {
+                family: self._whole(budget, round(len(means[family]) * float(own)), len(means[family]))
+                for family, own in shares.items()
+            }
+
+        return kept
+
+    def _along(self, budget: Budget, kept: Mapping[int, int]) -> Floats:
+        """The positions left on every axis."""
+        along = budget.along()
+        for family, number in kept.items():
+            along -= (len(budget.families[family].sets) - number) * budget.per_set[family]
+        return along
+
+    def _attach_(self, model: nn.Module, channels: Channels, budget: Budget) -> None:
+        """A scalar for each filter that may go, on what comes out of the batch normalisations behind it, or of the filter."""
+        if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
+            raise CompactError("there is nothing here that a search could choose; leave out --epochs")
+        gates = {
+            family: _gates(model, budget, budget.families[family]) for family, _, _ in self.widths
+        }  # by names as they are now
+        for family, order, _ in self.widths:
+            sets = budget.families[family].sets
+            self.scalars[family] = nn.Parameter(torch.ones(len(order)))
+            for tensor, axis in gates[family]:
+                module, _, name = tensor.rpartition(".")
+                owner = model.get_submodule(module)
+                self.gated.setdefault(module, list(owner._parameters))
+                gate = Gate(self.scalars[family], numbered(channels, channels.axes[tensor, axis], sets), axis)
+                parametrize.register_parametrization(owner, name, gate)
+        self.sizes = torch.tensor([len(own) for own in self.scalars.values()])
+        counts = torch.tensor([self.kept[family] for family in self.scalars])
+        penalty = Penalty(self.options.rho, self.options.growth or 1.0, self.options.most)
+        self.admm = Admm(counts, self.sizes, int(self.sizes.max()), penalty)
+
+    def regularise(self, model: nn.Module, progress: Progress) -> None:
+        """A plain gradient step of the scalars, as ADMM takes them: of the penalty, and for the rest of the loss (3.4).
+
+        Their rate is their own: a schedule that ends at nothing would leave them between zero and one.
+        """
+        if self.admm is None:
+            return
+        options = self.options
+        if not options.growth:
+            self.admm.rho = options.rho * (options.most / options.rho) ** min(progress.share / SETTLED, 1.0)
+        self.admm.rho = min(self.admm.rho, STEADY / (options.alpha * options.rate))
+        matrix = self._matrix()
+        self.admm.to_(matrix.device)
+        drawn = self.admm.gradient(matrix)
+        for v, row, size in zip(self.scalars.values(), drawn, self.sizes.tolist(), strict=True):
+            assert v.grad is not None
+            v.data -= options.rate * (options.alpha * row[:size] + (1 - options.alpha) * v.grad)
+            v.grad = None  # the optimizer leaves them alone
+
+    def project(self, model: nn.Module, progress: Progress) -> None:
+        """Raise the dual variables."""
+        if self.admm is not None:
+            self.admm.step(self._matrix())
+
+    def _matrix(self) -> Tensor:
+        """All scalars (families, widest), filled up with zeros."""
+        return pad_sequence([v.detach() for v in self.scalars.values()], batch_first=True)
+
+    def end(self, model: nn.Module) -> str | None:
+        """Plain parameters again, times their scalars; how far those came."""
+        if self.admm is None:
+            return None
+        for module, names in self.gated.items():
+            owner = model.get_submodule(module)
+            for name in names:
+                if parametrize.is_parametrized(owner, name):
+                    parametrize.remove_parametrizations(owner, name)
+            for name in names:  # in the order that they had
+                owner._parameters[name] = owner._parameters.pop(name)
+        values = torch.cat([v.detach() for v in self.scalars.values()])
+        far = float(torch.minimum(values.abs(), (values - 1).abs()).max())
+        self.admm, self.gated = None, {}
+        return f"fcf: {sum(self.kept.values())} of {len(values)} filters stay; no scalar is farther than {far:.3f} from 0 or 1"
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.admm is None else self.admm.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.admm is not None:
+            self.admm.load_state_dict(state)
+
+    def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
+        """Remove the filters whose scalars ended lowest; without a search, those that the others make good best."""
+        removed: list[int] = []
+        for family, order, _ in self.widths:
+            sets, keep = budget.families[family].sets, self.kept[family]
+            if family in self.scalars:
+                gone = torch.ones(len(sets), dtype=torch.bool)
+                gone[self.scalars[family].detach().topk(keep).indices] = False
+            else:
+                gone = self._unread(model, channels, budget, family, order, moments)
+            removed += sets[gone.numpy()].tolist()
+        return edits(channels, removed, model)
+
+    def _unread(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget,
+        family: int,
+        order: Ids,
+        moments: Mapping[str, "Moments"] | None,
+    ) -> Tensor:
+        """Which sets of a family (n,) bool those that read it can do without."""
+        own = budget.families[family]
+        place = {number: index for index, number in enumerate(own.sets.tolist())}
+        ranked = np.array([place[number] for number in order.tolist()])
+        axes = {axis for axis, _ in own.axes}
+        readers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
+        known = [layer for layer in readers if moments is not None and layer.name in moments and small(layer)]
+        problems = [problem(model, channels, own.sets, layer, moments[layer.name]) for layer in known] if moments else []
+        return choose(problems if len(known) == len(readers) else [], ranked, self.kept[family])
+
+
+def _means(model: nn.Module, channels: Channels, budget: Budget, family: Family) -> Floats:
+    """Mean |w| of the filters that make each set of a family."""
+    total = np.zeros((2, len(family.sets)))
+    for layer in _makers(budget, family):
+        weight = model.get_parameter(layer.weight).detach().transpose(0, layer.out_axis).flatten(1).abs().double()
+        positions = channels.axes[layer.weight, layer.out_axis]
+        for place, values in enumerate((weight.sum(1).numpy(), np.full(len(weight), float(weight.shape[1])))):
+            total[place] += per_set(values, positions, family.sets)
+    means: Floats = total[0] / total[1]
+    return means
+
+
+def _makers(budget: Budget, family: Family) -> list[Layer]:
+    """The layers that make a family's channels."""
+    axes = {axis for axis, _ in family.axes}
+    return [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
+
+
+def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
+    """What scalars stand on: all parameters of batch normalisations on the family's channels.
+
+    Where others read what a layer makes, or there is no such, the layer's own. Grouped layers that read channels and make
+    them again are among them, for what these make of zeros need not be zero.
+    """
+    parameters, axes = dict(model.named_parameters()), [axis for axis, _ in family.axes]
+    inside = {tensor: tensor.rpartition(".")[0] for tensor, _ in axes}
+    norms = [
+        (tensor, axis)
+        for tensor, axis in axes
+        if tensor in parameters and isinstance(model.get_submodule(inside[tensor]), _BatchNorm)
+    ]
+    again = [layer for layer in budget.layers if layer.groups > 1 and (layer.weight, layer.in_axis) in axes]  # transposed
+    bare = [layer for layer in [*_makers(budget, family), *again] if not (layer.normed and norms)]
+    weights = {(layer.weight, layer.out_axis) for layer in bare}
+    biases = {(tensor, 0) for tensor, _ in axes if tensor in parameters and parameters[tensor].ndim == 1}
+    biases = {(tensor, 0) for tensor, _ in biases if inside[tensor] in {layer.name for layer in bare}}
+    return [*norms, *(axis for axis in axes if axis in weights | biases)]
+
+
+def _tied(model: nn.Module, family: Family) -> bool:
+    """Whether a parameter that the family lies on is another's as well."""
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters())
+    return any(holders[id(own[tensor])] > 1 for (tensor, _), _ in family.axes if tensor in own)
