@@ -43,6 +43,17 @@ def test_the_table_of_speed_holds_the_results(network, name):
         assert [cell.strip() for cell in row.strip("|").split("|")][1:] == wanted
 
 
+def test_the_table_of_starts_holds_the_results():
+    rows = json.loads((RESULTS / "starts-resnet20.json").read_text())["rows"]
+    for ratio in (0.9, 0.7, 0.5, 0.3):
+        wanted = []
+        for method in ("linearconv", "csg"):
+            row = rows[f"{method} {ratio:g}"]
+            wanted += [f"{row['accuracy']:.2f}", f"{row['plain']['accuracy']:.2f}"]
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {100 * ratio:.0f} % | ") and line.count("|") == 6]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == wanted
+
+
 def test_the_makefile_has_the_commands():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
