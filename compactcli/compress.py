@@ -94,7 +94,7 @@ def compress(
         whole = measure.params(module) if of == "params" else measure.macs(module, shape)
     plain = plain_(module, shape)
     if made:
-        log(f"{name}: made plain kernels of {made} layers that another step had stored as fewer numbers")
+        log(f"{name}: made {made} layers of an earlier step plain: what it had saved there is undone")
     graph, channels = plan(module, shape, log)
     budget = Budget(
         graph,

@@ -79,7 +79,7 @@ def test_kernels_are_made_plain_first_and_the_user_is_told(first, second):
     stored = kernels.layers(before.module)
     plain = [edit.module for edit in after.recipe.steps[1].edits if isinstance(edit, Replace) and edit.layer == "plain.folded"]
     assert sorted(plain) == sorted(stored)
-    line = f"{second}: made plain kernels of {len(stored)} layers that another step had stored as fewer numbers"
+    line = f"{second}: made {len(stored)} layers of an earlier step plain: what it had saved there is undone"
     assert (line in told(first, second)[1]) == bool(stored)
     kinds = {type(layer).__module__.rpartition(".")[2] for layer in kernels.layers(after.module).values()}
     assert kinds <= {second}

@@ -254,7 +254,7 @@ def test_such_a_network_is_compressed_by_folding_it_first(tmp_path, small, metho
     found, lines = open_model(small), []
     kind = get(method)
     compress(found, method, kind(kind.Options()), Target(0.9, nearest=True), log=lines.append)
-    assert lines[0] == f"{method}: made plain kernels of 6 layers that another step had stored as fewer numbers"
+    assert lines[0] == f"{method}: made 6 layers of an earlier step plain: what it had saved there is undone"
     assert [step.command for step in found.recipe.steps] == ["open", "compress"]
     path = tmp_path / "small.safetensors"
     artefact.save(found, str(path))
