@@ -203,7 +203,7 @@ def test_nothing_is_cut_to_zeros_and_ones_between_epochs():
         def project(self, model: nn.Module, progress: Progress) -> None:
             seen.append(method._matrix().clone())
 
-    train.fit_(model, images(), PREPROCESSING, settings(epochs=4), hooks=[method, Noting()], keep="last")
+    train.fit_(model, images(), PREPROCESSING, settings(epochs=4), hooks=[Noting(), method], keep="last")
     assert len(seen) == 2 * 4 * 3
     assert all(torch.equal(after, before) for after, before in zip(seen[1:-1:2], seen[2::2], strict=True))
     assert ((seen[-1] - seen[-1].round()).abs() > 1e-3).any()
@@ -313,7 +313,7 @@ def test_the_gradient_of_the_scalars_is_of_the_penalty_and_of_the_loss():
     method.regularise(model, progress())
     admm = method.admm
     assert admm.rho == 0.2
-    expected = admm.y1 + admm.y2 + 0.2 * (2 * before - admm.z1 - admm.z2)
+    expected = admm.y1 + admm.y2 + 0.2 * (2 * before - admm.z1 - admm.z2) + method.ties
     for place, (v, loss) in enumerate(zip(method.scalars.values(), plain, strict=True)):
         moved = 0.7 * expected[place, : len(v)] + 0.3 * loss
         torch.testing.assert_close(v.detach(), before[place, : len(v)] - 0.1 * moved)

@@ -27,6 +27,7 @@ from compactcli.graph import trace
 from compactcli.history import Watch
 from compactcli.methods import Progress, _hinge_search, get, parse_options
 from compactcli.methods import hinge as file
+from compactcli.methods._widths import removable
 from compactcli.optim import Settings
 from compactcli.proximal import OPERATORS, STEPS
 from compactcli.recipe import Preprocessing
@@ -270,7 +271,7 @@ def test_norms_begin_as_the_error_per_cost_of_what_they_belong_to():
     pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batches = calibrate.Batches(pixels, PREPROCESSING, calibrate.value_bytes(graph))
     moments = calibrate.moments(model, [layer.name for layer in budget.layers], batches)
-    widths = {family: (order, errors) for family, order, errors in file._widths(model, sets, budget, moments, shared=False)}
+    widths = {family: (order, errors) for family, order, errors in removable(model, sets, budget, moments, shared=False)}
     method = Hinge()
     method.start(model, sets, budget, moments, trains=True)
     search, shares = method.search, []

@@ -268,7 +268,7 @@ def test_run_double_masks_what_it_is_told():
         (Replace("0", "hinge.decomposed", {}), "asks for rank 0"),
         (Replace("0", "os.system", {}), "a layer of unknown kind 'os.system'; it needs a newer compactcli"),
         (Replace("nowhere", "hinge.decomposed", {"rank": 1}), "edits 'nowhere', which the architecture does not have"),
-        (Share("generator", "csg.generator", {}), "unknown kind|cannot apply a share edit"),
+        (Share("generator", "csg.generator", {}), "unknown kind|a generator of slices 0x0x0x0"),
     ],
 )
 def test_edits_that_do_not_fit_are_refused(small, edit, message):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
 STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
+TIES = 1e-3  # what draws the first to go of a layer's filters, of those that the loss knows no difference between
 SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
 
 
@@ -207,6 +208,8 @@ class FCF(Method):
                 gate = Gate(self.scalars[family], numbered(channels, channels.axes[tensor, axis], sets), axis)
                 parametrize.register_parametrization(owner, name, gate)
         self.sizes = torch.tensor([len(own) for own in self.scalars.values()])
+        orders = [torch.from_numpy(_ranks(order, budget.families[family].sets)) for family, order, _ in self.widths]
+        self.ties = pad_sequence([TIES * (1 - ranks / len(ranks)) for ranks in orders], batch_first=True)
         counts = torch.tensor([self.kept[family] for family in self.scalars])
         penalty = Penalty(self.options.rho, self.options.growth or 1.0, self.options.most)
         self.admm = Admm(counts, self.sizes, int(self.sizes.max()), penalty)
@@ -224,7 +227,7 @@ class FCF(Method):
         self.admm.rho = min(self.admm.rho, STEADY / (options.alpha * options.rate))
         matrix = self._matrix()
         self.admm.to_(matrix.device)
-        drawn = self.admm.gradient(matrix)
+        drawn = self.admm.gradient(matrix) + self.ties.to(matrix.device)
         for v, row, size in zip(self.scalars.values(), drawn, self.sizes.tolist(), strict=True):
             assert v.grad is not None
             v.data -= options.rate * (options.alpha * row[:size] + (1 - options.alpha) * v.grad)
@@ -286,13 +289,18 @@ class FCF(Method):
     ) -> Tensor:
         """Which sets of a family (n,) bool those that read it can do without."""
         own = budget.families[family]
-        place = {number: index for index, number in enumerate(own.sets.tolist())}
-        ranked = np.array([place[number] for number in order.tolist()])
+        ranked = np.argsort(_ranks(order, own.sets))
         axes = {axis for axis, _ in own.axes}
         readers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
         known = [layer for layer in readers if moments is not None and layer.name in moments and small(layer)]
         problems = [problem(model, channels, own.sets, layer, moments[layer.name]) for layer in known] if moments else []
         return choose(problems if len(known) == len(readers) else [], ranked, self.kept[family])
+
+
+def _ranks(order: Ids, sets: Ids) -> Ids:
+    """For each of the sets its place in the order in which to give them up."""
+    place = {number: rank for rank, number in enumerate(order.tolist())}
+    return np.array([place[number] for number in sets.tolist()])
 
 
 def _means(model: nn.Module, channels: Channels, budget: Budget, family: Family) -> Floats:
