@@ -54,6 +54,15 @@ def test_the_table_of_starts_holds_the_results():
         assert [cell.strip() for cell in line.strip("|").split("|")][1:] == wanted
 
 
+def test_what_the_larger_network_starts_from_is_what_was_found():
+    rows = json.loads((RESULTS / "starts-resnet56.json").read_text())["rows"]
+    text = " ".join(README.split())
+    for method, told in (("linearconv", "linearconv keeps {} %"), ("csg", "csg {} %"), ("hetconv", "of its MACs, {} %")):
+        assert told.format(f"{rows[f'{method} 0.7']['accuracy']:.2f}") in text
+    seconds = [f"{rows[f'{method} 0.7']['seconds']:.0f}" for method in ("linearconv", "csg", "hetconv")]
+    assert f"in {seconds[0]}, {seconds[1]} and {seconds[2]} s on 2 threads" in text
+
+
 def test_the_makefile_has_the_commands():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
