@@ -152,10 +152,13 @@ def drop_unused_(model: nn.Module) -> None:
         delattr(model, SHARED)
 
 
-def fold_(model: nn.Module, *, hollow: bool = False) -> None:
-    """Put the plain layers that they are run as in the places of compact ones; only of the right shapes if `hollow`."""
+def fold_(model: nn.Module, *, hollow: bool = False, dense: bool = False) -> None:
+    """Put the plain layers that they are run as in the places of compact ones; only of the right shapes if `hollow`.
+
+    With `dense`, the one convolution that each is equal to.
+    """
     for name, layer in layers(model).items():
-        model.set_submodule(name, layer.folded(hollow=hollow))
+        model.set_submodule(name, layer.dense() if dense else layer.folded(hollow=hollow))
     drop_unused_(model)
 
 
@@ -167,9 +170,7 @@ def folded(model: nn.Module, *, dense: bool = False) -> nn.Module:
     if not layers(model):
         return model
     result = copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-    for name, layer in layers(result).items():
-        result.set_submodule(name, layer.dense() if dense else layer.folded())
-    drop_unused_(result)
+    fold_(result, dense=dense)
     return result
 
 

@@ -195,9 +195,8 @@ class FCF(Method):
         """A scalar for each filter that may go, on what comes out of the batch normalisations behind it, or of the filter."""
         if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
             raise CompactError("there is nothing here that a search could choose; leave out --epochs")
-        gates = {
-            family: _gates(model, budget, budget.families[family]) for family, _, _ in self.widths
-        }  # by names as they are now
+        # By the names as they are now: a gate renames the parameter that it stands on.
+        gates = {family: _gates(model, budget, budget.families[family]) for family, _, _ in self.widths}
         for family, order, _ in self.widths:
             sets = budget.families[family].sets
             self.scalars[family] = nn.Parameter(torch.ones(len(order)))
