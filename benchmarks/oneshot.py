@@ -15,6 +15,7 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from compactcli import artefact, data, measure, report
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
-from compactcli.methods import get
+from compactcli.methods import get, parse_options
 
 from ._common import RESULTS, checkpoint, images, write
 
@@ -59,11 +60,21 @@ def _earlier(name: str, contender: str) -> list[dict[str, Any]]:
     return rows
 
 
-def compressed(network: Network, dataset: data.Dataset, ratio: float, count: int, seed: int, method: str = "hinge") -> Network:
+def compressed(
+    network: Network,
+    dataset: data.Dataset,
+    ratio: float,
+    count: int,
+    seed: int,
+    method: str = "hinge",
+    given: Sequence[str] = (),
+) -> Network:
     """Ours: a copy of the network, that share of its MACs or parameters kept, calibrated on that many training images."""
     assert dataset.train is not None
     calibration = Calibration(data.sample(dataset.train, count, seed), dataset.name)
-    return compress(copy.deepcopy(network), method, get(method)(), Target(ratio), calibration=calibration, seed=seed)
+    kind = get(method)
+    chosen = kind(parse_options(kind, given))
+    return compress(copy.deepcopy(network), method, chosen, Target(ratio), calibration=calibration, seed=seed)
 
 
 def pruned(network: Network, dataset: data.Dataset, ratio: float, normalizer: str = "mean") -> Network:

@@ -15,16 +15,16 @@ A row is written to benchmarks/results/recover-NETWORK.json the moment its conte
 say how it was trained, where these are not the defaults. Until then the run is kept in the temporary folder. After a kill
 --resume keeps the rows that there are and goes on with the run that was broken off.
 
-    python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume]
+    python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume] [--set NAME=VALUE ...]
                                  [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--seed 0] [--limit 1000]
 """
 
 import argparse
 import copy
 import json
+import re
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,26 +50,22 @@ DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "distill_weight": 0.4, "se
 KEPT = Path(tempfile.gettempdir()) / "compactcli-recover"  # of runs that have not ended
 
 Rows = dict[str, dict[str, Any]]
-CONTENDERS: dict[str, Callable[[Network, data.Dataset, int], Network]] = {  # (original, data, seed) -> what is to be trained
-    "ours": lambda network, dataset, seed: compressed(network, dataset, RATIO, IMAGES, seed),
-    "linearconv": lambda network, dataset, seed: compressed(network, dataset, 0.5, IMAGES, seed, "linearconv"),
-    "csg": lambda network, dataset, seed: compressed(network, dataset, 0.43, IMAGES, seed, "csg"),
-    "control": lambda network, dataset, seed: copy.deepcopy(network),
-    "peer": lambda network, dataset, seed: best_pruned(network, dataset, RATIO)[0],
-}
+METHODS = {"ours": ("hinge", RATIO), "linearconv": ("linearconv", 0.5), "csg": ("csg", 0.43)}  # by contender, and what it keeps
+CONTENDERS = (*METHODS, "control", "peer")
 
 
 def main(arguments: list[str]) -> None:
     """Run and write benchmarks/results/recover-NETWORK.json for each network."""
     parser = argparse.ArgumentParser(prog="recover")
     parser.add_argument("--networks", nargs="+", default=["resnet20"])
-    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of finetune")
     parser.add_argument("--distill-weight", type=float, help="share of the teacher in the loss")
     parser.add_argument("--seed", type=int, help="of calibration and training")
     parser.add_argument("--limit", type=int, help="images of each split")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of our method; may be repeated")
     parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks recover", *arguments])
@@ -81,17 +77,26 @@ def main(arguments: list[str]) -> None:
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
         dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
         for contender in options.only:
-            key = " ".join([contender, *flags])
+            given = [f"--set {pair}" for pair in options.set if contender in METHODS]
+            key = " ".join([contender, *flags, *given])
             if options.resume and key in _rows(name):
                 continue
             print(f"{name}, {key}", flush=True)
             start = time.perf_counter()
-            one = CONTENDERS[contender](network, dataset, settings.seed)
+            one = _made(contender, network, dataset, settings.seed, options.set)
             made = {"command": command, "seconds_to_make": time.perf_counter() - start}
-            kept = KEPT / f"{name}-{key.replace(' ', '')}.safetensors"
+            kept = KEPT / (re.sub(r"[^\w.=-]+", "_", f"{name} {key}") + ".safetensors")
             row = made | _trained(one, network, dataset, settings, kept, options.resume)
             write(f"recover-{name}", {"rows": _judged(_rows(name) | {key: row})})
         _show(name)
+
+
+def _made(contender: str, original: Network, dataset: data.Dataset, seed: int, given: list[str]) -> Network:
+    """What is to be trained."""
+    if contender in METHODS:
+        method, ratio = METHODS[contender]
+        return compressed(original, dataset, ratio, IMAGES, seed, method, given)
+    return copy.deepcopy(original) if contender == "control" else best_pruned(original, dataset, RATIO)[0]
 
 
 def _trained(
@@ -133,17 +138,21 @@ def _judged(rows: Rows) -> Rows:
     """The same; those of ours beside what is required of them, as far as the peer's are there."""
     for key, row in rows.items():
         if key.startswith("ours"):
-            peer = rows.get(key.replace("ours", "peer", 1))
+            peer = rows.get(_without_options(key).replace("ours", "peer", 1))
             below, above = row["original"] - row["after"], None if peer is None else row["after"] - peer["after"]
             row["below_original"] = {"points": below, "at_most": MOST_BELOW_ORIGINAL, "met": below <= MOST_BELOW_ORIGINAL}
             met = None if above is None else above >= LEAST_ABOVE_PEER
             row["above_peer"] = {"points": above, "at_least": LEAST_ABOVE_PEER, "met": met}
         for method, most in MOST_BELOW_CONTROL.items():
-            control = rows.get(key.replace(method, "control", 1)) if key.startswith(method) else None
+            control = rows.get(_without_options(key).replace(method, "control", 1)) if key.startswith(method) else None
             if control is not None:
                 below = control["after"] - row["after"]
                 row["below_control"] = {"points": below, "at_most": most, "met": below <= most}
     return rows
+
+
+def _without_options(key: str) -> str:
+    return re.sub(r" --set \S+", "", key)
 
 
 def _show(name: str) -> None:
