@@ -1,5 +1,6 @@
 """Any method after any other: kernels are made plain first, every step stays in the recipe, and the file is the network."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -9,7 +10,7 @@ from test_artefact import image, network
 from test_search import images, settings
 from test_train import same, weights
 
-from compactcli import artefact, kernels, measure, methods, report
+from compactcli import artefact, data, kernels, measure, methods, report
 from compactcli.artefact import Network, open_model
 from compactcli.compress import Target, compress
 from compactcli.finetune import finetune
@@ -120,4 +121,21 @@ def test_a_chained_network_trains_on(first, second):
     assert before.keys() == after.keys()
     changed = [name for name, _ in trained.module.named_parameters() if not same({name: before[name]}, after)]
     assert len(changed) > 0.9 * len(list(trained.module.named_parameters()))
+    assert [step.command for step in open_model(artefact.dumps(trained)).recipe.steps] == ["compress", "compress", "finetune"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("hinge", "csg"), ("hetconv", "linearconv"), ("fcf", "hinge")])
+def test_methods_chain_on_a_trained_resnet56(checkpoints, first, second):
+    original = open_model(checkpoints / "resnet56-cifar10jpeg.th")
+    twice = open_model(compressed(open_model(compressed(copy.deepcopy(original), first, [])), second, []))
+    tree = report.report(twice, original, None)
+    assert [step["method"] for step in tree["steps"]] == [first, second]
+    for name, before, after in zip((first, second), (tree["baseline"], tree["steps"][0]), tree["steps"], strict=True):
+        of = methods.get(name).of[0]
+        assert 0.79 < after[of] / before[of] <= KEPT
+    plain, x = kernels.folded(twice.module), image(twice)
+    torch.testing.assert_close(outputs(plain, x)[0], outputs(twice.module, x)[0], rtol=1e-4, atol=1e-4)
+    noise = data.from_tensors(torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 10, "train")
+    classes = tuple(original.recipe.classes or map(str, range(10)))
+    trained = finetune(twice, data.Dataset("noise", False, classes, noise, None), settings(epochs=1), keep="last")
     assert [step.command for step in open_model(artefact.dumps(trained)).recipe.steps] == ["compress", "compress", "finetune"]
