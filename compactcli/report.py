@@ -82,10 +82,18 @@ def described(
     models = [measured(each, own, time.median_ms) for each, own, time in zip(every, evaluated, found, strict=True)]
     first = None if baseline is None else models.pop()
     return [
-        _beside(network, model, _source(network) if first is None else first)
+        _beside(network, model, _source(network) if first is None else _recalled(first, network))
         | ({} if counter is None else {"counter": _counted(counter, network, baseline)})
         for network, model in zip(networks, models, strict=True)
     ]
+
+
+def _recalled(first: dict[str, Any], network: Network) -> dict[str, Any]:
+    """The first network as measured, with the accuracy that the history knows of it where none was."""
+    source = network.recipe.source
+    if first["accuracy"] is not None or source is None or source.sha256 != first["sha256"]:
+        return first
+    return first | {"accuracy": source.measures.accuracy, "evaluated": source.measures.evaluated}
 
 
 def _beside(network: Network, model: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:

@@ -102,15 +102,15 @@ def _cards(shown: Mapping[str, Any]) -> Markup:
     cards = []
     for label, key, unit in CARDS:
         now, before = model[key], first.get(key)
-        told = f"{report.number(now)}{f' {unit}' * bool(unit)}, was {report.number(before)}"
-        cards.append(_card(label, _brief(now, unit), told, report.ratio(now, before)))
-    before = first.get("latency_ms")
-    told = "the original was not timed" if before is None else f"one image, was {report.number(before, ' ms')}"
-    cards.append(_card("Latency", report.number(model["latency_ms"], " ms"), told, shown["ratios"]["latency"]))
-    before, delta = first.get("accuracy"), shown["accuracy_delta"]
-    told = "the original's is not known" if before is None else f"was {report.percent(before)}"
-    change = None if delta is None else f"{delta:+.2f} points"
-    cards.append(_card("Accuracy", report.percent(model["accuracy"]), told, None, change))
+        end = f" {unit}" if unit else ""
+        exact = report.number(now, end), report.number(before, end)
+        cards.append(_card(label, _brief(now, unit), exact[0], exact[1], report.ratio(now, before)))
+    times = (report.number(each.get("latency_ms"), " ms") for each in (model, first))
+    cards.append(_card("Latency", next(times), "for one image", next(times), shown["ratios"]["latency"]))
+    accuracies, judged = (report.percent(each.get("accuracy")) for each in (model, first)), model["evaluated"]
+    what = f"of {report.number(judged['images'])} {judged['split']} images" if judged else "top-1"
+    change = None if shown["accuracy_delta"] is None else f"{shown['accuracy_delta']:+.2f} points"
+    cards.append(_card("Accuracy", next(accuracies), what, next(accuracies), None, change))
     return tag("section", *cards, class_="cards", aria_label="Headline figures")
 
 
@@ -121,12 +121,14 @@ def _brief(value: float | None, unit: str) -> str:
     return text + unit if text[-1].isalpha() else " ".join(filter(None, (text, unit)))
 
 
-def _card(label: str, now: str, told: str, kept: float | None, change: str | None = None) -> Markup:
+def _card(label: str, now: str, told: str, before: str, kept: float | None, change: str | None = None) -> Markup:
     if kept is not None:
         change = f"{report.share(kept)} kept"
-    bar = Markup() if kept is None else charts.kept(kept)
-    end = Markup() if change is None else tag("p", change, class_="change")
-    return tag("article", tag("h2", label), tag("p", now, class_="now"), tag("p", told, class_="was"), bar, end, class_="card")
+    lines = [tag("p", now, class_="now"), tag("p", told, class_="was")]
+    lines.append(tag("p", "was not measured" if before[0] == "-" else f"was {before}", class_="was"))
+    lines += [charts.kept(kept)] if kept is not None else []
+    lines += [tag("p", change, class_="change")] if change is not None else []
+    return tag("article", tag("h2", label), *lines, class_="card")
 
 
 def _costs(layers: Sequence[Mapping[str, Any]]) -> Markup:
@@ -166,7 +168,8 @@ def _likeness(tree: Mapping[str, Any]) -> Markup | None:
             found = {each["layer"]: each for each in tree["likeness"][side]}
             labels = [_likeness_label(name, found.get(name)) for name in names]
             levels = [found[name]["levels"] if name in found else None for name in names]
-            plots.append(_plot(title, charts.heat(f"Likeness of filters, {title.lower()}", labels, levels), charts.groups(names)))
+            heat = charts.heat(f"Likeness of filters, {title.lower()}", labels, levels, ("most", "least"))
+            plots.append(_plot(title, heat, charts.groups(names)))
     told = (
         "A column for each layer, a field for a part of its filters: at the top those that are most like another filter, at the "
         "bottom those that are least. The stronger the field, the larger the absolute correlation with that other filter."
@@ -195,7 +198,7 @@ def _norms(tree: Mapping[str, Any]) -> Markup | None:
         f"to {found[name]['largest'] * found[name]['levels'][-1]:.3g}"
         for name in names
     ]
-    plot = charts.heat("Norms of hinge's matrices", labels, [found[name]["levels"] for name in names])
+    plot = charts.heat("Norms of hinge's matrices", labels, [found[name]["levels"] for name in names], ("largest", "smallest"))
     told = (
         f"{len(names)} layers are two now: filters, and the matrix that combines them. hinge draws the columns of the matrix to "
         "zero; these are the norms of those that were kept, from the largest of a layer, at the top, to its smallest."

@@ -63,15 +63,18 @@ def bars(name: str, labels: Sequence[str], before: Sequence[float], after: Seque
     return _frame(name, labels, marks, [*wide, *narrow])
 
 
-def heat(name: str, labels: Sequence[str], columns: Sequence[Sequence[float] | None]) -> Markup:
-    """For each label a column of fields, the stronger the nearer to 1 a level is; None leaves it empty."""
+def heat(name: str, labels: Sequence[str], columns: Sequence[Sequence[float] | None], ends: tuple[str, str]) -> Markup:
+    """For each label a column of fields, the stronger the nearer to 1 a level is; None leaves it empty.
+
+    `ends` says what is at the top and at the bottom.
+    """
     fields: list[Markup] = []
     for number, levels in enumerate(columns):
         for row, level in enumerate(levels or ()):
             tall = HEIGHT / len(levels or ())
             place = {"x": number + 0.04, "y": row * tall, "width": 0.92, "height": tall}
             fields.append(tag("rect", class_="heat", fill_opacity=round(min(max(level, 0), 1), 2), **place))
-    return _frame(name, labels, [], fields)
+    return _frame(name, labels, [], fields, zip((0, HEIGHT), ends, strict=True))
 
 
 def lines(name: str, labels: Sequence[str], series: Sequence[Series], starts: Sequence[int] = ()) -> Markup:
@@ -122,7 +125,8 @@ def scatter(name: str, points: Sequence[Point]) -> Markup:
 def groups(names: Iterable[str]) -> Markup:
     """The parts of a network under the columns of its layers: a field for each run of names that begin alike."""
     runs = [(part, len(list(run))) for part, run in groupby(name.partition(".")[0] for name in names)]
-    return _under((part, count) for part, count in runs)
+    room = sum(count for _, count in runs) / 25  # narrower ones would show a letter or two
+    return _under((part if count > room else "", count) for part, count in runs)
 
 
 def numbers(labels: Sequence[str]) -> Markup:
@@ -150,7 +154,13 @@ def _under(parts: Iterable[tuple[str, int]]) -> Markup:
     return tag("div", *cells, class_="under", aria_hidden="true")
 
 
-def _frame(name: str, labels: Sequence[str], marks: Sequence[float], drawn: Sequence[Markup]) -> Markup:
+def _frame(
+    name: str,
+    labels: Sequence[str],
+    marks: Sequence[float],
+    drawn: Sequence[Markup],
+    ends: Iterable[tuple[float, str]] = (),
+) -> Markup:
     """A drawing with a scale at its left, and over it the columns that tell the values."""
     columns = [
         tag(
@@ -170,15 +180,16 @@ def _frame(name: str, labels: Sequence[str], marks: Sequence[float], drawn: Sequ
         "svg", *_grid(marks, len(labels)), *drawn, *columns, viewBox=f"0 0 {len(labels)} 100", preserveAspectRatio="none",
         class_="marks", role="group", aria_label=f"{name}; arrow keys move",
     )  # fmt: skip
-    return tag("div", _scale(marks), tag("div", drawing, class_="plane"), class_="frame")
+    return tag("div", _scale(marks, ends), tag("div", drawing, class_="plane"), class_="frame")
 
 
 def _grid(marks: Sequence[float], width: float) -> list[Markup]:
     return [tag("line", class_="grid", x1=0, x2=width, y1=_height(mark, marks), y2=_height(mark, marks)) for mark in marks]
 
 
-def _scale(marks: Sequence[float]) -> Markup:
-    texts = (tag("span", short(mark), style=f"top:{_height(mark, marks):.2f}%") for mark in marks)
+def _scale(marks: Sequence[float], ends: Iterable[tuple[float, str]] = ()) -> Markup:
+    places = [*((_height(mark, marks), short(mark)) for mark in marks), *ends]
+    texts = (tag("span", text, style=f"top:{place:.2f}%") for place, text in places)
     return tag("div", *texts, class_="scale", aria_hidden="true")
 
 

@@ -2,44 +2,41 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from .. import methods
+from ..optim import Settings
 
 # The options of a step that are flags of its command, in the order in which they are written.
 FLAGS = {
     "compress": ("ratio", "of", "round"),
-    "finetune": ("epochs", "lr", "optimizer", "batch_size", "teacher", "distill_weight", "temperature", "keep", "seed"),
+    "finetune": ("epochs", "lr", "optimizer", "schedule", "batch_size", "teacher", "distill_weight", "keep", "seed"),
     "export": ("dtype",),
 }
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "epochs"} | {"keep": "best"}
 
 
 def command_line(step: Mapping[str, Any]) -> str | None:
     """The line to paste, without the files and the data; None for a step that no command makes (a file of a method's authors).
 
-    Options of the method are in it where they are not the default.
+    Options are in it where they are not the default.
     """
     name, options = step["command"], step["options"]
     if name not in FLAGS:
         return None
     words = ["compactcli", name, *(() if step["method"] is None else ("--method", step["method"]))]
+    kind = methods.get(step["method"]) if step["method"] in methods.names() else None
+    plain = DEFAULTS if kind is None else {"of": kind.of[0]}
     for option in FLAGS[name]:
-        if options.get(option) is not None:
+        if options.get(option) not in (None, plain.get(option)):
             words += [f"--{option.replace('_', '-')}", _word(options[option])]
-    search = options.get("search")
-    if isinstance(search, Mapping):
-        words += ["--epochs", _word(search.get("epochs"))]
-    for option, default in _defaults(step["method"]).items():
-        if option in options and options[option] != default:
-            words += ["--set", f"{option}={_word(options[option])}"]
+    if isinstance(options.get("search"), Mapping):
+        words += ["--epochs", _word(options["search"].get("epochs"))]
+    for known in () if kind is None else methods.option_list(kind):
+        if options.get(known.name, known.default) != known.default:
+            words += ["--set", f"{known.name}={_word(options[known.name])}"]
     return shlex.join(words)
-
-
-def _defaults(method: str | None) -> dict[str, Any]:
-    """The options of a method with their defaults; none for a method that there is not here."""
-    if method not in methods.names():
-        return {}
-    return {option.name: option.default for option in methods.option_list(methods.get(str(method)))}
 
 
 def _word(value: object) -> str:

@@ -16,8 +16,8 @@ def tag(name: str, /, *content: str, **attributes: str | float | None) -> Markup
     Attributes that are no names in Python are written `class_`, `aria_label`.
     """
     keys = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
-    start = "".join([f"<{name}", *(f' {key}="{escape(_shown(value))}"' for key, value in keys), ">"])
-    return Markup(start if name in VOID and not content else f"{start}{join(content)}</{name}>")
+    start = "".join([f"<{name}", *(f' {key}="{escape(_shown(value))}"' for key, value in keys)])
+    return Markup(f"{start}/>" if name in VOID else f"{start}>{join(content)}</{name}>")
 
 
 def join(parts: Iterable[str]) -> Markup:
