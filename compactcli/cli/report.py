@@ -76,9 +76,9 @@ def command(
     epochs = None if history is None else _epochs(history)
     wishes: Any = {"arch": arch, "arch_kwargs": arch_kwargs, "input_shape": input_shape, "mean": mean, "std": std}
     networks = [open_network(model, **wishes, trust_pickle=trust_pickle, quiet=quiet) for model in sources]
-    if len(networks) > 1:
+    if len({network.name for network in networks}) < len(networks):
         for network, model in zip(networks, sources, strict=True):
-            network.name = network.name if model == "-" else str(model)  # as given: bare names may be alike
+            network.name = str(model)  # as given, for bare names are alike
     from .. import artefact, compare, page, report
     from ..markdown import comparison_markdown, report_markdown
 

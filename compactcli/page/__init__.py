@@ -19,7 +19,7 @@ from .commands import command_line
 from .markup import Markup, tag
 
 CARDS = (("Parameters", "params", ""), ("FLOPs", "flops", ""), ("File size", "size_bytes", "B"))
-COST_NAMES = {"params": "Parameters", "macs": "MACs", "latency": "Latency, ms"}
+COST_NAMES = {"params": "parameters", "macs": "MACs", "latency": "ms"}
 
 
 def document(
@@ -54,9 +54,9 @@ def report_page(tree: Mapping[str, Any]) -> str:
 
 def comparison_page(tree: Mapping[str, Any]) -> str:
     """The page of a comparison: schema compactcli/comparison/1."""
-    numbered = [(str(number), *row) for number, row in enumerate(compare.rows(tree), 1)]
-    table = _table(("", *compare.HEADINGS), numbered, compare.caption(tree))
-    sections = [tag("section", table), _pareto(tree["models"])]
+    numbered = [(f"{number}. {row[0]}", *row[1:]) for number, row in enumerate(compare.rows(tree), 1)]
+    told = tag("p", f"{compare.caption(tree)}.", class_="told")
+    sections = [tag("section", _table(compare.HEADINGS, numbered), told), _pareto(tree["models"])]
     sections += [_history(each["steps"], each["name"]) for each in tree["models"] if each["steps"]]
     shape = shape_text(tree["models"][0]["model"]["input_shape"])
     return _page(f"{len(tree['models'])} networks compared", [f"input {shape}"], sections, tree)
@@ -265,13 +265,12 @@ def _pareto(models: Sequence[Mapping[str, Any]]) -> Markup:
     plots = []
     for cost, key in compare.COSTS.items():
         points = [_point(str(number), each, cost, key) for number, each in enumerate(models, 1)]
-        title = f"Accuracy, %, by {COST_NAMES[cost]}"
+        title = f"Accuracy, %, by {'latency, ms' if cost == 'latency' else COST_NAMES[cost]}"
         plots.append(_plot(title, charts.scatter(title, points)))
     key = charts.legend(
         ("point best", "no other is better at no more"), ("point", "dominated: hollow, dashed"), ("solid", "the front")
     )
-    told = "The numbers are those of the table."
-    return _section("Which to take", told, key, tag("div", *plots, class_="three"))
+    return _section("Which to take", "The numbers in the points are those of the table.", key, tag("div", *plots, class_="three"))
 
 
 def _point(name: str, each: Mapping[str, Any], cost: str, key: str) -> charts.Point:
@@ -285,10 +284,9 @@ def _details(title: str, *content: Markup) -> Markup:
     return tag("details", tag("summary", title), *content)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Markup:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
     """A table whose first column of words names the row; it scrolls by itself where the page is narrow."""
     head = tag("tr", *(tag("th", heading, scope="col") for heading in headings))
     lines = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
-    told = tag("caption", caption) if caption else Markup()
-    table = tag("table", told, tag("thead", head), tag("tbody", *lines))
-    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=caption or " ".join(headings).strip())
+    table = tag("table", tag("thead", head), tag("tbody", *lines))
+    return tag("div", table, class_="scroll", tabindex=0, role="region", aria_label=", ".join(filter(None, headings)))

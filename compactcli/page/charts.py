@@ -96,22 +96,26 @@ def lines(name: str, labels: Sequence[str], series: Sequence[Series], starts: Se
 
 
 def scatter(name: str, points: Sequence[Point]) -> Markup:
-    """Points, full where no other beats them and joined by their front, hollow and dashed elsewhere."""
-    across, up = ticks(min(p.x for p in points), max(p.x for p in points), 3), ticks(*_span(point.y for point in points))
+    """Points, full where no other beats them and joined by their front, hollow and dashed elsewhere; equal ones are one."""
+    across, up = ticks(*_span(point.x for point in points), 3), ticks(*_span(point.y for point in points))
     front = sorted({(point.x, point.y) for point in points if point.optimal})
-    places = [(_share(x, across), _height(y, up)) for x, y in front]
-    path = "".join(f"{'L' if number else 'M'}{100 * x:.2f} {y:.2f}" for number, (x, y) in enumerate(places))
+    path = "".join(
+        f"{'L' if number else 'M'}{100 * _share(x, across):.2f} {_height(y, up):.2f}" for number, (x, y) in enumerate(front)
+    )
+    places: dict[tuple[float, float], list[Point]] = {}
+    for point in points:
+        places.setdefault((point.x, point.y), []).append(point)
     dots = [
         tag(
             "span",
-            point.name,
-            class_="point best" if point.optimal else "point",
+            " ".join(point.name for point in there),
+            class_="point best" if there[0].optimal else "point",
             tabindex=-1 if number else 0,
             role="img",
-            aria_label=point.label,
-            style=f"left:{100 * _share(point.x, across):.2f}%;top:{_height(point.y, up):.2f}%",
+            aria_label="\n".join(point.label for point in there),
+            style=f"left:{100 * _share(x, across):.2f}%;top:{_height(y, up):.2f}%",
         )
-        for number, point in enumerate(points)
+        for number, ((x, y), there) in enumerate(places.items())
     ]
     below = (tag("span", short(mark), style=f"left:{100 * _share(mark, across):.2f}%") for mark in across)
     drawing = tag(
@@ -207,5 +211,7 @@ def _share(value: float, marks: Sequence[float]) -> float:
 
 
 def _span(values: Iterable[float]) -> tuple[float, float]:
+    """From the least to the largest value, with some room."""
     known = list(values)
-    return min(known), max(known)
+    room = (max(known) - min(known)) / 12
+    return min(known) - room, max(known) + room
