@@ -13,7 +13,7 @@ def report_markdown(tree: Mapping[str, Any]) -> str:
     """A report: the measures, and the history."""
     parts = [f"### {_text(report.title(tree['model']))}", _table(report.HEADINGS, report.summary_rows(tree))]
     if tree["model"]["evaluated"]:
-        parts.append(_text(report.judged_by(tree["model"]).capitalize() + "."))
+        parts.append(_text(report.judged_by(tree["model"])) + ".")
     if tree["steps"]:
         parts += ["#### History", _table(report.STEP_HEADINGS, list(map(report.step_row, tree["steps"])))]
     return "\n\n".join([*parts, f"Measured by compactcli {__version__}."]) + "\n"

@@ -313,7 +313,7 @@ def title(model: Mapping[str, Any]) -> str:
 def judged_by(model: Mapping[str, Any]) -> str:
     """What a network's accuracy was measured on; "" where that is not known."""
     what = model["evaluated"]
-    return f"accuracy on {number(what['images'])} {what['split']} images of {what['dataset']}" if what else ""
+    return f"Accuracy on {number(what['images'])} {what['split']} images of {what['dataset']}" if what else ""
 
 
 HEADINGS = ("", "original", "now", "kept")
@@ -377,7 +377,7 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
         if before != after:
             ratios = [ratio(after[key], before[key]) for key in ("params", "macs")]
             shapes = (" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after))
-            table.add_row(layer["name"], *shapes, *map(share, ratios))
+            table.add_row(Text(layer["name"]), *shapes, *map(share, ratios))
     return table
 
 

@@ -15,6 +15,7 @@ import torch
 from jsonschema import Draft202012Validator
 from networks import named
 from test_cli import one_line, run
+from test_report import text_of
 from test_schemas import SCHEMAS
 
 from compactcli import compare, measure, page, report
@@ -23,7 +24,7 @@ from compactcli.markdown import comparison_markdown, report_markdown
 from compactcli.page import charts, figures
 from compactcli.page.commands import command_line
 
-HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>`|*_&lt;"
+HOSTILE = "[/red]\"'><script>alert(1)</script><img src=x onerror=alert(1)>`|*_&lt;"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
 
@@ -253,6 +254,11 @@ def test_nothing_in_a_file_becomes_markdown(made, compared):
         cells, wanted = ([len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()] for text in (crafted, plain))
         assert cells == wanted
         assert not re.search(r"(?<!\\)[<>`]", crafted)
+
+
+def test_nothing_in_a_file_becomes_the_markup_of_tables(made, compared):
+    for table in (report.report_tables(hostile(made[0]), layers=True), compare.table(hostile(compared[0]))):
+        assert "[/red]" in text_of(table)
 
 
 def test_a_command_to_paste_is_one_command():

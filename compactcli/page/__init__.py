@@ -46,7 +46,7 @@ def report_page(tree: Mapping[str, Any]) -> str:
     """The page of a document that `document` made."""
     shown = tree["report"]
     model = shown["model"]
-    head = [report.judged_by(model).capitalize(), f"sha256 {model['sha256'][:12]}" if model["sha256"] else ""]
+    head = [report.judged_by(model), f"sha256 {model['sha256'][:12]}" if model["sha256"] else ""]
     sections = [_cards(shown), _costs(shown["layers"]), _likeness(tree), _norms(tree), _training(tree["epochs"])]
     sections += [_history(shown["steps"]), _figures(shown)]
     return _page(model["arch"], [f"input {shape_text(model['input_shape'])}", *head], sections, tree)
