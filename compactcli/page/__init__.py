@@ -189,10 +189,10 @@ def _likeness_label(name: str, found: Mapping[str, Any] | None) -> str:
 
 def _norms(tree: Mapping[str, Any]) -> Markup | None:
     """The norms that hinge's groups have in the layers that it decomposed."""
-    if not tree["norms"]:
-        return None
     found = {each["layer"]: each for each in tree["norms"]}
     names = [layer["name"] for layer in tree["report"]["layers"] if layer["name"] in found]
+    if not names:
+        return None
     labels = [
         f"{name}: rank {found[name]['columns']}, norms from {found[name]['largest']:.3g} "
         f"to {found[name]['largest'] * found[name]['levels'][-1]:.3g}"
