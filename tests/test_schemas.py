@@ -140,8 +140,7 @@ def test_documents_show_what_may_be_null_with_a_value(documents):
     """A key that is null in all of them would be held to nothing."""
     seen = {key for trees in documents.values() for tree in trees for key in filled(tree)}
     keys = {key for schema in SCHEMAS.values() for part in parts(schema) for key in part.get("properties", ())}
-    unseen = {"peak_memory_bytes", "training", "stage", "loss"}
-    assert keys - {key for key in keys if key in seen} <= unseen
+    assert keys - seen <= {"peak_memory_bytes", "training", "stage"}  # on CUDA, with epochs, of a search
 
 
 def filled(tree: Any) -> Iterator[str]:
