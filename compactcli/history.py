@@ -1,7 +1,12 @@
 """What a training run tells: while it goes on, and in the end."""
 
+import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import CompactError
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,29 @@ def better(one: EpochRecord, other: EpochRecord) -> bool:
     if one.validation_loss is None or other.validation_loss is None:
         return other.validation_loss is None and one.validation_loss is not None
     return (one.accuracy, -one.validation_loss) > (other.accuracy, -other.validation_loss)
+
+
+def loads(text: str, name: str) -> list[dict[str, Any]]:
+    """The epochs of a file that `--history` wrote, each with its "stage" (None where the command had one only).
+
+    Raises CompactError if it is none.
+    """
+    try:
+        epochs = [json.loads(line) for line in text.splitlines()]
+        known = bool(epochs) and all(_is_epoch(epoch) for epoch in epochs)
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise CompactError(f"{name} is no history of epochs; give what finetune or compress wrote with --history")
+    return [{"stage": None, **epoch} for epoch in epochs]
+
+
+def _is_epoch(tree: Any) -> bool:
+    """Whether a line's document has the fields of a record, numbers or null, and at most a stage beside."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("stage"), str | None):
+        return False
+    figures = {name: value for name, value in tree.items() if name != "stage"}
+    if figures.keys() != {field.name for field in fields(EpochRecord)}:
+        return False
+    known = [value for name, value in figures.items() if value is not None or name in ("epoch", "accuracy", "seconds")]
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in known)

@@ -272,9 +272,7 @@ def redundancy(weight: Tensor) -> Redundancy | None:
     filters = weight.detach().flatten(1).double()
     if len(filters) < 2 or not filters.isfinite().all():
         return None
-    centred = filters - filters.mean(1, keepdim=True)
-    unit = nn.functional.normalize(centred, dim=1)
-    correlation = (unit @ unit.T).abs().fill_diagonal_(0)
+    correlation = _correlation(filters)
     values = torch.linalg.eigvalsh(filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters)
     energy = values.flip(0).clamp_min(0)
     if not float(energy.sum()):
@@ -287,3 +285,21 @@ def redundancy(weight: Tensor) -> Redundancy | None:
         effective_rank=float(torch.exp(torch.special.entr(share).sum())),
         rank_ratio_99=(int((held < 0.99).sum()) + 1) / len(energy),
     )
+
+
+def likeness(weight: Tensor) -> Tensor | None:
+    """The largest |correlation| of each filter of a weight (o, i, k, k) with another (o,): its mean is `max_abs_corr`.
+
+    None if there are fewer than two filters, or one is not finite.
+    """
+    filters = weight.detach().flatten(1).double()
+    if len(filters) < 2 or not filters.isfinite().all():
+        return None
+    return _correlation(filters).amax(1)
+
+
+def _correlation(filters: Tensor) -> Tensor:
+    """|correlation| of filters (o, n) with each other (o, o), and 0 with themselves."""
+    centred = filters - filters.mean(1, keepdim=True)
+    unit = nn.functional.normalize(centred, dim=1)
+    return (unit @ unit.T).abs().fill_diagonal_(0)

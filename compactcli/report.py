@@ -62,23 +62,50 @@ def report(
 
     With `counter`, a paper's own count as well. Raises UsageError if there is none of that name.
     """
-    counted = {} if counter is None else {"counter": _counted(counter, network, baseline)}
-    evaluated = {} if dataset is None else {id(n): evaluate(n, dataset) for n in (network, baseline) if n is not None}
+    (tree,) = described([network], baseline, [dataset], counter=counter)
+    return {"schema": "compactcli/report/1", **tree}
+
+
+def described(
+    networks: Sequence[Network], baseline: Network | None, datasets: Sequence[data.Dataset | None], *, counter: str | None = None
+) -> list[dict[str, Any]]:
+    """The report on each network, without its schema: all timed in turn, with the baseline as the last, that is measured once.
+
+    `datasets` holds for each network the images that it is evaluated on; the baseline shares those of the first.
+    """
+    every = [*networks, *([] if baseline is None else [baseline])]
+    pairs = zip(every, [*datasets, datasets[0]], strict=False)
+    evaluated = [None if dataset is None else evaluate(each, dataset) for each, dataset in pairs]
     # Folded, and in the memory format, as load() gives them.
-    pair = [kernels.folded(each.module) for each in (network, baseline) if each is not None]
-    found = measure.latency(pair, network.input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
-    latency = [each.median_ms for each in found]
-    model = measured(network, evaluated.get(id(network)), latency[0])
-    first = _source(network) if baseline is None else measured(baseline, evaluated.get(id(baseline)), latency[1])
+    modules = [kernels.folded(each.module) for each in every]
+    found = measure.latency(modules, networks[0].input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
+    models = [measured(each, own, time.median_ms) for each, own, time in zip(every, evaluated, found, strict=True)]
+    first = None if baseline is None else models.pop()
+    return [
+        _beside(network, model, _source(network) if first is None else _recalled(first, network))
+        | ({} if counter is None else {"counter": _counted(counter, network, baseline)})
+        for network, model in zip(networks, models, strict=True)
+    ]
+
+
+def _recalled(first: dict[str, Any], network: Network) -> dict[str, Any]:
+    """The first network as measured, with the accuracy that the history knows of it where none was."""
+    source = network.recipe.source
+    if first["accuracy"] is not None or source is None or source.sha256 != first["sha256"]:
+        return first
+    return first | {"accuracy": source.measures.accuracy, "evaluated": source.measures.evaluated}
+
+
+def _beside(network: Network, model: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+    """A network's measures, those of the first one, and how it came from there."""
     ratios = {
-        name: _ratio(model[key], None if first is None else first[key])
+        name: ratio(model[key], None if first is None else first[key])
         for name, key in (("params", "params"), ("macs", "macs"), ("size_bytes", "size_bytes"), ("latency", "latency_ms"))
     }
     delta = None
     if first is not None and None not in (model["accuracy"], first["accuracy"]):
         delta = model["accuracy"] - first["accuracy"]
     return {
-        "schema": "compactcli/report/1",
         "model": model,
         "baseline": first,
         "ratios": ratios,
@@ -97,7 +124,6 @@ def report(
             for step in network.recipe.steps
         ],
         "layers": _layers(network),
-        **counted,
     }
 
 
@@ -168,7 +194,8 @@ def _source(network: Network) -> dict[str, Any] | None:
     }
 
 
-def _ratio(now: float | None, before: float | None) -> float | None:
+def ratio(now: float | None, before: float | None) -> float | None:
+    """The share kept of a figure; None where one is not known."""
     return None if now is None or not before else now / before
 
 
@@ -261,10 +288,40 @@ def _suggestion(network: Network, layers: Sequence[Mapping[str, Any]]) -> dict[s
 
 def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> RenderableType:
     """The report as Rich tables: the measures, the history, and with `layers` each layer that changed."""
-    model, first = tree["model"], tree["baseline"] or {}
-    summary = Table(title=f"{model['arch']}, input {shape_text(model['input_shape'])}", title_justify="left")
-    for name in ("", "original", "now", "kept"):
+    model = tree["model"]
+    summary = Table(title=Text(title(model)), title_justify="left")
+    for name in HEADINGS:
         summary.add_column(name, justify="left" if not name else "right")
+    for row in summary_rows(tree):
+        summary.add_row(*row)
+    if model["evaluated"]:
+        summary.caption = Text(judged_by(model))
+        summary.caption_justify = "left"
+    parts: list[RenderableType] = [summary]
+    if tree["steps"]:
+        parts.append(_history(tree["steps"]))
+    if layers:
+        parts.append(_changed(tree["layers"]))
+    return Group(*parts)
+
+
+def title(model: Mapping[str, Any]) -> str:
+    """A network's architecture and input."""
+    return f"{model['arch']}, input {shape_text(model['input_shape'])}"
+
+
+def judged_by(model: Mapping[str, Any]) -> str:
+    """What a network's accuracy was measured on; "" where that is not known."""
+    what = model["evaluated"]
+    return f"Accuracy on {number(what['images'])} {what['split']} images of {what['dataset']}" if what else ""
+
+
+HEADINGS = ("", "original", "now", "kept")
+
+
+def summary_rows(tree: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The measures of a report as people read them, under HEADINGS."""
+    model, first = tree["model"], tree["baseline"] or {}
     shown = [
         ("Parameters", "params", ""),
         ("Parameters, kernels made", "params_materialised", ""),
@@ -280,23 +337,10 @@ def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> Renderabl
     if "counter" in tree:
         own = tree["counter"]
         rows.insert(len(rows) - 2, (f"By {own['name']}'s counter", own["baseline"], own["count"], ""))
-    for label, before, now, unit in rows:
-        kept = _ratio(now, before)
-        summary.add_row(label, _number(before, unit), _number(now, unit), "-" if kept is None else f"{100 * kept:.1f} %")
+    told = [(label, number(before, unit), number(now, unit), share(ratio(now, before))) for label, before, now, unit in rows]
     delta = tree["accuracy_delta"]
-    summary.add_row(
-        "Accuracy", _percent(first.get("accuracy")), _percent(model["accuracy"]), "-" if delta is None else f"{delta:+.2f} points"
-    )
-    if model["evaluated"]:
-        what = model["evaluated"]
-        summary.caption = f"accuracy on {what['images']:,} {what['split']} images of {what['dataset']}"
-        summary.caption_justify = "left"
-    parts: list[RenderableType] = [summary]
-    if tree["steps"]:
-        parts.append(_history(tree["steps"]))
-    if layers:
-        parts.append(_changed(tree["layers"]))
-    return Group(*parts)
+    points = "-" if delta is None else f"{delta:+.2f} points"
+    return [*told, ("Accuracy", percent(first.get("accuracy")), percent(model["accuracy"]), points)]
 
 
 def _is_idle(key: str, model: Mapping[str, Any]) -> bool:
@@ -306,14 +350,22 @@ def _is_idle(key: str, model: Mapping[str, Any]) -> bool:
 
 def _history(steps: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="history", title_justify="left")
-    for name in ("step", "options", "parameters", "MACs", "accuracy", "output error"):
+    for name in STEP_HEADINGS:
         table.add_column(name, justify="left" if name in ("step", "options") else "right")
     for step in steps:
-        options = " ".join(f"{key}={value}" for key, value in step["options"].items() if value is not None)
-        error = "-" if step["error"] is None else f"{step['error']:.3f}"
-        name = " ".join(filter(None, (step["command"], step["method"])))
-        table.add_row(name, options, _number(step["params"]), _number(step["macs"]), _percent(step["accuracy"]), error)
+        table.add_row(*map(Text, step_row(step)))
     return table
+
+
+STEP_HEADINGS = ("step", "options", "parameters", "MACs", "accuracy", "output error")
+
+
+def step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """A step of the history as people read it, under STEP_HEADINGS."""
+    options = " ".join(f"{key}={value}" for key, value in step["options"].items() if value is not None)
+    name = " ".join(filter(None, (step["command"], step["method"])))
+    error = "-" if step["error"] is None else f"{step['error']:.3f}"
+    return name, options, number(step["params"]), number(step["macs"]), percent(step["accuracy"]), error
 
 
 def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
@@ -323,9 +375,9 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
     for layer in layers:
         before, after = layer["before"], layer["after"]
         if before != after:
-            ratios = [_ratio(after[key], before[key]) for key in ("params", "macs")]
+            ratios = [ratio(after[key], before[key]) for key in ("params", "macs")]
             shapes = (" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after))
-            table.add_row(layer["name"], *shapes, *("-" if kept is None else f"{100 * kept:.1f} %" for kept in ratios))
+            table.add_row(Text(layer["name"]), *shapes, *map(share, ratios))
     return table
 
 
@@ -342,7 +394,7 @@ def analysis_tables(tree: Mapping[str, Any]) -> RenderableType:
         if redundancy:
             figures = [f"{redundancy['max_abs_corr']:.2f}", f"{redundancy['mean_abs_corr']:.2f}"]
             figures += [f"{redundancy['effective_rank']:.1f}", f"{100 * redundancy['rank_ratio_99']:.0f} %"]
-        sizes = (shape_text(layer["weight_shape"]), _number(layer["params"]), _number(layer["macs"]))
+        sizes = (shape_text(layer["weight_shape"]), number(layer["params"]), number(layer["macs"]))
         table.add_row(layer["name"], *sizes, str(layer["sets"]), *figures, layer["locked"] or "")
     return Group(table, f"try: {tree['suggestion']['command']}")
 
@@ -429,14 +481,21 @@ def bench_table(tree: Mapping[str, Any]) -> RenderableType:
             figures = [f"{own[key]:,.3f}" for key in ("median_ms", "iqr_ms")]
             figures += [f"{own['images_per_second']:,.1f}", f"{own['ratio']:.3f}"]
             row = [Text(model["name"]), str(own["batch"]), str(own["threads"]), own["memory_format"], *figures]
-            table.add_row(*row, *[_number(own["peak_memory_bytes"], " B")] * memory)
+            table.add_row(*row, *[number(own["peak_memory_bytes"], " B")] * memory)
         table.add_section()
     return table
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def number(value: float | None, unit: str = "") -> str:
+    """A count with commas, or a measure with two decimals."""
     return "-" if value is None else f"{value:,}{unit}" if isinstance(value, int) else f"{value:,.2f}{unit}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """An accuracy."""
     return "-" if value is None else f"{value:.2f} %"
+
+
+def share(value: float | None) -> str:
+    """A share kept."""
+    return "-" if value is None else f"{100 * value:.1f} %"

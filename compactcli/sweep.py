@@ -38,6 +38,7 @@ from .errors import CompactError, UsageError, shape_text
 from .finetune import check, finetune
 from .history import Watch
 from .optim import Settings
+from .pareto import optimal
 from .train import VALIDATION_LIMIT
 
 SCHEMA = "compactcli/sweep/1"
@@ -155,12 +156,8 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             return float(row["accuracy"])
         return -math.inf if row["error"] is None else -float(row["error"])
 
-    def beaten(row: Mapping[str, Any], key: str) -> bool:
-        own = good(row), -row[key]
-        others = [(good(other), -other[key]) for other in made]
-        return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in others)
-
-    return [[name for name, key in COSTS.items() if row["reason"] is None and not beaten(row, key)] for row in rows]
+    best = {name: iter(optimal([(good(row), row[key]) for row in made])) for name, key in COSTS.items()}
+    return [[] if row["reason"] is not None else [name for name, found in best.items() if next(found)] for row in rows]
 
 
 def _check(network: Network, terms: Terms) -> None:

@@ -135,7 +135,9 @@ FLAGS = {
     | TRAINING_FLAGS
     | {"--output", "-o", "--seed", "--milestones", "--warmup-epochs", "--label-smoothing", "--cutout", "--clip-grad", "--ema"}
     | {"--freeze-bn", "--sync-bn", "--patience", "--accumulate", "--compile"},
-    "report": MODEL_FLAGS | DATA_FLAGS | {"--baseline", "--counter", "--json", "--verbose", "-v"},
+    "report": (MODEL_FLAGS - {"MODEL"})
+    | DATA_FLAGS
+    | {"MODELS", "--baseline", "--counter", "--json", "--markdown", "--html", "--history", "--verbose", "-v"},
     "sweep": MODEL_FLAGS
     | DATA_FLAGS
     | (TRAINING_FLAGS - {"--time-limit", "--state", "--save-every", "--history", "--dtype"})

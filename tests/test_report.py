@@ -174,6 +174,21 @@ def test_the_last_recorded_accuracy_is_shown_without_data(pair):
     assert "91.50 %" in text_of(report.report_tables(tree))
 
 
+def test_the_history_knows_the_accuracy_of_the_baseline_that_it_began_with(pair):
+    original, small = pair
+    seen = {"dataset": "digits", "split": "test", "images": 7}
+    source = small.recipe.source
+    known = replace(source, measures=replace(source.measures, accuracy=90.5, evaluated=seen))
+    tree = report.report(replace(small, recipe=replace(small.recipe, source=known)), original, None)
+    check_report(tree)
+    assert (tree["baseline"]["accuracy"], tree["baseline"]["evaluated"]) == (90.5, seen)
+    assert tree["baseline"]["latency_ms"] > 0
+    other = replace(known, sha256="0" * 64)
+    assert (
+        report.report(replace(small, recipe=replace(small.recipe, source=other)), original, None)["baseline"]["accuracy"] is None
+    )
+
+
 def test_tables_show_a_dash_for_what_is_not_known(pair):
     original, small = pair
     text = text_of(report.report_tables(report.report(small, None, None), layers=True))

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # DESIGN.md, "The parts": a file imports from its own row and from those above it.
 ORDER = [
-    {"errors", "recipe", "distributed", "vision", "proximal", "lpbox"},
+    {"errors", "recipe", "distributed", "vision", "proximal", "lpbox", "pareto"},
     {"graph", "data", "streams", "cifar", "batchnorm", "history", "kernels"},
     {
         "architectures",
@@ -34,7 +34,7 @@ ORDER = [
     },
     {"methods", "measure", "counters"},
     {"artefact", "optim", "resume", "train"},
-    {"compress", "finetune", "precision", "report", "explain", "export", "sweep"},
+    {"compress", "finetune", "precision", "report", "compare", "markdown", "page", "explain", "export", "sweep"},
     {"cli"},
 ]
 ROOF = {"__init__", "__main__"}  # the library on one screen, and `python -m`

@@ -1,16 +1,27 @@
 """`compactcli report`."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import streams
+from ..errors import CompactError, UsageError
 from . import common
-from .common import guarded, open_data, open_network
+from .common import guarded, note, open_data, open_network
+
+if TYPE_CHECKING:
+    from ..artefact import Network
+    from ..data import Dataset
 
 
 @guarded
 def command(
-    model: common.Model = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Checkpoint files or folders, several to compare them; - or nothing reads stdin."),
+    ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Network to compare with. [default: what the file remembers of the original]"),
@@ -30,6 +41,13 @@ def command(
     std: common.Std = None,
     trust_pickle: common.TrustPickle = False,
     json: common.Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown on stdout, for a model card.")] = False,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page with charts, in one file that needs no network.")
+    ] = None,
+    history: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Epochs that training wrote with its --history: curves in the page.")
+    ] = None,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
     debug: common.Debug = False,
@@ -37,21 +55,76 @@ def command(
     """Report parameters, FLOPs, size, latency and accuracy, beside the original's.
 
     compactcli report small.safetensors --baseline resnet56.pt --data cifar10
+
+    compactcli report small.safetensors --html small.html --history epochs.jsonl
+
+    compactcli report resnet56.pt small.safetensors tiny.safetensors --data cifar10 --html compared.html
     """
+    sources: Sequence[str | None] = models or [None]
+    if sum([json, markdown, html == "-"]) > 1:
+        raise UsageError("--json, --markdown and --html - all go to stdout; give one of them")
+    if sources.count("-") > 1:
+        raise UsageError("stdin holds one model; give - once, and files for the others")
+    if history is not None and (html is None or len(sources) > 1):
+        raise UsageError("--history: its curves are in the page of one model; give one, and --html FILE")
+    if html not in (None, "-"):
+        _check_page(str(html), [*sources, baseline, history])
     if counter is not None:
         from .. import counters
 
         counters.get(counter)
-    network = open_network(
-        model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
-        trust_pickle=trust_pickle, quiet=quiet,
-    )  # fmt: skip
-    from .. import artefact, report
+    epochs = None if history is None else _epochs(history)
+    wishes: Any = {"arch": arch, "arch_kwargs": arch_kwargs, "input_shape": input_shape, "mean": mean, "std": std}
+    networks = [open_network(model, **wishes, trust_pickle=trust_pickle, quiet=quiet) for model in sources]
+    if len({network.name for network in networks}) < len(networks):
+        for network, model in zip(networks, sources, strict=True):
+            network.name = str(model)  # as given, for bare names are alike
+    from .. import artefact, compare, page, report
+    from ..markdown import comparison_markdown, report_markdown
 
-    other = None if baseline is None else artefact.open_beside(baseline, network, arch)
-    dataset = open_data(network, data, data_dir=data_dir, download=download, limit=limit, seed=0)
-    tree = report.report(network, other, dataset, counter=counter)
+    other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch)
+    datasets = _datasets(networks, data, data_dir=data_dir, download=download, limit=limit, seed=0)
+    if len(networks) == 1:
+        tree = report.report(networks[0], other, datasets[0], counter=counter)
+        tables, text = report.report_tables(tree, layers=verbose), report_markdown(tree)
+        whole = html and page.report_page(page.document(tree, networks[0], other, epochs))
+    else:
+        tree = compare.comparison(networks, other, datasets, counter=counter)
+        tables, text = compare.table(tree), comparison_markdown(tree)
+        whole = html and page.comparison_page(tree)
+    if html and whole:
+        streams.write(whole.encode(), html)
+        note(f"wrote {len(whole.encode()):,} bytes to {'stdout' if html == '-' else html}", quiet)
     if json:
         common.write_json(tree)
-    else:
-        common.show(report.report_tables(tree, layers=verbose))
+    elif markdown:
+        typer.echo(text, nl=False)
+    elif html is None:
+        common.show(tables)
+
+
+def _check_page(html: str, others: Sequence[str | Path | None]) -> None:
+    """Raise CompactError unless the page can be written there, UsageError if that is a file that is read."""
+    streams.check_folder(html)
+    if Path(html).resolve() in [Path(other).resolve() for other in others if other is not None]:
+        raise UsageError(f"--html {html}: that is a file that this command reads; give another")
+
+
+def _epochs(path: Path) -> list[dict[str, Any]]:
+    """The epochs that training wrote. Raises CompactError if it cannot be read or is none of that."""
+    from ..history import loads
+
+    try:
+        return loads(path.read_text(encoding="utf-8", errors="replace"), path.name)
+    except OSError as problem:
+        raise CompactError(f"{path.name}: {(problem.strerror or str(problem)).lower()}") from None
+
+
+def _datasets(networks: "Sequence[Network]", spec: str | None, **wishes: Any) -> "list[Dataset | None]":
+    """The images of --data for each network, decoded once for those that take them alike."""
+    known: dict[Any, Dataset | None] = {}
+    keys = [(each.input_shape, each.recipe.preprocessing.resize, each.recipe.preprocessing.interpolation) for each in networks]
+    for key, network in zip(keys, networks, strict=True):
+        if key not in known:
+            known[key] = open_data(network, spec, **wishes)
+    return [known[key] for key in keys]

@@ -1,0 +1,92 @@
+"""Several networks side by side: what each is, and which no other beats."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from . import data, report
+from .artefact import Network
+from .errors import CompactError, shape_text
+from .pareto import optimal
+from .report import number, percent, share
+
+COSTS = {"params": "params", "macs": "macs", "latency": "latency_ms"}  # what a network may be the best at -> its figure
+HEADINGS = ("network", "parameters", "kept", "MACs", "kept", "file", "latency", "accuracy", "Pareto for")
+UNJUDGED = "Pareto: not known, for not all accuracies are of the same images; give --data"
+JUDGED = "Pareto: no other is as accurate at less, or more accurate at no more"
+
+
+def comparison(
+    networks: Sequence[Network],
+    baseline: Network | None,
+    datasets: Sequence[data.Dataset | None],
+    *,
+    counter: str | None = None,
+) -> dict[str, Any]:
+    """The reports on several networks, timed in turn: schema compactcli/comparison/1.
+
+    Each has its `name` and, as `pareto`, the costs of COSTS for which no other is as accurate at less, or more accurate at no
+    more: none unless all accuracies are known and of the same images. Raises CompactError if they take different inputs.
+    """
+    shape = networks[0].input_shape
+    other = next((each for each in [*networks, baseline] if each is not None and each.input_shape != shape), None)
+    if other is not None:
+        sizes = f"takes {shape_text(other.input_shape)}, {networks[0].name} {shape_text(shape)}"
+        raise CompactError(f"{other.name}: {sizes}; compare networks of one input, or give all one with --input-shape CxHxW")
+    trees = report.described(networks, baseline, datasets, counter=counter)
+    models = [tree["model"] for tree in trees]
+    marks: list[list[str]] = [[] for _ in models]
+    if _judged_alike(models):
+        for cost, key in COSTS.items():
+            for own, best in zip(marks, optimal([(model["accuracy"], model[key]) for model in models]), strict=True):
+                own += [cost] * best
+    named = zip(networks, marks, trees, strict=True)
+    return {
+        "schema": "compactcli/comparison/1",
+        "models": [{"name": network.name, "pareto": own, **tree} for network, own, tree in named],
+    }
+
+
+def _judged_alike(models: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all accuracies are known and of the same images."""
+    return all(model["accuracy"] is not None and model["evaluated"] == models[0]["evaluated"] for model in models)
+
+
+def rows(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The networks as people read them, under HEADINGS."""
+    return [
+        (
+            each["name"],
+            number(each["model"]["params"]),
+            share(each["ratios"]["params"]),
+            number(each["model"]["macs"]),
+            share(each["ratios"]["macs"]),
+            number(each["model"]["size_bytes"], " B"),
+            number(each["model"]["latency_ms"], " ms"),
+            percent(each["model"]["accuracy"]),
+            ", ".join(each["pareto"]) or "-",
+        )
+        for each in tree["models"]
+    ]
+
+
+def caption(tree: Mapping[str, Any]) -> str:
+    """What accuracies were measured on and what the marks mean, or why there are none."""
+    models = [each["model"] for each in tree["models"]]
+    if not _judged_alike(models):
+        return UNJUDGED
+    return "; ".join(filter(None, (report.judged_by(models[0]), JUDGED)))
+
+
+def table(tree: Mapping[str, Any]) -> RenderableType:
+    """The comparison as a Rich table."""
+    shown = Table(title=f"{len(tree['models'])} networks", title_justify="left", caption_justify="left")
+    for name in HEADINGS:
+        shown.add_column(name, justify="left" if name in ("network", "Pareto for") else "right", overflow="fold")
+    for row in rows(tree):
+        shown.add_row(*map(Text, row))
+    shown.caption = Text(caption(tree))
+    return shown
