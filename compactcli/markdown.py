@@ -6,7 +6,7 @@ from typing import Any
 
 from . import __version__, compare, report
 
-LEFT = {"", "network", "Pareto for", "step", "options"}  # headings of words; under the others are figures
+LEFT = {"", "network", "Pareto for", "command"}  # headings of words; under the others are figures
 
 
 def report_markdown(tree: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from . import architectures, artefact, budget, counters, data, kernels, measure, surgery
 from .artefact import Network
 from .channels import Channels
+from .commands import command_line
 from .data import Split
 from .errors import CompactError, shape_text
 from .graph import run_fake, trace
@@ -351,21 +352,19 @@ def _is_idle(key: str, model: Mapping[str, Any]) -> bool:
 def _history(steps: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="history", title_justify="left")
     for name in STEP_HEADINGS:
-        table.add_column(name, justify="left" if name in ("step", "options") else "right")
+        table.add_column(name, justify="left" if name == "command" else "right")
     for step in steps:
         table.add_row(*map(Text, step_row(step)))
     return table
 
 
-STEP_HEADINGS = ("step", "options", "parameters", "MACs", "accuracy", "output error")
+STEP_HEADINGS = ("command", "parameters", "MACs", "accuracy", "output error")
 
 
 def step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
-    """A step of the history as people read it, under STEP_HEADINGS."""
-    options = " ".join(f"{key}={value}" for key, value in step["options"].items() if value is not None)
-    name = " ".join(filter(None, (step["command"], step["method"])))
+    """A step of the history as people read it, under STEP_HEADINGS: without the files, and options at their defaults."""
     error = "-" if step["error"] is None else f"{step['error']:.3f}"
-    return name, options, number(step["params"]), number(step["macs"]), percent(step["accuracy"]), error
+    return command_line(step), number(step["params"]), number(step["macs"]), percent(step["accuracy"]), error
 
 
 def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:

@@ -20,9 +20,9 @@ from test_schemas import SCHEMAS
 
 from compactcli import compare, measure, page, report
 from compactcli.artefact import open_model
+from compactcli.commands import command_line
 from compactcli.markdown import comparison_markdown, report_markdown
 from compactcli.page import charts, figures
-from compactcli.page.commands import command_line
 
 HOSTILE = "[/red]\"'><script>alert(1)</script><img src=x onerror=alert(1)>`|*_&lt;"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -268,7 +268,7 @@ def test_a_command_to_paste_is_one_command():
     assert command_line({**step, "command": "compress", "method": "$(reboot)"}).startswith(
         "compactcli compress --method '$(reboot)' --ratio 0.5"
     )
-    assert command_line({**step, "command": "open"}) is None
+    assert command_line({**step, "command": "open", "method": "csg"}) == "open csg"
 
 
 # Several networks, Markdown

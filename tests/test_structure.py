@@ -33,7 +33,7 @@ ORDER = [
         "plan",
     },
     {"methods", "measure", "counters"},
-    {"artefact", "optim", "resume", "train"},
+    {"artefact", "optim", "resume", "train", "commands"},
     {"compress", "finetune", "precision", "report", "compare", "markdown", "page", "explain", "export", "sweep"},
     {"cli"},
 ]

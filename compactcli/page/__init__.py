@@ -15,7 +15,6 @@ from .. import __version__, compare, report
 from ..artefact import Network
 from ..errors import shape_text
 from . import charts, figures
-from .commands import command_line
 from .markup import Markup, tag
 
 CARDS = (("Parameters", "params", ""), ("FLOPs", "flops", ""), ("File size", "size_bytes", "B"))
@@ -243,12 +242,12 @@ def _history(steps: Sequence[Mapping[str, Any]], name: str | None = None) -> Mar
 
 
 def _step(step: Mapping[str, Any]) -> Markup:
-    line = command_line(step)
-    name, options, *figures = report.step_row(step)
-    told = zip(report.STEP_HEADINGS[2:], figures, strict=True)
+    line, *figures = report.step_row(step)
+    told = zip(report.STEP_HEADINGS[1:], figures, strict=True)
+    options = " ".join(f"{key}={value}" for key, value in step["options"].items() if value is not None)
     return tag(
         "li",
-        tag("code", name if line is None else line, class_="command"),
+        tag("code", line, class_="command"),
         tag("p", " · ".join(f"{value} {what}" for what, value in told if value != "-"), class_="told"),
         _details("Options", tag("p", tag("code", options))) if options else Markup(),
     )

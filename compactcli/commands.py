@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from .. import methods
-from ..optim import Settings
+from . import methods
+from .optim import Settings
 
 # The options of a step that are flags of its command, in the order in which they are written.
 FLAGS = {
@@ -17,14 +17,14 @@ FLAGS = {
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "epochs"} | {"keep": "best"}
 
 
-def command_line(step: Mapping[str, Any]) -> str | None:
-    """The line to paste, without the files and the data; None for a step that no command makes (a file of a method's authors).
+def command_line(step: Mapping[str, Any]) -> str:
+    """The line to paste, without the files and the data; of a step that no command makes (`open`) what it was.
 
     Options are in it where they are not the default.
     """
     name, options = step["command"], step["options"]
     if name not in FLAGS:
-        return None
+        return " ".join(filter(None, (name, step["method"])))
     words = ["compactcli", name, *(() if step["method"] is None else ("--method", step["method"]))]
     kind = methods.get(step["method"]) if step["method"] in methods.names() else None
     plain = DEFAULTS if kind is None else {"of": kind.of[0]}
