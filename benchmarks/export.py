@@ -4,7 +4,7 @@ Twelve networks, every parameter and statistic drawn at random, at half their MA
 ResNet-20 by each of the five methods at half its MACs (hinge, fcf, hetconv) or parameters (linearconv, csg). Each is written
 as ONNX, checked by onnx.checker and run in ONNX Runtime, and by torch.export, batch norms folded in both; `difference` is
 the largest of an output at batch 1 and 3, relative to the largest output. Original and compressed network are then timed in
-ONNX Runtime, in turn, at batch 1 and 16.
+ONNX Runtime, in turn, at batch 1 and 16: by the clock, and by the processor's time, which other work on the machine leaves alone.
 
     python -m benchmarks export [--networks resnet18 linearconv] [--rounds 15] [--resume]
 """
@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ RATIO = 0.5
 BATCHES = (1, 16)
 SHAPE = (3, 64, 64)  # of torchvision's networks
 NETWORKS = (
-    *("cifar:resnet20", "cifar:vgg16", "resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v2"),
-    *("mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf"),
+    *("cifar:resnet20", "cifar:resnext20", "cifar:vgg11", "squeezenet1_1", "resnet18", "shufflenet_v2_x0_5"),
+    *("mobilenet_v3_small", "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf", "resnet50", "densenet121"),
 )
 
 Row = dict[str, Any]
@@ -50,16 +51,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows there are")
     options = parser.parse_args(arguments)
     path = RESULTS / "export.json"
-    rows: dict[str, Row] = json.loads(path.read_text())["rows"] if options.resume and path.is_file() else {}
-    runtimes = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
+    if not options.resume:
+        path.unlink(missing_ok=True)
+    libraries = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
+    result = {"command": "python -m benchmarks export", "libraries": libraries, "rounds": options.rounds}
     for name in options.networks:
-        if name not in rows:
-            rows[name] = _row(name, options.rounds)
-            write(
-                "export",
-                {"command": "python -m benchmarks export", "libraries": runtimes, "rounds": options.rounds, "rows": rows},
-            )
-    _show(rows)
+        if name not in _rows(path):
+            row = _row(name, options.rounds)
+            write("export", {**result, "rows": {**_rows(path), name: row}})  # another process may have added some
+    _show(_rows(path))
+
+
+def _rows(path: Path) -> dict[str, Row]:
+    """Those there are, in the order in which they are made."""
+    found: dict[str, Row] = json.loads(path.read_text())["rows"] if path.is_file() else {}
+    return {name: found[name] for name in (*NETWORKS, *names()) if name in found}
 
 
 def _row(name: str, rounds: int) -> Row:
@@ -97,23 +103,20 @@ def _timed(whole: bytes, small: bytes, shape: tuple[int, ...], batch: int, round
     """Milliseconds for a batch in ONNX Runtime, the two networks in turn."""
     image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).numpy()
     sessions = [onnx_session(data) for data in (whole, small)]
-    times: list[list[float]] = [[], []]
+    times: list[list[tuple[float, float]]] = [[], []]
     for turn in range(2 + rounds):
         for session, own in zip(sessions, times, strict=True):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             session.run(None, {"input": image})
             if turn >= 2:  # the first ones warm up
-                own.append(1e3 * (time.perf_counter() - start))
-    quartiles = [statistics.quantiles(own, n=4, method="inclusive") for own in times]
-    return {
-        "batch": batch,
-        "threads": torch.get_num_threads(),
-        "original_ms": quartiles[0][1],
-        "original_iqr_ms": quartiles[0][2] - quartiles[0][0],
-        "compressed_ms": quartiles[1][1],
-        "compressed_iqr_ms": quartiles[1][2] - quartiles[1][0],
-        "share": quartiles[1][1] / quartiles[0][1],
-    }
+                own.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
+    row: Row = {"batch": batch, "threads": torch.get_num_threads()}
+    for index, unit in enumerate(("ms", "cpu_ms")):
+        quartiles = [statistics.quantiles([each[index] for each in own], n=4, method="inclusive") for own in times]
+        for network, (low, median, high) in zip(("original", "compressed"), quartiles, strict=True):
+            row |= {f"{network}_{unit}": median, f"{network}_iqr_{unit}": high - low}
+        row[f"share_{unit}"] = quartiles[1][1] / quartiles[0][1]
+    return row
 
 
 def _randomise_(module: nn.Module) -> None:
@@ -130,12 +133,12 @@ def _randomise_(module: nn.Module) -> None:
 
 
 def _show(rows: dict[str, Row]) -> None:
-    table = Table("network", "method", "MACs kept", "ONNX differs", "pt2 differs", "batch 1, ms", "batch 16, ms")
+    table = Table("network", "method", "MACs kept", "ONNX differs", "pt2 differs", "batch 1, CPU ms", "batch 16, CPU ms")
     for name, row in rows.items():
         if "failed" in row:
             table.add_row(name, row["method"], row["failed"])
             continue
-        times = [f"{t['original_ms']:.2f} to {t['compressed_ms']:.2f} ({t['share']:.2f})" for t in row["latency"]]
+        times = [f"{t['original_cpu_ms']:.2f} to {t['compressed_cpu_ms']:.2f} ({t['share_cpu_ms']:.2f})" for t in row["latency"]]
         differences = [f"{row[target]['difference']:.1e}" for target in ("onnx", "pt2")]
         table.add_row(name, row["method"], f"{row['macs_kept']:.3f}", *differences, *times)
     Console(width=120).print(table)
