@@ -24,6 +24,7 @@ from . import __version__, architectures, artefact, folding, kernels, measure, s
 from .artefact import Network
 from .errors import CompactError, shape_text
 from .graph import BATCH, copied, silent
+from .precision import uncast_
 from .recipe import Measures, Step, without_tensors
 
 TOLERANCE = 1e-4  # of the largest output: single precision, whose sums other libraries take in another order
@@ -31,6 +32,7 @@ BATCHES = (1, 3)  # of the images on which outputs are compared; traced with ano
 TARGETS = ("onnx", "pt2", "weights", "timm")
 FACTS = "compactcli.json"  # the extra file of a pt2 that says what its input is
 INPUT, OUTPUT = "input", "logits"
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 PICKLED = (".pth", ".pt", ".th", ".bin", ".ckpt")  # endings of files that torch.load is to read
 
@@ -98,6 +100,7 @@ def simplify_(network: Network, *, fold_bn: bool, log: Log = lambda line: None) 
     artefact.check_finite(network)
     _zero_subnormals_(network.module, log)
     if fold_bn:
+        uncast_(network, log)
         shape, before = network.input_shape, measure.probed(network.module, network.input_shape)
         edits = without_tensors(_fold_bn_(network.module, shape, log))
         error = measure.relative_change(measure.probed(network.module, shape), before)
@@ -194,7 +197,7 @@ def _traced(job: _Job) -> torch.export.ExportedProgram:
     job.module.forward = named
     image = _images(BATCH, job.network.input_shape)
     try:
-        program = torch.export.export(job.module, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(job.module, (image,), dynamic_shapes=ANY_BATCH)
     finally:
         del job.module.forward
     for node in program.graph.nodes:
@@ -219,7 +222,13 @@ def _onnx(job: _Job) -> _Result:
         count = len(program.graph_signature.user_outputs)
         names = [OUTPUT, *(f"{OUTPUT}_{index}" for index in range(1, count))]
         exported: Any = torch.onnx.export(
-            program, input_names=[INPUT], output_names=names, dynamo=True, external_data=False, verbose=False
+            program,
+            input_names=[INPUT],
+            output_names=names,
+            dynamic_shapes=ANY_BATCH,  # the name of the axis
+            dynamo=True,
+            external_data=False,
+            verbose=False,
         )
         model = exported.model_proto
         for node in [*model.graph.node, *(node for function in model.functions for node in function.node)]:
@@ -262,8 +271,8 @@ def _timm(job: _Job) -> _Result:
     timm = architectures.timm()
     if library not in ("", "timm") or not timm.is_model(name) or (not library and set(kwargs) - {"num_classes"}):
         raise CompactError(f"{job.network.name}: timm has no {recipe.architecture}; use --to onnx or --to pt2")
-    if "num_classes" not in kwargs:
-        kwargs["num_classes"] = job.network.num_classes
+    if not library:
+        kwargs.setdefault("num_classes", job.network.num_classes)
     _check_same_layers(job, timm.create_model(name, **kwargs), f"timm's {name}")
     ending = job.ending if job.ending in PICKLED else ".safetensors"
     data = _state_bytes(job.module.state_dict(), ending)

@@ -16,6 +16,7 @@ from compactcli.artefact import dumps, open_model
 from compactcli.errors import CompactError
 from compactcli.export import simplify_
 from compactcli.folding import fold_, norms
+from compactcli.precision import cast_
 from compactcli.recipe import Replace
 
 
@@ -158,6 +159,16 @@ def test_a_file_rebuilds_what_was_folded():
     assert norms(found.module) == 0
     assert lines == [f"folded {len(step.edits) // 2} of {len(step.edits) // 2} batch norms"]
     assert dumps(found) == dumps(given_)
+
+
+def test_what_is_folded_is_stored_in_float32():
+    """Else the file would hold other numbers than those that were checked."""
+    given_ = cast_(network(width=8), "float16")
+    lines: list[str] = []
+    found = open_model(dumps(simplify_(given_, fold_bn=True, log=lines.append)))
+    assert "random: no longer stored in float16, but in float32; --dtype rounds what comes of it" in lines
+    assert found.recipe.dtype is None
+    assert_same(found.module, given_.module, image(given_))
 
 
 def test_edits_of_a_file_that_fit_nothing_are_refused():

@@ -91,7 +91,7 @@ def command(
             cast_(network, dtype, dataset, batch_size=batch_size, device=device, log=log)
         content = artefact.dumps(network)
     else:
-        content = export(network, to, fold_bn=fold_bn, ending=Path(destination).suffix, arch=arch, log=log).data
+        content = export(network, to, fold_bn=fold_bn, ending=Path(destination).suffix.lower(), arch=arch, log=log).data
     streams.write(content, destination)
     place = "stdout" if destination == "-" else destination
     note(f"wrote {len(content):,} bytes to {place}, instead of {network.size_bytes:,}", quiet)
