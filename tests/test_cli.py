@@ -599,7 +599,7 @@ def test_the_name_of_the_output_says_the_format(small, tmp_path):
     path = tmp_path / "net.pt2"
     result = run("export", small, "--fold-bn", "-o", path)
     assert (result.exit_code, result.stdout_bytes) == (0, b"")
-    assert re.search(r"^folded 9 of 9 batch norms$", result.stderr, re.MULTILINE)
+    assert re.search(r"^folded (\d+) of \1 batch norms$", result.stderr, re.MULTILINE)
     assert re.search(r"^torch.export: outputs differ at batch 1 and 3 by up to \S+ of the", result.stderr, re.MULTILINE)
     image = torch.randn(4, 1, 32, 32)
     with torch.no_grad():
