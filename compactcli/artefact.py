@@ -193,15 +193,7 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     shape = (channels, height, width)
     if len(recipe.preprocessing.mean) != channels or len(recipe.preprocessing.std) != channels:
         raise CompactError(f"the recipe normalises {len(recipe.preprocessing.mean)} channels of an input with {channels}")
-    if not is_known(recipe.architecture):
-        if wishes.arch is None:
-            raise CompactError(
-                f"was built by your own {recipe.architecture}, which is never run unasked; give it again with --arch"
-            )
-        architecture = architectures.user(wishes.arch, recipe.kwargs, shape)
-    else:
-        architecture = architectures.get(recipe.architecture, recipe.kwargs, shape)
-    module = architecture.build()
+    module = first_architecture(recipe, wishes.arch).build()
     methods.register_layers([edit.layer for edit in recipe.edits if isinstance(edit, Replace | Share)])
     surgery.apply_(module, recipe.edits)
     _load_(module, _floats(file.tensors))
@@ -246,6 +238,20 @@ def _opening(foreign: Foreign, recipe: Recipe) -> Step:
     assert recipe.source is not None
     measures = replace(recipe.source.measures, size_bytes=None)
     return Step(OPEN, foreign.method, foreign.options, foreign.edits, measures, None, __version__)
+
+
+def first_architecture(recipe: Recipe, arch: str | None = None) -> Architecture:
+    """What the history of a network began with; `arch` is the user's own factory, where that built it.
+
+    Raises CompactError if it was a user's own, and is not given again.
+    """
+    channels, height, width = recipe.input_shape
+    shape = (channels, height, width)
+    if is_known(recipe.architecture):
+        return architectures.get(recipe.architecture, recipe.kwargs, shape)
+    if arch is None:
+        raise CompactError(f"was built by your own {recipe.architecture}, which is never run unasked; give it again with --arch")
+    return architectures.user(arch, recipe.kwargs, shape)
 
 
 def is_known(architecture: str) -> bool:

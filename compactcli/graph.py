@@ -61,7 +61,7 @@ def _trace(model: nn.Module, input_shape: Sequence[int], train: bool, batch: int
         return torch.func.functional_call(shadow, dict(zip(names, values, strict=True)), (image,))
 
     calls = _Calls()
-    with _silent(), _notes(shadow, calls) as (owners, chunks), torch.no_grad(), calls:
+    with silent(), _notes(shadow, calls) as (owners, chunks), torch.no_grad(), calls:
         traced = make_fx(run, tracing_mode="real", _error_on_data_dependent_ops=not baked)
         module = traced(values, _image(batch, input_shape, mode))
     nodes = tuple(module.graph.nodes)
@@ -116,7 +116,7 @@ def _run(
     fake: bool,
 ) -> None:
     shadow, mode = _shadow(model, fake=fake)
-    with _silent(), mode, torch.no_grad():
+    with silent(), mode, torch.no_grad():
         change(shadow)
         for training in (False, True) if train is None else (train,):
             shadow.train(training)
@@ -177,7 +177,7 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """No log lines from torch: what fails on fake tensors is reported by us, once."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

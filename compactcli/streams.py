@@ -19,10 +19,10 @@ def model_source(given: str | None) -> str:
     return given or "-"
 
 
-def model_target(output: str | None, source: str, suffix: str) -> str:
+def model_target(output: str | None, source: str, suffix: str, ending: str = ".safetensors") -> str:
     """Where a command writes its model: a path, or "-" for stdout.
 
-    `suffix` names the file made beside the working folder's others where stdout is a terminal.
+    `suffix` and `ending` name the file made beside the working folder's others where stdout is a terminal.
     Raises UsageError if there is nothing to name it after, and CompactError if the folder is missing.
     """
     if output is None and not sys.stdout.isatty():
@@ -31,9 +31,9 @@ def model_target(output: str | None, source: str, suffix: str) -> str:
         raise UsageError("give -o FILE: a model does not go to a terminal")
     if output == "-" and sys.stdout.isatty():
         raise UsageError("a model does not go to a terminal; give -o FILE or a pipe")
-    target = output or f"{Path(source).name.split('.')[0]}.{suffix}.safetensors"
+    target = output or f"{Path(source).name.split('.')[0]}.{suffix}{ending}"
     if output is None and Path(target).resolve() == Path(source).resolve():
-        target = f"{Path(source).stem}.{suffix}.safetensors"  # a command never overwrites what it reads unasked
+        target = f"{Path(source).stem}.{suffix}{ending}"  # a command never overwrites what it reads unasked
     if target != "-":
         check_folder(target)
     return target

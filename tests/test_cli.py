@@ -142,7 +142,7 @@ FLAGS = {
     | DATA_FLAGS
     | (TRAINING_FLAGS - {"--time-limit", "--state", "--save-every", "--history", "--dtype"})
     | {"--methods", "--ratios", "--set", "--seed", "--json", "--output", "-o", "--verbose", "-v"},
-    "export": MODEL_FLAGS | DATA_FLAGS | {"--dtype", "--to", "--batch-size", "--device", "--output", "-o"},
+    "export": MODEL_FLAGS | DATA_FLAGS | {"--dtype", "--to", "--fold-bn", "--batch-size", "--device", "--output", "-o"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
     | {"MODELS", "--batch-size", "--threads", "--repeats", "--device", "--json"},
@@ -557,13 +557,64 @@ def test_export_measures_what_it_costs(small, tmp_path):
 def test_export_refuses_what_it_does_not_know(small, tmp_path):
     out = ("-o", tmp_path / "out")
     assert "--dtype float8: it is float16 or bfloat16" in one_line(run("export", small, "--dtype", "float8", *out), 2)
-    assert "--to onnx: it is artefact" in one_line(run("export", small, "--dtype", "float16", "--to", "onnx", *out), 2)
-    assert "--dtype" in run("export", small, *out).stderr
-    assert run("export", small, *out).exit_code == 2
+    assert "--to keras: it is artefact or onnx" in one_line(run("export", small, "--to", "keras", *out), 2)
+    assert "changes nothing: give --dtype or --fold-bn" in one_line(run("export", small, *out), 2)
+    for flags, complaint in (
+        (("--to", "onnx", "--dtype", "float16"), "--dtype goes with --to artefact"),
+        (("--to", "pt2", "--data", "digits"), "--data goes with --to artefact"),
+        (("--to", "weights", "--fold-bn"), "--to weights keeps the layers of an architecture"),
+        (("--to", "timm", "--fold-bn"), "--to timm keeps the layers of an architecture"),
+        (("--fold-bn", "--data", "digits"), "give --dtype as well"),
+    ):
+        assert complaint in one_line(run("export", small, *flags, *out), 2)
     assert "nowhere.pt: no such file" in one_line(run("export", "nowhere.pt", "--dtype", "float16", *out))
     for command in (("compress", *HINGE, "0.5"), ("finetune", "--data", "digits")):
         assert "it is float16 or bfloat16" in one_line(run(command[0], small, *command[1:], "--dtype", "half", *out), 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_export_names_what_is_not_installed(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("compactcli.export.find_spec", lambda name: None)
+    line = one_line(run("export", small, "--to", "onnx", "-o", tmp_path / "net.onnx"))
+    assert line == 'compactcli: --to onnx needs onnx and onnxscript and onnxruntime; pip install "compactcli[onnx]"'
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "small.safetensors"]
+
+
+def test_export_of_plain_weights(net, small, tmp_path):
+    """As what they came from, through pipes as well; where the structure is another, nothing is written."""
+    path = tmp_path / "plain.pth"
+    result = run("export", net, "--to", "weights", "-o", path)
+    assert (result.exit_code, result.stdout_bytes) == (0, b"")
+    assert "plain weights: outputs differ at batch 1 and 3 by up to 0.0e+00 of the largest output" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"wrote {path.stat().st_size:,} bytes to {path}, instead of {net.stat().st_size:,}"
+    piped = safetensors.torch.load(exported(net, "--to", "weights"))
+    state = torch.load(path, weights_only=True)
+    for name, tensor in torch.load(net, weights_only=True).items():
+        assert torch.equal(state[name], tensor)
+        assert torch.equal(piped[name], tensor)
+    line = one_line(run("export", "-q", small, "--to", "weights", "-o", tmp_path / "out"))
+    assert "weights alone do not say what this network is" in line
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "plain.pth", "small.safetensors"]
+
+
+def test_the_name_of_the_output_says_the_format(small, tmp_path):
+    path = tmp_path / "net.pt2"
+    result = run("export", small, "--fold-bn", "-o", path)
+    assert (result.exit_code, result.stdout_bytes) == (0, b"")
+    assert re.search(r"^folded (\d+) of \1 batch norms$", result.stderr, re.MULTILINE)
+    assert re.search(r"^torch.export: outputs differ at batch 1 and 3 by up to \S+ of the", result.stderr, re.MULTILINE)
+    image = torch.randn(4, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(path).module()(image), compactcli.load(small)(image), rtol=1e-3, atol=1e-4)
+    assert exported(small, "--to", "pt2", "--fold-bn") == path.read_bytes()
+
+
+def test_export_folds_the_artefact(small):
+    folded = exported(small, "--fold-bn")
+    assert [step.options for step in open_model(folded).recipe.steps[1:]] == [{"fold_bn": True}]
+    half = open_model(exported(small, "--fold-bn", "--dtype", "float16"))
+    assert [step.command for step in half.recipe.steps] == ["compress", "export", "export"]
+    assert json.loads(run("report", "--json", stdin=folded).stdout)["steps"][1]["options"] == {"fold_bn": True}
 
 
 def test_compress_and_finetune_end_in_half_precision(net, tmp_path):

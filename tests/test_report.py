@@ -201,7 +201,7 @@ def test_tables_show_a_dash_for_what_is_not_known(pair):
         "Accuracy",
         "history",
         "layers that changed",
-        "compress hinge",
+        "--method hinge",
     ):
         assert word in text
     assert "None" not in text

@@ -24,6 +24,7 @@ ORDER = [
         "signatures",
         "detection",
         "checkpoint",
+        "folding",
         "channels",
         "surgery",
         "budget",

@@ -178,12 +178,12 @@ def _recorded(method: type[Method], options: Mapping[str, Any]) -> Method:
 
 
 def register_layers(layers: Sequence[str]) -> None:
-    """Import what the layer kinds of a recipe come from: the methods ("method.kind"), and `plain`."""
+    """Import what the layer kinds of a recipe come from: the methods ("method.kind"), `plain` and `folding`."""
     for source in {layer.partition(".")[0] for layer in layers}:
         if source in names():
             get(source)
-        elif source == "plain":
-            import_module("..plain", __name__)
+        elif source in ("plain", "folding"):
+            import_module(f"..{source}", __name__)
 
 
 @dataclass(frozen=True)
