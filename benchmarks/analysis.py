@@ -50,6 +50,13 @@ def _row(name: str) -> dict[str, Any]:
         raise SystemExit(f"analyze of {name} failed")
     peak, processor = 1024 * used.ru_maxrss, used.ru_utime + used.ru_stime
     met = seconds < MOST_SECONDS and peak < MOST_TIMES * size + MOST_BYTES
-    row = {"network": name, "seconds": seconds, "processor_seconds": processor, "peak_bytes": peak, "file_bytes": size, "met": met}
+    row = {
+        "network": name,
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "peak_bytes": peak,
+        "file_bytes": size,
+        "met": met,
+    }
     print(row, flush=True)
     return row

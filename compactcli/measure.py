@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -322,7 +323,7 @@ def activation_redundancy(
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
         with torch.inference_mode():
-            for batch in batches[: max(1, -(-images // len(batches[0])))]:
+            for batch in islice(batches, max(1, -(-images // len(batches[0])))):
                 model.eval()(batch)
     finally:
         for handle in handles:

@@ -1,11 +1,13 @@
 """What a network is now, what it was, and how it got there: as JSON, and as tables for people."""
 
+import copy
 import itertools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -290,17 +292,20 @@ def _join(layers: Sequence[dict[str, Any]], key: str, values: Mapping[str, Any])
 
 def _coupled(plain: predict.Plain) -> list[dict[str, Any]]:
     """The sets of channels that must go together and may go: alike ones together, with what one of them saves."""
-    budgets = {"params": plain.budget(0.5, "params"), "macs": plain.budget(0.5, "macs")}
+    one = plain.budget(0.5, "macs")
+    budgets = {"params": copy.copy(one), "macs": one}
+    budgets["params"].of = "params"
     result = []
-    for family, taken in zip(budgets["macs"].families, budgets["macs"].per_set, strict=True):
+    states = np.stack([one.along() - taken for taken in [np.zeros_like(one.along()), *one.per_set]])
+    costs = {of: own.cost(states, np.tile(one.ranks(), (len(states), 1))) for of, own in budgets.items()}
+    for number, family in enumerate(one.families, 1):
         axes = {axis for axis, _ in family.axes}
-        saved = {of: own.original - float(own.cost(own.along() - taken, own.ranks())) for of, own in budgets.items()}
         result.append(
             {
                 "sets": len(family.sets),
-                "made_by": [layer.name for layer in budgets["macs"].layers if (layer.weight, layer.out_axis) in axes],
-                "read_by": [layer.name for layer in budgets["macs"].layers if (layer.weight, layer.in_axis) in axes],
-                **{of: round(number) for of, number in saved.items()},
+                "made_by": [layer.name for layer in one.layers if (layer.weight, layer.out_axis) in axes],
+                "read_by": [layer.name for layer in one.layers if (layer.weight, layer.in_axis) in axes],
+                **{of: round(float(cost[0] - cost[number])) for of, cost in costs.items()},
             }
         )
     return result

@@ -34,7 +34,7 @@ ORDER = [
     },
     {"methods", "measure", "counters"},
     {"artefact", "optim", "resume", "train"},
-    {"compress", "finetune", "precision", "report", "explain", "export", "sweep"},
+    {"compress", "finetune", "precision", "predict", "report", "explain", "export", "sweep", "timing"},
     {"cli"},
 ]
 ROOF = {"__init__", "__main__"}  # the library on one screen, and `python -m`
