@@ -79,7 +79,7 @@ def load(path: Path) -> Table:
     """The table in a file. Raises CompactError if there is none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("schema") != SCHEMA:
+        if tree.pop("schema") != SCHEMA or not 0 < float(tree["whole_ms"]) < math.inf:
             raise ValueError
         layers = tuple(
             Timed(each["name"], tuple(each["shape"]), *(_points(each[key]) for key in ("kernel", "pointwise", "after")))

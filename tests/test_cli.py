@@ -314,10 +314,10 @@ USAGE = [
     (("--method", "hinge", "--ratio", "0.5", "--set", "mode"), "compactcli: --set mode: give it as name=value"),
     (("--method", "hinge", "--ratio", "0.5", "--set", "mode=x"), "compactcli: --set mode=x: it is one of auto, prune, decompose"),
     (("--method", "hinge", "--ratio", "0.5", "--of", "time"), "compactcli: --of time: it is macs, params or latency"),
-    (("--method", "csg", "--ratio", "0.5", "--of", "latency"), "compactcli: --of latency: csg stores less and computes the same"),
+    (("--method", "csg", "--ratio", "0.5", "--of", "latency"), "--of latency: csg stores less and computes the same"),
     (
         ("--method", "hetconv", "--ratio", "0.5", "--of", "latency"),
-        "compactcli: --of latency: hetconv makes layers of a kind that",
+        "--of latency: hetconv makes layers of a kind that",
     ),
     (("--method", "hinge", "--ratio", "0.5", "--latency-table", "t"), "compactcli: --latency-table: it is for --of latency"),
     (("--method", "hinge", "--ratio", "0.5", "--json"), "compactcli: --json: it is for --dry-run"),

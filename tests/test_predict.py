@@ -77,7 +77,7 @@ def test_a_predicted_accuracy_begins_with_the_measured_one(given, dataset):
     assert predict.accuracies(given, None)(0.1) is None
 
 
-def test_the_error_of_a_rank_is_what_is_measured():
+def test_the_error_of_a_width_is_what_is_measured():
     """Of a network without nonlinearities between the layer and the outputs, on the images that moments are of."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -101,7 +101,7 @@ def test_the_error_of_a_rank_is_what_is_measured():
             float((spread - read[:, kept] @ torch.linalg.lstsq(read[:, kept], read @ weight.T).solution).norm() / spread.norm())
             for kept in torch.combinations(torch.arange(6), point["kept"])
         )
-        assert point["error"] == pytest.approx(best, rel=0.35, abs=0.02)
+        assert 0.8 * best < point["error"] < 1.6 * best + 0.02  # channels are given up one by one, not by trying all choices
 
 
 @pytest.mark.parametrize("name", methods.names())
