@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     batches = calibrate.Batches(data.sample(dataset.train, IMAGES, 0), preprocessing, calibrate.value_bytes(graph))
     moments = calibrate.moments(module, [layer.name for layer in budget.layers], batches)
     rows: list[dict[str, Any]] = []
-    for index, errors in hinge._ranks(module, channels, budget, moments):
+    for index, errors in hinge.rank_errors(module, channels, budget, moments):
         layer = budget.layers[index]
         model = copy.deepcopy(module)
         edits = [hinge._decompose(model, channels, layer, (len(errors) - 1) // 2, [])]

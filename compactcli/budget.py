@@ -13,7 +13,7 @@ one that the budget counts, or an estimate of the time that the network takes.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from .channels import Axis, Channels, Ids
 from .errors import CompactError
 from .graph import Graph, operation, per_image
 
-Of = Literal["macs", "params"]
+Of = Literal["macs", "params", "latency"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
 
 SCALED = ("cat", "relu", "relu_", "avg_pool2d", "max_pool2d_with_indices")  # what scales as its inputs do
@@ -186,6 +186,23 @@ def _normed(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """Milliseconds of a layer, each as (a, b, c, d) with a + b outputs + c inputs + d outputs * inputs."""
+
+    kernel: Floats  # the layer itself
+    pointwise: Floats  # the second of two that it may be decomposed into; zeros where that was not measured
+    after: Floats  # what normalises its outputs and goes on with them
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long a network takes, by layer; what layers do not take goes by how many numbers they put out."""
+
+    layers: Mapping[str, LayerTime]
+    whole: float  # milliseconds
+
+
+@dataclass(frozen=True)
 class Family:
     """Sets that are alike: each has as many positions on the same axes, so each costs the same."""
 
@@ -236,7 +253,8 @@ class Budget:
 
     A state of the network is `along`, the positions left on every axis, and `ranks`, one per layer,
     infinite where the layer is whole. Both may have leading axes: many candidates at once. `original` is what the ratio is
-    of, where that is not this network but what it was before.
+    of, where that is not this network but what it was before. `times` are what a budget of latency counts, and what tells the
+    time of any other.
     """
 
     def __init__(
@@ -250,6 +268,7 @@ class Budget:
         round_to: int | None = None,
         nearest: bool = False,
         original: float | None = None,
+        times: Times | None = None,
     ) -> None:
         self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
         self.graph = graph
@@ -267,6 +286,16 @@ class Budget:
         self._positions = np.array([layer.positions for layer in self.layers], dtype=float)
         outputs = 16 * 4 * self._positions * self._full[self._out]  # bytes
         self._output_time = np.interp(outputs, OUTPUT_BYTES, OUTPUT_TIME)
+        self.times = times
+        if times is not None:
+            none = LayerTime(np.zeros(4), np.zeros(4), np.zeros(4))
+            found = [times.layers.get(layer.name, none) for layer in self.layers]
+            self._kernel_ms, self._pointwise_ms, self._after_ms = (
+                np.array([getattr(each, part) for each in found]).reshape(-1, 4) for part in ("kernel", "pointwise", "after")
+            )
+            known = float(self._layers_ms(self.along(), self.ranks()))
+            self._scale = min(1.0, times.whole / max(known, 1e-9))  # of layers that take longer alone than the network does
+            self._rest_ms = times.whole - self._scale * known
         shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
         most = max(shapes.values(), default=1)
         self._sides = np.array([[column[n, axis] if axis < rank else -1 for axis in range(most)] for n, rank in shapes.items()])
@@ -288,7 +317,9 @@ class Budget:
         return np.full(len(self.layers), np.inf)
 
     def cost(self, along: Floats, ranks: Floats) -> Floats:
-        """MACs of one image, or parameters, at each state."""
+        """MACs of one image, parameters, or milliseconds, at each state."""
+        if self.of == "latency":
+            return self.time(along, ranks)
         out, into = along[..., self._out], along[..., self._in] * self._kernel
         whole = np.isinf(ranks)
         layer = np.where(whole, out * into, np.where(whole, 0.0, ranks) * (out + into))
@@ -298,12 +329,26 @@ class Budget:
         return np.asarray(plain + (layer - out * into).sum(-1))
 
     def time(self, along: Floats, ranks: Floats) -> Floats:
-        """An estimate of the time of one image at each state, in multiply-accumulates that take as long."""
+        """An estimate of the time of one image at each state: in milliseconds where layers were timed, else in
+        multiply-accumulates that take as long.
+        """
+        if self.times is not None:
+            outputs = along[..., self._out] @ self._positions / (self._full[self._out] @ self._positions)
+            return np.asarray(self._scale * self._layers_ms(along, ranks) + self._rest_ms * outputs)
         out, into = along[..., self._out], along[..., self._in] * self._kernel
         whole = np.isinf(ranks)
         rank = np.where(whole, 0.0, ranks)
         weights = np.where(whole, out * into, rank * (out + into))
         return np.asarray((weights + self._output_time * (out + rank)) @ self._positions + WEIGHT_TIME * weights.sum(-1))
+
+    def _layers_ms(self, along: Floats, ranks: Floats) -> Floats:
+        """Milliseconds of all layers at each state."""
+        out, into = along[..., self._out], along[..., self._in]
+        whole = np.isinf(ranks)
+        rank = np.where(whole, out, ranks)
+        pointwise = np.where(whole, 0.0, _bilinear(self._pointwise_ms, out, rank))
+        each = _bilinear(self._kernel_ms, rank, into) + pointwise + _bilinear(self._after_ms, out, into)
+        return np.asarray(each.sum(-1))
 
     def most_rank(self, layer: int, along: Floats) -> float:
         """The largest rank at which a layer is no slower decomposed than whole, by the estimate."""
@@ -311,6 +356,11 @@ class Budget:
 
     def most_ranks(self, along: Floats) -> Floats:
         """The same for every layer."""
+        if self.times is not None:
+            out, into = along[self._out], along[self._in]
+            (_, b, _, d), (e, f, g, h) = self._kernel_ms.T, self._pointwise_ms.T
+            spared = b * out + d * out * into - e - f * out  # the first of two layers takes as long to begin, and to read
+            return np.asarray(np.where(e + f + g + h > 0, spared / np.maximum(b + d * into + g + h * out, 1e-30), 0.0))
         out, into = along[self._out], along[self._in] * self._kernel
         each = self._positions + WEIGHT_TIME  # the time of one weight
         return np.asarray(each * out * into / (each * (out + into) + self._positions * self._output_time))
@@ -331,6 +381,14 @@ class Budget:
             return layer or 0
         axes = {axis for axis, _ in self.families[family].axes}
         return next((index for index, layer in enumerate(self.layers) if (layer.weight, layer.out_axis) in axes), 0)
+
+    def losses(self, dials: Sequence[Dial], settings: Sequence[int]) -> dict[str, float]:
+        """The error of each layer, by name, that the settings change."""
+        result: dict[str, float] = defaultdict(float)
+        for dial, setting in zip(dials, settings, strict=True):
+            if setting < dial.full:
+                result[self.layers[self.place(dial.family, dial.layer)].name] += float(dial.errors[setting])
+        return dict(result)
 
     def solve(self, dials: Sequence[Dial], price: Price = "cost", *, refitted: bool = False) -> list[int]:
         """The setting of each dial: the smallest summed error found at no more than the target.
@@ -511,6 +569,12 @@ class _State:
         rate = np.where(fits, saved / np.maximum(extra, 1e-9), -np.inf)
         chosen = int(np.argmax(rate))
         return float(rate[chosen]), index, int(above[chosen])
+
+
+def _bilinear(terms: Floats, out: Floats, into: Floats) -> Floats:
+    """a + b out + c in + d out in."""
+    a, b, c, d = terms.T
+    return np.asarray(a + b * out + c * into + d * out * into)
 
 
 def _sloped(dial: Dial) -> Floats:

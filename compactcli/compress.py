@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import __version__, artefact, calibrate, data, distributed, kernels, measure, precision, surgery
+from . import __version__, artefact, calibrate, data, distributed, kernels, measure, precision, surgery, timing
 from .artefact import Network
-from .budget import Budget, Of
+from .budget import Budget, Layer, Of, layers
 from .channels import Channels
 from .errors import CompactError, UsageError
 from .finetune import check, kept_run
-from .graph import copied
+from .graph import copied, trace
 from .history import Watch
 from .methods import Method, attached
 from .optim import Settings
 from .plain import plain_
 from .plan import plan
-from .recipe import Edit, Measures, Step, without_tensors
+from .recipe import Edit, Keep, Measures, Replace, Step, without_tensors
 from .train import fit_
 
 # `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
@@ -34,6 +34,7 @@ class Target:
     of: Of | None = None  # None: what the method is for
     round_to: int | None = None  # channel counts and ranks are multiples of it; None: what suits their width and the method's aim
     nearest: bool = False  # take the nearest reachable ratio instead of failing
+    table: timing.Table | None = None  # of the network's layers, for a share of latency; None: they are timed first
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -82,20 +83,152 @@ def compress(
 
     Raises CompactError if a weight is not finite, the target is out of reach or the law is broken.
     """
+    job = _job(network, name, method, target, calibration, seed, log)
+    module, shape, channels, budget, of = network.module, network.input_shape, job.channels, job.budget, job.budget.of
+    if search is not None:
+        check(network, search.dataset, search.teacher)
+    known = job.moments()
+    begun = method.start(module, channels, budget, known, trains=search is not None)
+    error = _made_(module, begun, channels, shape, job.batches, seed, progress) if begun else None
+    if search is not None:
+        method.attach(module, begun)
+        _searched_(network, method, budget, search, log)
+        known = None if begun else job.moments()  # of what a method made at the start it knows all it needs
+    ended = method.finish(module, channels, budget, known)
+    if error is None:
+        error = _made_(module, ended, channels, shape, job.batches, seed, progress)
+    else:
+        surgery.apply_checked_(module, ended, channels.consumed, shape)
+    if calibration is None:
+        log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
+    else:
+        log(f"{name}: output error {error:.3f} on {len(calibration.images):,} images of {calibration.dataset}")
+    params, macs = measure.params(module), measure.macs(module, shape)
+    if of == "latency":
+        log(f"{name}: planned for {budget.target:.2f} of {budget.original:.2f} ms a batch; `compactcli bench` measures it")
+    else:
+        log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
+    images = None if calibration is None else len(calibration.images)
+    options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **method.recorded()}
+    if search is not None:
+        options["search"] = {**search.settings.identity(), "teacher": None if search.teacher is None else search.teacher.name}
+    edits = without_tensors([*job.plain, *begun, *ended])
+    step = Step("compress", name, options, edits, Measures(params, macs), error, __version__)
+    network.recipe = network.recipe.then(step)
+    return network
+
+
+def planned(
+    network: Network,
+    name: str,
+    method: Method,
+    target: Target,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """What `compress` would make of each layer, and why, without a search: schema compactcli/plan/1.
+
+    The network is left in an undefined state. Raises what `compress` raises before it changes anything.
+    """
+    job = _job(network, name, method, target, calibration, seed, log)
+    module, known = network.module, job.moments()
+    edits = method.start(module, job.channels, job.budget, known)
+    edits = [*edits, *method.finish(module, job.channels, job.budget, known)]
+    sizes = measure.params(module), measure.macs(module, network.input_shape)
+    stored = {layer.name: measure.params(module.get_submodule(layer.name)) for layer in job.budget.layers}
+    surgery.apply_(module, edits)
+    after = layers(trace(kernels.folded(module), network.input_shape))
+    rows = []
+    for layer in job.budget.layers:
+        parts = [part for part in after if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
+        loss = method.losses.get(layer.name)
+        rows.append(
+            {
+                "name": layer.name,
+                "before": {"weight_shapes": [list(layer.shape)], "params": stored[layer.name], "macs": layer.macs},
+                "after": {
+                    "weight_shapes": [list(part.shape) for part in parts],
+                    "params": measure.params(module.get_submodule(layer.name)),
+                    "macs": sum(part.macs for part in parts),
+                },
+                "error": None if loss is None else loss**0.5,
+                "why": _why(layer, edits, job.channels),
+            }
+        )
+    now = measure.params(module), measure.macs(module, network.input_shape)
+    return {
+        "schema": "compactcli/plan/1",
+        "method": name,
+        "options": method.recorded(),
+        "target": {"ratio": target.ratio, "of": job.budget.of},
+        "before": dict(zip(("params", "macs"), sizes, strict=True)),
+        "after": dict(zip(("params", "macs"), now, strict=True)),
+        "error": sum(method.losses.values()) ** 0.5 if method.losses else None,
+        "layers": rows,
+    }
+
+
+def _why(layer: Layer, edits: Sequence[Edit], channels: Channels) -> str:
+    """What the edits do to a layer, or why they leave it as it is."""
+    told = []
+    for edit in edits:
+        match edit:
+            case Replace(module=layer.name):
+                options = ", ".join(f"{key} {value}" for key, value in edit.options.items())
+                told.append(f"{edit.layer} ({options})" if options else edit.layer)
+            case Keep(module=layer.name, axis=0):
+                full = layer.shape[layer.out_axis]
+                told.append(f"{full - len(edit.index)} of {full} filters go")
+            case Keep(module=layer.name, axis=1):
+                told.append(f"reads {len(edit.index)} channels")
+    if told:
+        return "; ".join(told)
+    reason = channels.reason((layer.weight, layer.out_axis))
+    return f"left: {reason}" if reason else "left: others lose less for what they cost"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a compression knows before it changes anything."""
+
+    plain: Sequence[Edit]  # that made layers plain
+    channels: Channels
+    budget: Budget
+    batches: calibrate.Batches | None
+    moments: Callable[[], dict[str, calibrate.Moments] | None]
+
+
+def _job(
+    network: Network,
+    name: str,
+    method: Method,
+    target: Target,
+    calibration: Calibration | None,
+    seed: int,
+    log: Callable[[str], None],
+) -> _Job:
+    """The network in plain layers, in place, and its budget. Raises what `compress` does before there is a plan."""
     artefact.check_finite(network)
     of: Of = target.of or method.of[0]
     if of not in method.of:
-        raise UsageError(f"--of {of}: {name} stores less and computes the same; use --of {method.of[0]}")
+        why = "makes layers of a kind that is not timed" if "macs" in method.of else "stores less and computes the same"
+        raise UsageError(f"--of {of}: {name} {why}; use --of {method.of[0]}")
     precision.uncast_(network, log)
     module, shape = network.module, network.input_shape
     made = len(kernels.layers(module))
     whole: int | None = None  # what is made plain may cost more, or have fewer parameters
-    if made or of == "params":
+    if of == "params" or (made and of == "macs"):
         whole = measure.params(module) if of == "params" else measure.macs(module, shape)
     plain = plain_(module, shape)
     if made:
         log(f"{name}: made {made} layers of an earlier step plain: what it had saved there is undone")
     graph, channels = plan(module, shape, log)
+    table = target.table
+    if of == "latency" and table is None:
+        log(f"{network.name}: timing its layers, one image at a time; --latency-table FILE takes what bench --save measured")
+        table = timing.table(network)
     budget = Budget(
         graph,
         channels,
@@ -105,6 +238,7 @@ def compress(
         round_to=target.round_to,
         nearest=target.nearest,
         original=whole,
+        times=None if table is None else table.times(layers(graph)),
     )
     if graph.baked and calibration is not None:
         raise CompactError(
@@ -118,33 +252,7 @@ def compress(
     def moments() -> dict[str, calibrate.Moments] | None:
         return None if batches is None else calibrate.moments(module, names, batches, seed=seed)
 
-    if search is not None:
-        check(network, search.dataset, search.teacher)
-    known = moments()
-    begun = method.start(module, channels, budget, known, trains=search is not None)
-    error = _made_(module, begun, channels, shape, batches, seed, progress) if begun else None
-    if search is not None:
-        method.attach(module, begun)
-        _searched_(network, method, budget, search, log)
-        known = None if begun else moments()  # of what a method made at the start it knows all it needs
-    ended = method.finish(module, channels, budget, known)
-    if error is None:
-        error = _made_(module, ended, channels, shape, batches, seed, progress)
-    else:
-        surgery.apply_checked_(module, ended, channels.consumed, shape)
-    if calibration is None:
-        log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
-    else:
-        log(f"{name}: output error {error:.3f} on {len(calibration.images):,} images of {calibration.dataset}")
-    params, macs = measure.params(module), measure.macs(module, shape)
-    log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
-    images = None if calibration is None else len(calibration.images)
-    options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **method.recorded()}
-    if search is not None:
-        options["search"] = {**search.settings.identity(), "teacher": None if search.teacher is None else search.teacher.name}
-    step = Step("compress", name, options, without_tensors([*plain, *begun, *ended]), Measures(params, macs), error, __version__)
-    network.recipe = network.recipe.then(step)
-    return network
+    return _Job(plain, channels, budget, batches, moments)
 
 
 def _searched_(

@@ -4,10 +4,11 @@ import copy
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,9 @@ from .graph import run_fake
 MemoryFormat = Literal["contiguous", "channels_last"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 2  # runs before the first that counts
+PASSES = 9  # over which the share of time of a layer is taken
+ACTIVATION_IMAGES = 64  # of which the redundancy of activations is taken, and of as many ...
+ACTIVATION_ROWS = 4_096  # positions of a batch
 PROBES = 8  # random images on which a network is compared with what it was, where there are no real ones
 
 
@@ -51,7 +55,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Redundancy:
-    """How alike a layer's filters are (o filters, flattened and mean-centred)."""
+    """How alike a layer's filters are (o filters, flattened and mean-centred), or what they make of images."""
 
     max_abs_corr: float  # mean over filters of the largest |correlation| with another filter
     mean_abs_corr: float  # mean |correlation| over pairs
@@ -121,7 +125,7 @@ def latency(
     """
     if repeats < 2:
         raise CompactError(f"repeats is {repeats}; it must be 2 or more: one run has no spread")
-    with _thread_count(threads) as used:
+    with thread_count(threads) as used:
         runs = []
         for module in modules:
             runs.append([_Run(module, input_shape, batch, device, memory_format) for memory_format in memory_formats])
@@ -137,7 +141,7 @@ def latency(
 
 
 @contextmanager
-def _thread_count(threads: int | None) -> Iterator[int]:
+def thread_count(threads: int | None) -> Iterator[int]:
     """torch's threads set to a number, or as they are, while the block runs. Yields how many there are."""
     before = torch.get_num_threads()
     try:
@@ -146,6 +150,17 @@ def _thread_count(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def clock(device: str) -> Callable[[], float]:
+    """What tells the seconds of work on a device. One thread of a CPU has its own: what others take in between does not count."""
+    return time.thread_time if torch.device(device).type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def processor(device: str) -> str:
@@ -178,15 +193,15 @@ class _Run:
         with self._named_failure():
             for _ in range(WARM_UP):
                 self.module(self.image)
-            self._wait()
+            wait(self.device)
             if self.device.type == "cuda":
                 self.peak_memory_bytes = self._peak_memory()
 
     def once(self) -> None:
-        self._wait()
+        wait(self.device)
         start = time.perf_counter()
         self.module(self.image)
-        self._wait()
+        wait(self.device)
         self.times_ms.append(1e3 * (time.perf_counter() - start))
 
     def latency(self, threads: int) -> Latency:
@@ -202,17 +217,12 @@ class _Run:
             peak_memory_bytes=self.peak_memory_bytes,
         )
 
-    def _wait(self) -> None:
-        """Until the device has done what it was given."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
     def _peak_memory(self) -> int:
         """Bytes of weights, input and activations: other networks' weights lie on the device too, and do not count."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         self.module(self.image)
-        self._wait()
+        wait(self.device)
         own = {id(tensor): tensor for tensor in [*self.module.parameters(), *self.module.buffers(), self.image]}
         return torch.cuda.max_memory_allocated(self.device) - before + sum(tensor.nbytes for tensor in own.values())
 
@@ -272,16 +282,20 @@ def redundancy(weight: Tensor) -> Redundancy | None:
     filters = weight.detach().flatten(1).double()
     if len(filters) < 2 or not filters.isfinite().all():
         return None
-    correlation = _correlation(filters)
-    values = torch.linalg.eigvalsh(filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters)
-    energy = values.flip(0).clamp_min(0)
+    gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
+    return _redundancy(_correlation(filters), gram)
+
+
+def _redundancy(correlation: Tensor, gram: Tensor) -> Redundancy:
+    """Of vectors (n, ...) with that |correlation| (n, n), and a matrix that has the squares of their singular values."""
+    energy = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     if not float(energy.sum()):
         return Redundancy(0.0, 0.0, 0.0, 0.0)
     share = energy.sqrt() / energy.sqrt().sum()
     held = energy.cumsum(0) / energy.sum()
     return Redundancy(
         max_abs_corr=float(correlation.amax(1).mean()),
-        mean_abs_corr=float(correlation.sum() / (len(filters) * (len(filters) - 1))),
+        mean_abs_corr=float(correlation.sum() / (len(correlation) * (len(correlation) - 1))),
         effective_rank=float(torch.exp(torch.special.entr(share).sum())),
         rank_ratio_99=(int((held < 0.99).sum()) + 1) / len(energy),
     )
@@ -303,3 +317,71 @@ def _correlation(filters: Tensor) -> Tensor:
     centred = filters - filters.mean(1, keepdim=True)
     unit = nn.functional.normalize(centred, dim=1)
     return (unit @ unit.T).abs().fill_diagonal_(0)
+
+
+def activation_redundancy(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], images: int = ACTIVATION_IMAGES
+) -> dict[str, Redundancy]:
+    """How alike the channels are that each of the named layers makes of images, from `images` at most."""
+    layers = {model.get_submodule(name): name for name in names}
+    sums: dict[str, tuple[int, Tensor, Tensor]] = {}  # positions, sum (o,), products (o, o), about the mean of the first batch
+    origins: dict[str, Tensor] = {}
+
+    def add(layer: nn.Module, _args: object, output: Tensor) -> None:
+        rows = output.flatten(2).transpose(1, 2).flatten(0, 1) if isinstance(layer, nn.Conv2d) else output.flatten(0, -2)
+        rows = rows[:: -(-len(rows) // ACTIVATION_ROWS)]
+        name = layers[layer]
+        rows = rows - origins.setdefault(name, rows.mean(0))
+        count, total, products = sums.get(name, (0, torch.zeros(()), torch.zeros(())))
+        sums[name] = (count + len(rows), total + rows.sum(0).double(), products + (rows.T @ rows).double())
+
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        with torch.inference_mode():
+            for batch in islice(batches, max(1, -(-images // len(batches[0])))):
+                model.eval()(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _redundancy(*_covariances(*own)) for name, own in sums.items() if len(own[2]) > 1}
+
+
+def _covariances(count: int, total: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """(|correlation|, covariance) from a number of rows, their sum and the sum of their products."""
+    covariance = (products - torch.outer(total, total) / count) / count
+    deviation = covariance.diagonal().clamp_min(1e-30).sqrt()
+    return (covariance / torch.outer(deviation, deviation)).abs().fill_diagonal_(0), covariance
+
+
+def layer_times(model: nn.Module, names: Sequence[str], input_shape: Sequence[int], passes: int = PASSES) -> dict[str, float]:
+    """The share of a forward pass of one image that each of the named layers takes: medians of a few passes."""
+    layers = {model.get_submodule(name): name for name in names}
+    started: dict[nn.Module, float] = {}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+
+    now = clock("cpu")
+
+    def enter(layer: nn.Module, _args: object) -> None:
+        started[layer] = now()
+
+    def leave(layer: nn.Module, _args: object, _output: object) -> None:
+        taken[layers[layer]][-1] += now() - started[layer]
+
+    handles = [
+        handle for layer in layers for handle in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    whole: list[float] = []
+    image = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode():
+            for _ in range(WARM_UP + passes):
+                for own in taken.values():
+                    own.append(0.0)
+                start = now()
+                model.eval()(image)
+                whole.append(now() - start)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shares = {name: [own / all_ for own, all_ in zip(times, whole, strict=True)] for name, times in taken.items()}
+    return {name: statistics.median(own[WARM_UP:]) for name, own in shares.items()}

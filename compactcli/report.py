@@ -1,17 +1,20 @@
 """What a network is now, what it was, and how it got there: as JSON, and as tables for people."""
 
+import copy
 import itertools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import architectures, artefact, budget, counters, data, kernels, measure, surgery
+from . import architectures, artefact, budget, calibrate, counters, data, kernels, measure, methods, predict, surgery
 from .artefact import Network
 from .channels import Channels
 from .commands import command_line
@@ -22,6 +25,7 @@ from .plain import plained
 from .plan import plan
 
 LATENCY_SECONDS = 1.0
+TOLERATED = 0.25  # predicted output error: with images, about as much as a refit makes good
 MADE = ("params_materialised", "params_without_shared", "macs_synthesis")  # figures of layers that make their kernels
 
 
@@ -241,20 +245,98 @@ def _params(module: nn.Module, parts: Sequence[budget.Layer]) -> int:
     return sum(parameter.numel() for name in holders for parameter in module.get_submodule(name).parameters(recurse=False))
 
 
-def analysis(network: Network, *, linear: bool = False, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Predicted:
+    """Methods and shares for which an analysis predicts the output error."""
+
+    methods: Sequence[str]
+    ratios: Sequence[float] = (0.7, 0.5)
+    of: budget.Of | None = None  # None: what each method is for
+
+
+def analysis(
+    network: Network,
+    *,
+    linear: bool = False,
+    timed: bool = False,
+    dataset: data.Dataset | None = None,
+    wanted: Predicted | None = None,
+    flags: Sequence[str] | None = None,
+    log: Callable[[str], None] = lambda line: None,
+    detail: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Where a network is redundant and what may be cut: schema compactcli/analysis/1.
 
-    The redundancy is given for convolutions, and for linear layers too with `linear`.
+    The redundancy is given for convolutions, and for linear layers too with `linear`; the share of time of each layer where it
+    is to be `timed`; with images of a dataset the redundancy of activations and the sensitivity of each layer too; the errors of
+    methods that are `wanted`. `flags` name the model and the data in the suggested command.
+    Raises CompactError if the images do not fit the network.
     """
-    module = plained(network.module, network.input_shape)
-    graph, channels = plan(module, network.input_shape, log)
-    layers = [_analysed(module, channels, layer, linear) for layer in budget.layers(graph)]
+    module, shape = plained(network.module, network.input_shape), network.input_shape
+    graph, channels = plan(module, shape, log)
+    found = budget.layers(graph)
+    names = [layer.name for layer in found if layer.called]
+    layers = [_analysed(module, channels, layer, linear) for layer in found]
+    if timed:
+        detail("timing the layers")
+        _join(layers, "time", measure.layer_times(module, names, shape))
+    accuracy, moments, told = predict.accuracies(network, None), None, None
+    if dataset is not None:
+        split, judged = dataset.train or dataset.test, dataset.test or dataset.train
+        assert split is not None
+        data.check_classes(dataset, network.num_classes)
+        images = data.sample(split, calibrate.MOMENT_IMAGES, 0)
+        told = {"dataset": dataset.name, "split": split.name, "images": len(images)}
+        detail(f"moments of {len(found)} layers, from {len(images)} images of {dataset.name}")
+        moments = predict.moments(network, module, graph, [layer.name for layer in found], images)
+        accuracy = predict.accuracies(network, judged)
+        batches = calibrate.Batches(images, network.recipe.preprocessing, calibrate.value_bytes(graph))
+        alike = measure.activation_redundancy(module, names, batches)
+        _join(layers, "activations", {name: asdict(own) for name, own in alike.items()})
+    plain = predict.Plain(module, graph, channels, moments)
+    if moments is not None:
+        detail("sensitivity of the layers")
+        _join(layers, "sensitivity", predict.sensitivity(plain, accuracy))
+    predictions = None
+    if wanted is not None:
+        detail(f"planning {', '.join(wanted.methods)} at {', '.join(f'{ratio:g}' for ratio in wanted.ratios)}")
+        predictions = predict.predicted(plain, wanted.methods, wanted.ratios, wanted.of, accuracy)
     return {
         "schema": "compactcli/analysis/1",
         "model": _described(network, budget.macs(graph)),
+        "data": told,
         "layers": layers,
-        "suggestion": _suggestion(network, layers),
+        "sets": _coupled(plain),
+        "predictions": predictions,
+        "suggestion": _suggestion(flags or [network.name if network.name != "stdin" else "MODEL"], layers, predictions),
     }
+
+
+def _join(layers: Sequence[dict[str, Any]], key: str, values: Mapping[str, Any]) -> None:
+    """Give each layer its value."""
+    for layer in layers:
+        layer[key] = values.get(layer["name"])
+
+
+def _coupled(plain: predict.Plain) -> list[dict[str, Any]]:
+    """The sets of channels that must go together and may go: alike ones together, with what one of them saves."""
+    one = plain.budget(0.5, "macs")
+    budgets = {"params": copy.copy(one), "macs": one}
+    budgets["params"].of = "params"
+    result = []
+    states = np.stack([one.along() - taken for taken in [np.zeros_like(one.along()), *one.per_set]])
+    costs = {of: own.cost(states, np.tile(one.ranks(), (len(states), 1))) for of, own in budgets.items()}
+    for number, family in enumerate(one.families, 1):
+        axes = {axis for axis, _ in family.axes}
+        result.append(
+            {
+                "sets": len(family.sets),
+                "made_by": [layer.name for layer in one.layers if (layer.weight, layer.out_axis) in axes],
+                "read_by": [layer.name for layer in one.layers if (layer.weight, layer.in_axis) in axes],
+                **{of: round(float(cost[0] - cost[number])) for of, cost in costs.items()},
+            }
+        )
+    return result
 
 
 def _analysed(module: nn.Module, channels: Channels, layer: budget.Layer, linear: bool) -> dict[str, Any]:
@@ -271,17 +353,32 @@ def _analysed(module: nn.Module, channels: Channels, layer: budget.Layer, linear
         "sets": len({number for number in channels.axes[out].tolist() if number not in channels.locked}),
         "locked": channels.reason(out),
         "redundancy": None if redundancy is None else asdict(redundancy),
+        "time": None,
+        "activations": None,
+        "sensitivity": None,
     }
 
 
-def _suggestion(network: Network, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A ratio from the rank that holds 99 % of each layer's energy, weighed by MACs, and the command to try it."""
+def _suggestion(
+    flags: Sequence[str], layers: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """The smallest ratio at which a method is predicted to lose no more than TOLERATED, and the command to try it.
+
+    Without predictions `hinge`, at a ratio from the rank that holds 99 % of each layer's energy, weighed by MACs.
+    """
+    base = f"compactcli compress {shlex.join(flags)}"
+    rows = [row for row in predictions or () if row["error"] is not None]
+    if rows:
+        fine = [row for row in rows if row["error"] <= TOLERATED] or [min(rows, key=lambda row: row["error"])]
+        row = min(fine, key=lambda row: (row["ratio"], row["error"]))
+        of = "" if row["of"] == methods.get(row["method"]).of[0] else f" --of {row['of']}"
+        command = f"{base} --method {row['method']} --ratio {row['ratio']:g}{of}"
+        return {"method": row["method"], "ratio": row["ratio"], "command": command}
     known = [(layer["redundancy"]["rank_ratio_99"], layer["macs"]) for layer in layers if layer["redundancy"]]
     total = sum(macs for _, macs in known)
     share = sum(ratio * macs for ratio, macs in known) / total if total else 0.5
     ratio = min(max(round(share - 0.2, 1), 0.3), 0.8)
-    command = f"compactcli compress {network.name if network.name != 'stdin' else 'MODEL'} --method hinge --ratio {ratio:g}"
-    return {"method": "hinge", "ratio": ratio, "command": command}
+    return {"method": "hinge", "ratio": ratio, "command": f"{base} --method hinge --ratio {ratio:g}"}
 
 
 # Tables for people. Absent values are a dash.
@@ -380,22 +477,113 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def analysis_tables(tree: Mapping[str, Any]) -> RenderableType:
-    """The analysis as Rich tables."""
+def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> RenderableType:
+    """The analysis as Rich tables; with `verbose` the coupled sets, and what is known of activations, too."""
     model = tree["model"]
     title = f"{model['arch']}: {model['params']:,} parameters, {model['macs']:,} MACs, input {shape_text(model['input_shape'])}"
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "weight", "params", "MACs", "free sets", "max corr", "mean corr", "eff. rank", "rank 99 %", "locked"):
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    timed, sensed = (any(layer[key] for layer in tree["layers"]) for key in ("time", "sensitivity"))
+    seen = verbose and any(layer["activations"] for layer in tree["layers"])
+    names = [
+        "layer",
+        "weight",
+        "params",
+        "MACs",
+        *["time"] * timed,
+        "free sets",
+        "max corr",
+        "mean corr",
+        "eff. rank",
+        "rank 99 %",
+    ]
+    names += [*["activations: mean corr", "rank 99 %"] * seen, *["channels 75/50/25 %", "rank 75/50/25 %"] * sensed, "locked"]
+    for name in names:
         table.add_column(name, justify="left" if name in ("layer", "weight", "locked") else "right")
     for layer in tree["layers"]:
-        redundancy = layer["redundancy"]
-        figures = ["-"] * 4
-        if redundancy:
-            figures = [f"{redundancy['max_abs_corr']:.2f}", f"{redundancy['mean_abs_corr']:.2f}"]
-            figures += [f"{redundancy['effective_rank']:.1f}", f"{100 * redundancy['rank_ratio_99']:.0f} %"]
-        sizes = (shape_text(layer["weight_shape"]), number(layer["params"]), number(layer["macs"]))
-        table.add_row(layer["name"], *sizes, str(layer["sets"]), *figures, layer["locked"] or "")
-    return Group(table, f"try: {tree['suggestion']['command']}")
+        row: list[RenderableType] = [
+            Text(layer["name"]),
+            shape_text(layer["weight_shape"]),
+            number(layer["params"]),
+            number(layer["macs"]),
+        ]
+        row += [share(layer["time"])] * timed + [str(layer["sets"]), *_alike(layer["redundancy"])]
+        if seen:
+            _, mean, _, rank = _alike(layer["activations"])
+            row += [mean, rank]
+        if sensed:
+            found = layer["sensitivity"] or {"channels": None, "ranks": None}
+            row += [_sensed(found["channels"]), _sensed(found["ranks"])]
+        table.add_row(*row, layer["locked"] or "")
+    if sensed:
+        scale = "accuracy" if any(_accurate(layer) for layer in tree["layers"]) else "relative output error"
+        table.caption = f"channels, rank: predicted {scale} with 75, 50 and 25 % of that layer's left, the others whole"
+    parts: list[RenderableType] = [table]
+    if verbose:
+        parts.append(_sets_table(tree["sets"]))
+    if tree["predictions"]:
+        parts.append(_predictions(tree["predictions"]))
+    return Group(*parts, f"try: {tree['suggestion']['command']}")
+
+
+def _alike(redundancy: Mapping[str, float] | None) -> list[str]:
+    if redundancy is None:
+        return ["-"] * 4
+    figures = [f"{redundancy[key]:.2f}" for key in ("max_abs_corr", "mean_abs_corr")]
+    return [*figures, f"{redundancy['effective_rank']:.1f}", f"{100 * redundancy['rank_ratio_99']:.0f} %"]
+
+
+def _accurate(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer's sensitivity is known as accuracy."""
+    found = layer["sensitivity"] or {}
+    return any(point["accuracy"] is not None for points in found.values() for point in points or ())
+
+
+def _sensed(points: Sequence[Mapping[str, Any]] | None) -> str:
+    """The predicted accuracies, or else errors, at each share."""
+    if points is None:
+        return "-"
+    return " ".join(f"{p['error']:.2f}" if p["accuracy"] is None else f"{p['accuracy']:.1f}" for p in points)
+
+
+def _sets_table(sets: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="channels that go together", title_justify="left")
+    for name in ("sets", "made by", "read by", "params of one", "MACs of one"):
+        table.add_column(name, justify="left" if name.endswith("by") else "right", overflow="fold")
+    for each in sets:
+        sizes = (number(each["params"]), number(each["macs"]))
+        table.add_row(str(each["sets"]), ", ".join(each["made_by"]), ", ".join(each["read_by"]), *sizes)
+    return table
+
+
+def _predictions(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="methods, as they plan", title_justify="left", caption_justify="left")
+    table.caption = "relative output error before any refit or training, predicted; least first"
+    for name in ("method", "kept", "output error", "accuracy", ""):
+        table.add_column(name, justify="right" if name in ("output error", "accuracy") else "left", overflow="fold")
+    for at, row in enumerate(rows):
+        if at and row["ratio"] != rows[at - 1]["ratio"]:
+            table.add_section()
+        error = "-" if row["error"] is None else f"{row['error']:.3f}"
+        table.add_row(
+            row["method"], f"{100 * row['ratio']:g} % of {row['of']}", error, percent(row["accuracy"]), row["reason"] or ""
+        )
+    return table
+
+
+def plan_table(tree: Mapping[str, Any]) -> RenderableType:
+    """What a compression would make of each layer, as a Rich table."""
+    shares = {key: share(tree["after"][key] / tree["before"][key]) for key in ("params", "macs")}
+    title = f"{tree['method']}, {100 * tree['target']['ratio']:g} % of {tree['target']['of']}"
+    table = Table(title=f"{title}: {shares['params']} of the parameters, {shares['macs']} of the MACs", title_justify="left")
+    for name in ("layer", "before", "after", "parameters kept", "MACs kept", "output error", "why"):
+        table.add_column(name, justify="left" if name in ("layer", "before", "after", "why") else "right", overflow="fold")
+    for layer in tree["layers"]:
+        before, after = layer["before"], layer["after"]
+        ratios = [share(ratio(after[key], before[key])) for key in ("params", "macs")]
+        shapes = [" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after)]
+        error = "-" if layer["error"] is None else f"{layer['error']:.3f}"
+        table.add_row(Text(layer["name"]), *shapes, *ratios, error, layer["why"])
+    return table
 
 
 def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
 from compactcli.counters import COUNTERS
+from compactcli.errors import CompactError
 from compactcli.recipe import DTYPES
 
 COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
@@ -124,12 +125,16 @@ TRAINING_FLAGS = {
     *("--precision", "--dtype"),
 }
 FLAGS = {
-    "analyze": MODEL_FLAGS | FRESH_FLAGS | {"--linear", "--explain", "--json"},
+    "analyze": MODEL_FLAGS
+    | FRESH_FLAGS
+    | DATA_FLAGS
+    | {"--linear", "--explain", "--time", "--methods", "--ratios", "--of", "--json", "--verbose", "-v"},
     "compress": MODEL_FLAGS
     | FRESH_FLAGS
     | DATA_FLAGS
     | TRAINING_FLAGS
-    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--finetune-epochs", "--output", "-o"},
+    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--finetune-epochs", "--output", "-o"}
+    | {"--latency-table", "--dry-run", "--json"},
     "finetune": MODEL_FLAGS
     | DATA_FLAGS
     | TRAINING_FLAGS
@@ -145,7 +150,8 @@ FLAGS = {
     "export": MODEL_FLAGS | DATA_FLAGS | {"--dtype", "--to", "--fold-bn", "--batch-size", "--device", "--output", "-o"},
     "evaluate": MODEL_FLAGS | DATA_FLAGS | {"--batch-size", "--device", "--json"},
     "bench": (MODEL_FLAGS - {"MODEL", "--mean", "--std"})
-    | {"MODELS", "--batch-size", "--threads", "--repeats", "--device", "--json"},
+    | FRESH_FLAGS
+    | {"MODELS", "--batch-size", "--threads", "--repeats", "--save", "--device", "--json"},
     "methods": {"NAME", "--debug"},
 }
 
@@ -309,7 +315,15 @@ USAGE = [
     (("--method", "hinge", "--ratio", "0.5", "--set", "mod=auto"), "compactcli: --set mod: no such option; did you mean mode"),
     (("--method", "hinge", "--ratio", "0.5", "--set", "mode"), "compactcli: --set mode: give it as name=value"),
     (("--method", "hinge", "--ratio", "0.5", "--set", "mode=x"), "compactcli: --set mode=x: it is one of auto, prune, decompose"),
-    (("--method", "hinge", "--ratio", "0.5", "--of", "time"), "compactcli: --of time: it is macs or params"),
+    (("--method", "hinge", "--ratio", "0.5", "--of", "time"), "compactcli: --of time: it is macs, params or latency"),
+    (("--method", "csg", "--ratio", "0.5", "--of", "latency"), "--of latency: csg stores less and computes the same"),
+    (
+        ("--method", "hetconv", "--ratio", "0.5", "--of", "latency"),
+        "--of latency: hetconv makes layers of a kind that",
+    ),
+    (("--method", "hinge", "--ratio", "0.5", "--latency-table", "t"), "compactcli: --latency-table: it is for --of latency"),
+    (("--method", "hinge", "--ratio", "0.5", "--json"), "compactcli: --json: it is for --dry-run"),
+    (("--method", "hinge", "--ratio", "0.5", "--dry-run", "--epochs", "1"), "compactcli: --dry-run plans from weights or images"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "0"), "compactcli: --round 0: it is 1 or more"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "many"), "compactcli: --round many: give it as a whole number, or auto"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "1.5"), "compactcli: --round 1.5: give it as a whole number, or auto"),
@@ -452,10 +466,70 @@ def test_analyze_json(net):
     assert tree["suggestion"]["command"] in plain
 
 
-def test_the_suggested_command_can_be_run(net, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--data", "digits", "--limit", "64", "--methods", "--ratios", "0.8", "--of", "params", "--input-shape", "1x16x16")],
+)
+def test_the_suggested_command_can_be_run(net, monkeypatch, flags):
     monkeypatch.chdir(net.parent)
-    command = json.loads(run("analyze", "--json", "net.pt").stdout)["suggestion"]["command"]
+    result = run("analyze", "--json", "net.pt", *flags)
+    assert result.exit_code == 0, result.stderr
+    command = json.loads(result.stdout)["suggestion"]["command"]
     assert run(*shlex.split(command)[1:], "-o", "out.safetensors").exit_code == 0
+
+
+ENVIRONMENT = {name: [name, "nowhere.pt"] for name in FLAGS} | {
+    "compress": ["compress", "nowhere.pt", *HINGE, "0.5"],
+    "export": ["export", "nowhere.pt", "--dtype", "float16", "-o", "out"],
+    "methods": ["methods", "nothing"],
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_command_reads_the_environment(name):
+    """--debug, which lets an error through instead of showing one line."""
+    assert run(*ENVIRONMENT[name]).exit_code in (1, 2)
+    shown = CliRunner().invoke(app, ENVIRONMENT[name], env={"COMPACTCLI_DEBUG": "1"})
+    assert isinstance(shown.exception, CompactError), shown.exception
+
+
+def test_common_flags_have_a_variable(net):
+    variables = {p.envvar for command in commands().values() for p in command.params if getattr(p, "envvar", None)}
+    wanted = ("DATA", "DATA_DIR", "DOWNLOAD", "LIMIT", "BATCH_SIZE", "DEVICE", "SEED", "JSON", "QUIET", "VERBOSE", "DEBUG")
+    assert variables == {f"COMPACTCLI_{name}" for name in wanted}
+    result = CliRunner().invoke(app, ["analyze", str(net)], env={"COMPACTCLI_JSON": "1", "COMPACTCLI_QUIET": "1"})
+    assert json.loads(result.stdout)["schema"] == "compactcli/analysis/1"
+    assert result.stderr == ""
+
+
+def test_a_dry_run_writes_nothing_and_tells_all(net, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    result = run("compress", "-q", net, *HINGE, "0.6", "--dry-run", "--json")
+    assert sorted(tmp_path.iterdir()) == before
+    tree = json.loads(result.stdout)
+    assert [row["name"] for row in tree["layers"]] == [
+        row["name"] for row in json.loads(run("analyze", "--json", net).stdout)["layers"]
+    ]
+    assert all(row["why"] for row in tree["layers"])
+    assert "filters go" in result.stderr
+    assert run("compress", "-q", net, *HINGE, "0.6", "--dry-run").stdout == ""
+
+
+def test_a_saved_table_drives_a_compression(net, tmp_path):
+    table = tmp_path / "table.json"
+    result = run("bench", net, "--threads", "1", "--repeats", "2", "--save", table)
+    assert result.exit_code == 0, result.stderr
+    assert "wrote the times of" in result.stderr
+    made = [run("compress", "-q", net, *HINGE, "0.6", "--of", "latency", "--latency-table", table).stdout_bytes for _ in range(2)]
+    assert made[0] == made[1]  # nothing is timed again
+    assert open_model(made[0]).recipe.steps[0].options["of"] == "latency"
+    other = ("--fresh", "--arch", "cifar:resnet8", "--arch-kwargs", "width=4")
+    line = one_line(
+        run("compress", "-q", *other, *HINGE, "0.6", "--of", "latency", "--latency-table", table, "-o", tmp_path / "o")
+    )
+    assert "the latency table is of another network: conv1 is 4x3x3x3 here, 8x1x3x3 in the table" in line
+    assert "is not a latency table" in one_line(run("compress", net, *HINGE, "0.6", "--of", "latency", "--latency-table", net))
+    assert "one model" in one_line(run("bench", net, net, "--save", table), 2)
 
 
 def test_analyze_warns_of_what_compress_refuses(tmp_path):

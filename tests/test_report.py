@@ -39,8 +39,11 @@ MODEL = {
 REPORT = {"schema", "model", "baseline", "ratios", "accuracy_delta", "steps", "layers"}
 STEP = {"command", "method", "options", "params", "macs", "accuracy", "error", "version"}
 CHANGED_LAYER = {"name", "type", "before", "after", "params", "macs"}
-ANALYSIS = {"schema", "model", "layers", "suggestion"}
-LAYER = {"name", "type", "weight_shape", "params", "macs", "sets", "locked", "redundancy"}
+ANALYSIS = {"schema", "model", "data", "layers", "sets", "predictions", "suggestion"}
+LAYER = {
+    *("name", "type", "weight_shape", "params", "macs", "sets", "locked", "redundancy"),
+    *("time", "activations", "sensitivity"),
+}
 REDUNDANCY = {"max_abs_corr", "mean_abs_corr", "effective_rank", "rank_ratio_99"}
 BENCH = {"schema", "device", "processor", "torch", "input_shape", "models"}
 LATENCY = {

@@ -35,7 +35,20 @@ ORDER = [
     },
     {"methods", "measure", "counters"},
     {"artefact", "optim", "resume", "train", "commands"},
-    {"compress", "finetune", "precision", "report", "compare", "markdown", "page", "explain", "export", "sweep"},
+    {
+        "compress",
+        "finetune",
+        "precision",
+        "predict",
+        "report",
+        "compare",
+        "markdown",
+        "page",
+        "explain",
+        "export",
+        "sweep",
+        "timing",
+    },
     {"cli"},
 ]
 ROOF = {"__init__", "__main__"}  # the library on one screen, and `python -m`

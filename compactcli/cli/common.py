@@ -38,21 +38,32 @@ Std = Annotated[str | None, typer.Option(metavar="A,B,C", help="Channel standard
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Unpickle the file, which runs whatever code it holds.")]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="D", help="Images: digits, cifar10, cifar100, mnist, fashionmnist, svhn, a folder, or module:function."),
+    typer.Option(
+        metavar="D",
+        help="Images: digits, cifar10, cifar100, mnist, fashionmnist, svhn, a folder, or module:function.",
+        envvar="COMPACTCLI_DATA",
+    ),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Folder of the named datasets.")]
-Download = Annotated[bool, typer.Option("--download", help="Download the named dataset if it is missing.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most that many images of each split, evenly over the classes.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch, of all processes together.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the named datasets.", envvar="COMPACTCLI_DATA_DIR")]
+Download = Annotated[
+    bool, typer.Option("--download", help="Download the named dataset if it is missing.", envvar="COMPACTCLI_DOWNLOAD")
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="At most that many images of each split, evenly over the classes.", envvar="COMPACTCLI_LIMIT"),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images per batch, of all processes together.", envvar="COMPACTCLI_BATCH_SIZE")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", envvar="COMPACTCLI_DEVICE")]
 Dtype = Annotated[
     str | None, typer.Option(metavar="float16|bfloat16", help="Store numbers so in the file: half the bytes. [default: float32]")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all that is random.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes on stderr.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.", envvar="COMPACTCLI_SEED")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", envvar="COMPACTCLI_JSON")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes on stderr.", envvar="COMPACTCLI_QUIET")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.", envvar="COMPACTCLI_VERBOSE")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", envvar="COMPACTCLI_DEBUG")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Take an untrained --arch network and read nothing.")]
 
 

@@ -15,6 +15,8 @@ from .common import guarded, note, open_data, open_network
 
 if TYPE_CHECKING:
     from ..artefact import Network
+    from ..compress import Calibration
+    from ..data import Dataset
 
 
 @guarded
@@ -24,7 +26,11 @@ def command(
     method: Annotated[str, typer.Option(help="How to compress; `compactcli methods` lists them.")],
     ratio: Annotated[float, typer.Option(help="Share to keep, between 0 and 1.")],
     of: Annotated[
-        str | None, typer.Option(metavar="macs|params", help="What the ratio is of. [default: the method's own]")
+        str | None, typer.Option(metavar="macs|params|latency", help="What the ratio is of. [default: the method's own]")
+    ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What bench --save measured, for --of latency. [default: it is measured at once]"),
     ] = None,
     round: Annotated[
         str | None,
@@ -35,6 +41,9 @@ def command(
         ),
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would become of each layer, and why; write nothing.")
+    ] = False,
     set: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Option of the method; may be repeated.")] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of the method's search before it decides; 0: calibrate only.")] = 0,
     finetune_epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning afterwards.")] = 0,
@@ -72,6 +81,7 @@ def command(
     trust_pickle: common.TrustPickle = False,
     fresh: common.Fresh = False,
     seed: common.Seed = 0,
+    json: Annotated[bool, typer.Option("--json", help="The plan of --dry-run as one JSON document on stdout.")] = False,
     quiet: common.Quiet = False,
     debug: common.Debug = False,
 ) -> None:
@@ -79,21 +89,28 @@ def command(
 
     compactcli compress resnet56.pt --method hinge --ratio 0.5 --data cifar10 -o small.safetensors
 
+    compactcli compress resnet56.pt --method hinge --ratio 0.5 --of latency --latency-table table.json -o small.safetensors
+
     compactcli compress resnet56.pt --method hinge --ratio 0.5 --data cifar10 --epochs 5 --finetune-epochs 15 -o small.safetensors
     """
     from .. import methods
 
     kind = methods.get(method)
-    if of is not None and of not in ("macs", "params"):
-        raise UsageError(f"--of {of}: it is macs or params")
+    if of is not None and of not in ("macs", "params", "latency"):
+        raise UsageError(f"--of {of}: it is macs, params or latency")
+    if latency_table is not None and of != "latency":
+        raise UsageError("--latency-table: it is for --of latency")
+    if json and not dry_run:
+        raise UsageError("--json: it is for --dry-run; the model says all in its file, and `compactcli report --json` tells it")
+    if dry_run and (epochs or finetune_epochs):
+        raise UsageError("--dry-run plans from weights or images, not from training; leave --epochs and --finetune-epochs out")
     training.check_keep(keep)
     common.check_dtype(dtype)
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
-    from .. import distributed, optim
-    from ..compress import Calibration, Search, Target, compress
-    from ..data import sample
+    from .. import distributed, optim, report, timing
+    from ..compress import Search, Target, compress, planned
     from ..finetune import finetune
     from ..history import Watch
     from ..precision import cast_
@@ -104,7 +121,8 @@ def command(
     if idle:
         raise UsageError(f"--set {idle[0]}: it is for a search; give --epochs as well")
     chosen = kind(options)
-    target = Target(ratio, of, _rounding(round), nearest)  # type: ignore[arg-type]
+    table = None if latency_table is None else timing.load(latency_table)
+    target = Target(ratio, of, _rounding(round), nearest, table)  # type: ignore[arg-type]
     started = time.perf_counter()
     with distributed.joined(device) as own_device:
         plan = partial(
@@ -117,7 +135,8 @@ def command(
         quiet = quiet or not distributed.is_main()
         source = "-" if fresh else streams.model_source(model)
         named = arch.rpartition(":")[2] if fresh and arch else source
-        destination = streams.model_target(output, named, f"{method}-{ratio:g}") if distributed.is_main() else "-"
+        writes = distributed.is_main() and not dry_run
+        destination = streams.model_target(output, named, f"{method}-{ratio:g}") if writes else "-"
         kept: Path | None = None
         if trains:
             others = (destination, history, source)
@@ -133,15 +152,17 @@ def command(
         guide = None if not trains or (fresh and teacher is None) else _teacher(network, teacher, arch)
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
         identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
+        if dry_run:
+            tree = planned(network, method, chosen, target, calibration=_calibration(dataset, limit, seed), seed=seed, log=say)
+            common.show(report.plan_table(tree), err=True)
+            if json:
+                common.write_json(tree)
+            return
         left = _compressed(kept, network, arch) if resume and kept is not None and kept.exists() else None
         network = left or network
 
         if left is None:
-            calibration = search = None
-            if dataset is not None:
-                split = dataset.train or dataset.test
-                assert split is not None
-                calibration = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
+            calibration, search = _calibration(dataset, limit, seed), None
             with common.progress_bar(quiet, "images" if epochs else "layers") as advance:
                 if epochs and dataset is not None:
                     watch = Watch(say, advance, training.history_writer(history, "search"))
@@ -160,6 +181,18 @@ def command(
         if dtype is not None and network.recipe.dtype is None and distributed.is_main():
             cast_(network, dtype, log=say)
         training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
+
+
+def _calibration(dataset: "Dataset | None", limit: int, seed: int) -> "Calibration | None":
+    """The images to calibrate on; None without data."""
+    from ..compress import Calibration
+    from ..data import sample
+
+    if dataset is None:
+        return None
+    split = dataset.train or dataset.test
+    assert split is not None
+    return Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
 
 
 def _compressed(kept: Path, network: "Network", arch: str | None) -> "Network | None":

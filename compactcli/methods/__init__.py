@@ -53,14 +53,20 @@ class Foreign:
 
 
 class Method:
-    """What a method may do, and when. The hooks that a method does not need do nothing."""
+    """What a method may do, and when. The hooks that a method does not need do nothing.
+
+    Where it chooses by error, `losses` then tells what its edits to each layer, by name, do to the network's outputs: as a share
+    of their mean square deviation, before any refit. Sets that several layers make count for the first of them.
+    """
 
     Options: ClassVar[type] = NoOptions
-    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")  # what --ratio may be of; the first is the default
+    # What --ratio may be of; the first is the default.
+    of: ClassVar[tuple[Literal["macs", "params", "latency"], ...]] = ("macs", "params", "latency")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by the option "preset": values for what is not set otherwise
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
+        self.losses: dict[str, float] = {}
 
     @classmethod
     def recognise(cls, tensors: "Mapping[str, Tensor]") -> Foreign | None:

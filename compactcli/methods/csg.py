@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocate import Choice
-from ..budget import Budget, Layer
+from ..budget import Budget, Layer, Of
 from ..channels import Channels
 from ..errors import CompactError, shape_text
 from ..kernels import KernelLayer, layers, shared
@@ -30,7 +30,7 @@ from . import Foreign, Method, _csg_files
 from ._csg_files import Given, generators
 from ._errors import Metric, Metrics
 from ._layers import dense, eligible, like, meet
-from ._slices import REFITS, Sliced, Slicing, name_of, refine, solve_codes, spectrum
+from ._slices import REFITS, Sliced, Slicing, made, name_of, refine, solve_codes, spectrum
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -83,7 +83,7 @@ class CSG(Method):
     """A generator for each kernel size, and codes for the slices of as many layers as the ratio needs."""
 
     Options = Options
-    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("params",)
+    of: ClassVar[tuple[Of, ...]] = ("params",)
 
     @classmethod
     def recognise(cls, tensors: Mapping[str, Tensor]) -> Foreign | None:
@@ -116,9 +116,11 @@ class CSG(Method):
                 metric = metrics.of(layer)
                 counted = Metric(metric.outputs * float(left[index]), metric.inputs)
                 groups.setdefault(kernel, []).append((layer, Sliced(weight, counted, slicing)))
+        shares = {layer.name: float(share) for layer, share in zip(budget.layers, left, strict=True)}
         edits: list[Edit] = []
         for kernel, plan in self._chosen(model, budget, groups, given).items():
-            edits += self._edits(model, kernel, [each for each in groups[kernel] if each[0].name not in plan.plain], plan, given)
+            coded = [each for each in groups[kernel] if each[0].name not in plan.plain]
+            edits += self._edits(model, kernel, coded, plan, given, shares)
         return edits
 
     def _cut(self, given: Given | None) -> tuple[int, int, bool]:
@@ -182,10 +184,14 @@ class CSG(Method):
         found: Sequence[tuple[Layer, Sliced]],
         plan: Plan,
         given: Mapping[tuple[int, ...], Given],
+        left: Mapping[str, float],
     ) -> Iterator[Edit]:
+        """The generator of one kernel size, and the layers that are made by it. `left` is how much of its error each counts."""
         slices, first = [sliced for _, sliced in found], found[0][1].slicing
         start = given[kernel].weight if given else spectrum(slices)[0][:, : plan.size]
         generator, codes = refine(slices, start, frozen=bool(given))
+        for (layer, sliced), own in zip(found, codes, strict=True):
+            self.losses[layer.name] = sliced.cost(sliced.weight - made(sliced, generator, own)) / left[layer.name]
         cut = {"outputs": first.outputs, "inputs": first.inputs, "code": generator.shape[1]}
         dtype = model.get_parameter(found[0][0].weight).dtype
         yield Share(

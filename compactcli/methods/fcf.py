@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
-from ..budget import Budget, Dial, Family, Floats, Layer
+from ..budget import Budget, Dial, Family, Floats, Layer, Of
 from ..channels import Axis, Channels, Ids, edits
 from ..errors import CompactError
 from ..lpbox import Admm, Penalty
@@ -103,7 +103,7 @@ class FCF(Method):
 
     Options = Options
     presets = PRESETS
-    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")
+    of: ClassVar[tuple[Of, ...]] = ("macs", "params", "latency")
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -130,6 +130,7 @@ class FCF(Method):
         if trains:
             self.widths = [width for width in self.widths if not _tied(model, budget.families[width[0]])]
         self.kept = self._counts(model, channels, budget, refitted=moments is not None)
+        self.losses = budget.losses(self._dials(budget), list(self.kept.values()))
         if trains:
             self._attach_(model, channels, budget)
         return []
@@ -137,11 +138,7 @@ class FCF(Method):
     def _counts(self, model: nn.Module, channels: Channels, budget: Budget, *, refitted: bool) -> dict[int, int]:
         """How many sets of each family stay."""
         if self.options.select == "error":
-            dials = [
-                Dial(errors, budget.step(len(order)), self._least(len(order)), family=family)
-                for family, order, errors in self.widths
-            ]
-            settings = budget.solve(dials, refitted=refitted)
+            settings = budget.solve(self._dials(budget), refitted=refitted)
             return {family: kept for (family, _, _), kept in zip(self.widths, settings, strict=True)}
         if not self.widths:
             raise CompactError("there are no filters here that could go; `compactcli analyze` says why")
@@ -152,6 +149,12 @@ class FCF(Method):
         if not len(fitting) and not budget.nearest:
             raise budget.out_of_reach(float(costs.min()))
         return every[int(fitting[-1]) if len(fitting) else 0]
+
+    def _dials(self, budget: Budget) -> list[Dial]:
+        """How many of its filters each layer keeps."""
+        return [
+            Dial(errors, budget.step(len(order)), self._least(len(order)), family=family) for family, order, errors in self.widths
+        ]
 
     def _least(self, full: int) -> int:
         """The smallest number of its filters that a layer keeps."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..allocate import Choice
-from ..budget import Budget, Layer
+from ..budget import Budget, Layer, Of
 from ..channels import Channels
 from ..errors import CompactError
 from ..kernels import KernelLayer
@@ -61,7 +61,7 @@ class HetConv(Method):
     """Layers in parts, as many and of as many parts as the ratio needs."""
 
     Options = Options
-    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("macs", "params")
+    of: ClassVar[tuple[Of, ...]] = ("macs", "params")
 
     def start(
         self,
@@ -92,6 +92,9 @@ class HetConv(Method):
             if form:
                 parts = every[layer.name][form - 1]
                 result.append(_edit(model, layer, parts, fit(_weight(model, layer), metrics.of(layer).inputs, parts)))
+        self.losses = {
+            layer.name: float(each.errors[form]) for layer, each, form in zip(found, choices, chosen, strict=True) if form
+        }
         return result
 
     def _parts(self, layer: Layer) -> list[int]:

@@ -196,7 +196,7 @@ class Hinge(Method):
         """What may be removed, and the layers that may be decomposed, with the errors."""
         mode, shared = self.options.mode, self._price(images=searches or moments is not None) == "time"
         widths = removable(model, channels, budget, moments, shared=shared) if mode != "decompose" else []
-        return widths, _ranks(model, channels, budget, moments) if mode != "prune" else []
+        return widths, rank_errors(model, channels, budget, moments) if mode != "prune" else []
 
     def _chosen(
         self, budget: Budget, widths: Widths, ranks: Ranks, *, searches: bool, refitted: bool = False
@@ -206,6 +206,7 @@ class Hinge(Method):
         dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
         dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
         settings = budget.solve(dials, price, refitted=refitted)
+        self.losses = budget.losses(dials, settings)
         orders = [order for _, order, _ in widths]
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
@@ -216,7 +217,7 @@ class Hinge(Method):
         return "time" if favour == "speed" else "cost"
 
     def _by_norm(self, norms: list[Floats]) -> tuple[Widths, Ranks]:
-        """Widths and ranks as `removable` and `_ranks` give them, the squares of the groups' norms for errors."""
+        """Widths and ranks as `removable` and `rank_errors` give them, the squares of the groups' norms for errors."""
         assert self.search is not None
         widths, ranks = [], []
         for each, own, price in zip(self.search.found, norms, self.search.prices, strict=True):
@@ -235,7 +236,7 @@ class Hinge(Method):
         return Dial(errors, budget.step(full, price), int(np.ceil(self.options.floor * full)), family, layer)
 
 
-def _ranks(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
+def rank_errors(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
     """The layers that may be decomposed."""
     result = []
     worth = worths(model, channels, budget) if moments is None else {}

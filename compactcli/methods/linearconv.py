@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..allocate import Choice
-from ..budget import Budget, Layer
+from ..budget import Budget, Layer, Of
 from ..channels import Channels
 from ..errors import CompactError
 from ..kernels import KernelLayer, layers
@@ -77,7 +77,7 @@ class LinearConv(Method):
     """Primary filters and coefficients in as many layers as the ratio needs."""
 
     Options = Options
-    of: ClassVar[tuple[Literal["macs", "params"], ...]] = ("params",)
+    of: ClassVar[tuple[Of, ...]] = ("params",)
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -148,6 +148,9 @@ class LinearConv(Method):
             costs = [form.cost(layer.shape[0], size // layer.shape[0]) for form, _ in own]
             choices.append(Choice(np.array([size, *costs], dtype=float), np.array([0.0, *(error for _, error in own)])))
         chosen = meet(budget, choices, "linearconv", refitted=found if refitted else ())
+        self.losses = {
+            layer.name: float(each.errors[form]) for layer, each, form in zip(found, choices, chosen, strict=True) if form
+        }
         return [(layer, own[form - 1][0]) for layer, own, form in zip(found, forms, chosen, strict=True) if form]
 
     def regularise(self, model: nn.Module, progress: Progress) -> None:

@@ -1,0 +1,120 @@
+"""A budget of latency: what a table says, and that it drives what MACs would where time is MACs."""
+
+import numpy as np
+import pytest
+import torch
+from networks import named
+from test_compress import own
+
+from compactcli import budget, timing
+from compactcli.budget import Budget
+from compactcli.channels import find
+from compactcli.errors import CompactError
+from compactcli.graph import trace
+from compactcli.timing import SHARES, Table, Timed
+
+
+def proportional(found: list[budget.Layer], whole: float) -> Table:
+    """Of a machine on which time is multiply-accumulates, and nothing else takes any."""
+
+    def points(first: int, second: int, each: float) -> tuple[timing.Point, ...]:
+        return tuple((int(a * first), int(b * second), int(a * first) * int(b * second) * each) for a in SHARES for b in SHARES)
+
+    layers = tuple(
+        Timed(
+            layer.name,
+            layer.shape,
+            points(*layer.shape[:2], layer.positions * layer.kernel),
+            points(layer.shape[0], layer.shape[0], layer.positions),
+            (),
+        )
+        for layer in found
+    )
+    return Table("own", (3, 32, 32), 1, 1, "cpu", "none", "2", "contiguous", whole, layers)
+
+
+@pytest.mark.parametrize("terms", [(0.0, 1.0, 2.0, 3.0), (5.0, 0.0, 0.0, 0.1), (1.0, 0.0, 2.0, 0.0)])
+def test_a_curve_is_what_it_was_measured_on(terms):
+    a, b, c, d = terms
+    points = [(out, into, a + b * out + c * into + d * out * into) for out in (64, 32, 16) for into in (48, 24, 12)]
+    assert np.allclose(timing._fitted(points), terms, rtol=1e-4, atol=1e-6)
+
+
+def test_a_curve_never_falls():
+    """Whatever noise says, more channels never take less time."""
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        points = [(out, into, float(generator.uniform(0.1, 1))) for out in (64, 32, 16) for into in (48, 24, 12)]
+        found = timing._fitted(points)
+        assert (found >= 0).all()
+        assert found.any()
+    assert not timing._fitted([]).any()
+
+
+def test_where_time_is_macs_latency_is_macs():
+    model = named("cifar:resnet8", width=16)
+    graph = trace(model, (3, 32, 32))
+    channels, found = find(graph, model), budget.layers(graph)
+    macs = Budget(graph, channels, model, ratio=0.5)
+    table = proportional(found, macs.original)
+    latency = Budget(graph, channels, model, ratio=0.5, of="latency", times=table.times(found))
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        along, ranks = macs.along(), macs.ranks()
+        for family, per_set in zip(macs.families, macs.per_set, strict=True):
+            along -= generator.integers(0, len(family.sets)) * per_set
+        for index in generator.choice(len(ranks) - 1, 3, replace=False):
+            ranks[index] = generator.integers(1, 8)
+        assert latency.cost(along, ranks) == pytest.approx(float(macs.cost(along, ranks)), rel=1e-3)
+        out, into = along[latency._out], along[latency._in] * latency._kernel
+        assert np.allclose(latency.most_ranks(along), out * into / (out + into), rtol=1e-3)  # where both take as long
+
+
+def test_what_layers_do_not_take_goes_by_their_outputs():
+    model = named("cifar:resnet8", width=16)
+    graph = trace(model, (3, 32, 32))
+    channels, found = find(graph, model), budget.layers(graph)
+    macs = Budget(graph, channels, model, ratio=0.5)
+    times = proportional(found, 3 * macs.original).times(found)
+    latency = Budget(graph, channels, model, ratio=0.5, of="latency", times=times)
+    assert latency.original == pytest.approx(3 * macs.original)
+    half = latency.along()
+    half[latency._out] /= 2
+    kept = float(latency.cost(half, latency.ranks())) - float(macs.cost(half, macs.ranks()))
+    assert kept == pytest.approx(macs.original, rel=1e-3)
+    short = Budget(graph, channels, model, ratio=0.5, of="latency", times=proportional(found, 0.5 * macs.original).times(found))
+    assert short.original == pytest.approx(0.5 * macs.original)  # layers that take longer alone than together
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+            torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.BatchNorm2d(8),
+            torch.nn.Conv2d(8, 12, 3, groups=4, stride=2), torch.nn.ConvTranspose2d(12, 6, 2, stride=2), torch.nn.BatchNorm2d(6),
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5),
+        ),
+        named("cifar:resnet8"),
+    ],
+    ids=["kinds", "resnet"],
+)  # fmt: skip
+def test_every_layer_is_timed(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    given = own(model)
+    table = timing.table(given, threads=1)
+    found = budget.layers(trace(given.module, given.input_shape))
+    assert [(timed.name, timed.shape) for timed in table.layers] == [(layer.name, layer.shape) for layer in found]
+    for timed, layer in zip(table.layers, found, strict=True):
+        assert max(point[:2] for point in timed.kernel) == layer.shape[:2]
+        assert all(ms > 0 for part in (timed.kernel, timed.pointwise, timed.after) for _, _, ms in part)
+        assert bool(timed.after) == (layer.norm is not None)
+    path = tmp_path / "table.json"
+    path.write_bytes(table.dumps())
+    assert timing.load(path) == table
+    graph = trace(given.module, given.input_shape)
+    times = table.times(found)
+    measured = Budget(graph, find(graph, given.module), given.module, ratio=0.5, of="latency", times=times)
+    assert measured.original == pytest.approx(table.whole_ms)
+    with pytest.raises(CompactError, match="of another network"):
+        table.times(budget.layers(trace(named("cifar:resnet8", width=4), (3, 32, 32))))
