@@ -17,6 +17,7 @@ A row is written to benchmarks/results/fcf_time.json the moment it is there; --r
 import argparse
 import copy
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
         todo += [(f"whole {cut:.2f} batch {batch}", partial(_whole, dense, made, cut, batch, options.repeats)) for cut in WHOLE]
         for key, row in todo:
             if key not in rows:
-                rows[key] = {"repeats": options.repeats, **row()}
+                rows[key] = {"repeats": options.repeats, "load_before": os.getloadavg()[0], **row()}
                 write("fcf_time", {"command": command, "rows": rows})
     _show(rows)
 
