@@ -14,9 +14,10 @@ from compactcli import artefact, channels, counters, kernels, measure, surgery
 from compactcli.artefact import Wishes
 from compactcli.compress import Calibration, Target, compress
 from compactcli.errors import CompactError
-from compactcli.graph import run_fake
-from compactcli.methods import _squeeze
+from compactcli.graph import run_fake, trace
+from compactcli.methods import _squeeze, get
 from compactcli.methods._squeeze import Squeeze, Squeezed
+from compactcli.methods.fcf import Way, _best
 from compactcli.recipe import Replace
 
 UNGROUPED = [name for name, geometry in GEOMETRIES.items() if "groups" not in geometry]
@@ -161,13 +162,12 @@ def test_what_is_left_out_in_a_search_is_gone():
     assert (gated - wanted).abs().max() > 1e-3
     method.end(model)
     torch.testing.assert_close(outputs(model, image)[0], gated)
-    surgery.apply_checked_(model, method.finish(model, sets, budget, moments := {}), sets.consumed, CIFAR)
-    assert not moments
-    assert layers(model)
-    for each, norm in ((model.layer1[0].conv2, model.layer1[0].bn2),):
-        gone = [n for n in range(each.outputs) if n not in each.written.tolist()]
-        assert not norm.weight[gone].any()
-        assert not norm.bias[gone].any()
+    surgery.apply_checked_(model, method.finish(model, sets, budget, {}), sets.consumed, CIFAR)
+    each, norm = model.layer1[0].conv2, model.layer1[0].bn2
+    gone = [n for n in range(each.outputs) if n not in each.written.tolist()]
+    assert gone
+    assert not norm.weight[gone].any()
+    assert not norm.bias[gone].any()
     assert (outputs(model, image)[0] - gated).norm() <= 1e-5 * gated.norm()
 
 
@@ -176,16 +176,12 @@ def test_what_is_left_out_in_a_search_is_gone():
 def test_a_later_method_makes_it_plain(second):
     first = squeezed(network())
     count, kept, lines = len(layers(first.module)), measure.macs(first.module, CIFAR), []
-    from compactcli.methods import get
-
     small = compress(first, second, get(second)(), Target(0.8), log=lines.append)
     assert f"{second}: made {count} layers of an earlier step plain: what it had saved there is undone" in lines
     assert measure.macs(small.module, CIFAR) <= 0.8 * kept
 
 
 def test_auto_takes_the_least_error_and_of_like_ones_the_fastest():
-    from compactcli.methods.fcf import Way, _best
-
     def way(error: float, time: float, cost: float = 1.0) -> Any:
         return Way([], {}, error, cost, time)
 
@@ -213,6 +209,4 @@ def test_sets_are_the_channels_of_its_sides():
     """`channels.find` goes through a network with such layers as they are run."""
     one = artefact.fresh(Wishes("cifar:resnet8", {"width": 64, "num_classes": 3}), 0)
     plain = kernels.folded(squeezed(one, ratio=0.3).module)
-    from compactcli.graph import trace
-
     assert channels.find(trace(plain, CIFAR), plain).free()

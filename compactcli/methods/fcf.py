@@ -178,7 +178,7 @@ class FCF(Method):
             except CompactError as problem:
                 problems.append(problem)
         if not found:
-            raise problems[-1]
+            raise min(problems, key=str)  # they differ in the least ratio that they name
         best = _best(found, budget.target)
         self.widths, self.kept = best.widths, best.kept
 
