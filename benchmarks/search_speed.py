@@ -15,7 +15,7 @@ better memory format, as a share of the original's: one image, median of 9 round
 
 Required are the shares in CASES.
 
-    python -m benchmarks search_speed [--methods hinge linearconv csg] [--repeats 5] [--steps 20]
+    python -m benchmarks search_speed [--methods hinge linearconv csg fcf] [--repeats 5] [--steps 20]
 """
 
 import argparse
@@ -57,6 +57,7 @@ CASES = {
     "hinge": Case("resnet56", 0.5, 1.35),
     "linearconv": Case("resnet20", 0.5, 1.15, 1.05),
     "csg": Case("resnet20", 0.43, 1.25, 1.05),
+    "fcf": Case("resnet20", 0.5, 1.05),
 }
 
 

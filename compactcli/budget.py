@@ -37,6 +37,7 @@ VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as
 OUTPUT_TIME = (100, 1200)  # to write one output and take it through normalisation and activation, where ...
 OUTPUT_BYTES = (1 << 24, 1 << 25)  # ... all outputs of 16 images take no more, and no less, than this
 WEIGHT_TIME = 120  # to fetch one weight for one image
+MOVED_TIME = 100  # to take one value to another channel, in a gather or a scatter, at whatever memory format
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -274,7 +275,7 @@ class Budget:
         self.graph = graph
         self.layers, self._elsewhere = _costs(graph)
         self.families = families(channels)
-        column = {axis: index for index, axis in enumerate(channels.axes)}
+        self._column = column = {axis: index for index, axis in enumerate(channels.axes)}
         self._full = np.array([*(len(sets) for sets in channels.axes.values()), 1], dtype=float)
         self.per_set = np.zeros((len(self.families), len(self._full)))  # what one set takes along each axis
         for index, family in enumerate(self.families):
@@ -302,6 +303,14 @@ class Budget:
         self.original = float(self.cost(self.along(), self.ranks())) if original is None else original
         self.target = ratio * self.original
 
+    def alone(self, axis: Axis, sets: Ids) -> int:
+        """The index of a new family: the positions of one axis by themselves, whatever else goes with their channels."""
+        row = np.zeros((1, len(self._full)))
+        row[0, self._column[axis]] = 1
+        self.families.append(Family(sets, ((axis, 1),)))
+        self.per_set = np.concatenate([self.per_set, row])
+        return len(self.families) - 1
+
     def step(self, width: int, price: Price = "cost") -> int:
         """What a channel count or rank of a layer of that width is a multiple of: `--round`, or what suits the kernels."""
         if self.round_to:
@@ -311,6 +320,10 @@ class Budget:
     def along(self) -> Floats:
         """The positions on every axis of the whole network."""
         return self._full.copy()
+
+    def sizes(self, along: Floats) -> Floats:
+        """What is left of the first two axes of every layer's weight (layers, 2)."""
+        return np.stack([along[self._out], along[self._in]], axis=1)
 
     def ranks(self) -> Floats:
         """No layer decomposed."""
@@ -376,11 +389,13 @@ class Budget:
         return share
 
     def place(self, family: int | None, layer: int | None) -> int:
-        """The index of the layer that is changed: of a family the first that makes it, if any does."""
+        """The index of the layer that is changed: of a family the first that makes it; the first that reads it, if none does."""
         if layer is not None or family is None:
             return layer or 0
         axes = {axis for axis, _ in self.families[family].axes}
-        return next((index for index, layer in enumerate(self.layers) if (layer.weight, layer.out_axis) in axes), 0)
+        sides = ("out_axis", "in_axis")
+        found = (n for side in sides for n, layer in enumerate(self.layers) if (layer.weight, getattr(layer, side)) in axes)
+        return next(found, 0)
 
     def losses(self, dials: Sequence[Dial], settings: Sequence[int]) -> dict[str, float]:
         """The error of each layer, by name, that the settings change."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import __version__, artefact, calibrate, data, distributed, kernels, measure, precision, surgery, timing
@@ -89,14 +90,14 @@ def compress(
         check(network, search.dataset, search.teacher)
     known = job.moments()
     begun = method.start(module, channels, budget, known, trains=search is not None)
-    error = _made_(module, begun, channels, shape, job.batches, seed, progress) if begun else None
+    error = _made_(module, method, begun, channels, shape, job.batches, seed, progress) if begun else None
     if search is not None:
         method.attach(module, begun)
         _searched_(network, method, budget, search, log)
         known = None if begun else job.moments()  # of what a method made at the start it knows all it needs
     ended = method.finish(module, channels, budget, known)
     if error is None:
-        error = _made_(module, ended, channels, shape, job.batches, seed, progress)
+        error = _made_(module, method, ended, channels, shape, job.batches, seed, progress)
     else:
         surgery.apply_checked_(module, ended, channels.consumed, shape)
     if calibration is None:
@@ -290,6 +291,7 @@ def _searched_(
 
 def _made_(
     module: nn.Module,
+    method: Method,
     edits: Sequence[Edit],
     channels: Channels,
     shape: Sequence[int],
@@ -304,4 +306,25 @@ def _made_(
         return calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
     before = measure.probed(module, shape)
     surgery.apply_checked_(module, edits, channels.consumed, shape)
-    return measure.relative_change(measure.probed(module, shape), before)
+    return _mended_(module, method.mended(), shape, before)
+
+
+def _mended_(module: nn.Module, values: Mapping[str, Tensor], shape: Sequence[int], before: Tensor) -> float:
+    """Take better values, if they are: the relative change of the outputs on random images is then less than without."""
+    error = measure.relative_change(measure.probed(module, shape), before)
+    if not values:
+        return error
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    old = {name: tensors[name].detach().clone() for name in values}
+    _put_(tensors, values)
+    better = measure.relative_change(measure.probed(module, shape), before)
+    if better < error:
+        return better
+    _put_(tensors, old)
+    return error
+
+
+def _put_(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)

@@ -109,9 +109,11 @@ def _kernels(calls: Sequence[_Call]) -> list[tuple[_Call, torch.Size]]:
 
 
 def _convolutions(calls: Sequence[_Call]) -> int:
-    return sum(
-        call.output.numel() * (call.module.executed if isinstance(call.module, KernelLayer) else one.numel())
-        for call, one in _kernels(calls)
+    return int(
+        sum(
+            call.output.numel() * (call.module.executed if isinstance(call.module, KernelLayer) else one.numel())
+            for call, one in _kernels(calls)
+        )
     )
 
 

@@ -5,6 +5,7 @@ cost before; what several layers make their kernels from lies once, at the netwo
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -50,12 +51,12 @@ class KernelLayer(nn.Module):
         return int(torch.Size(self.shape[1:]).numel())
 
     @property
-    def used(self) -> int:
+    def used(self) -> int | Fraction:
         """Numbers of one filter that are not zero whatever the layer learns."""
         return self.reads
 
     @property
-    def executed(self) -> int:
+    def executed(self) -> int | Fraction:
         """Multiply-accumulates for one output, as the layer is run."""
         return self.reads
 
@@ -79,12 +80,12 @@ class KernelLayer(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return self.applied(image, self.kernel(), self.groups)
 
-    def applied(self, image: Tensor, kernel: Tensor, groups: int) -> Tensor:
+    def applied(self, image: Tensor, kernel: Tensor, groups: int, *, bias: bool = True) -> Tensor:
         """A kernel in this layer's geometry on an image, and its bias."""
         padding = self.padding
         if self.padding_mode != "zeros":
             image, padding = F.pad(image, self._edges, mode=self.padding_mode), (0, 0)
-        return F.conv2d(image, kernel, self.bias, self.stride, padding, self.dilation, groups)
+        return F.conv2d(image, kernel, self.bias if bias else None, self.stride, padding, self.dilation, groups)
 
     def folded(self, *, hollow: bool = False) -> nn.Module:
         """The plain layers that this one is run as; if `hollow`, only their shapes are right."""
@@ -104,7 +105,7 @@ class KernelLayer(nn.Module):
         """A plain convolution of this geometry, with this layer's bias."""
         like: Any = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         like |= {"kernel_size": self.shape[2:], "groups": groups, "bias": False, "device": "meta"}
-        layer = nn.Conv2d(self.in_channels, self.out_channels, **like)
+        layer = nn.Conv2d(kernel.shape[1] * groups, kernel.shape[0], **like)
         layer.weight, layer.bias = nn.Parameter(kernel), self.bias
         return layer.train(self.training)
 

@@ -105,6 +105,10 @@ class Method:
         """Edits to make after training, or right after those of `start` where there is none."""
         return []
 
+    def mended(self) -> "Mapping[str, Tensor]":
+        """Better values of parameters and buffers after the edits of `finish`, without images; taken if the outputs gain."""
+        return {}
+
     def attach(self, model: "nn.Module", edits: Sequence[Edit]) -> None:
         """Get ready to train a network that the method made by these edits, some of which others may have undone."""
 

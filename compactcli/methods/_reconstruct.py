@@ -26,6 +26,7 @@ STEPS = 60
 RATE = 0.1
 NOISE = 1.0  # lambda, of the mean power of what is read
 WIDEST = 1_024  # i*k*k up to which every position of the kernel counts by itself, not only the channels
+FEW = 4  # consumers of the same channels up to which that is so
 MOST = 4_096  # channels read, above which what to give up is left to the order
 PENALTY = Penalty(0.05, 1.1, 6.0)
 
@@ -55,19 +56,36 @@ class Problem:
         return v.new_zeros(len(v) + 1).index_add_(0, self.owner, slopes)[:-1]
 
 
+@dataclass(frozen=True)
+class Alone:
+    """Filters that nothing makes good: the cost of giving up two together (n, n), of each alone on the diagonal."""
+
+    costs: Tensor
+
+    def error(self, removed: Tensor) -> float:
+        """What giving up those filters (n,) bool costs."""
+        return float(self.costs[removed][:, removed].sum())
+
+    def slopes(self, v: Tensor) -> Tensor:
+        """The gradient (n,) in the scalars of the error when each filter is made so much of."""
+        return -2 * self.costs @ (1 - v)
+
+
 def small(consumer: Layer) -> bool:
     """Whether what a layer reads is few enough for as many inverses as ADMM takes."""
     channels = consumer.shape[consumer.in_axis]
     return (channels if channels * consumer.kernel > WIDEST else channels * consumer.kernel) <= MOST
 
 
-def problem(model: nn.Module, channels: Channels, sets: Ids, consumer: Layer, moments: "Moments") -> Problem:
-    """A consumer of the channels `sets`, by images."""
+def problem(
+    model: nn.Module, channels: Channels, sets: Ids, consumer: Layer, moments: "Moments", *, coarse: bool = False
+) -> Problem:
+    """A consumer of the channels `sets`, by images; if `coarse`, all positions of the kernel as one."""
     weight = model.get_parameter(consumer.weight).detach().double().transpose(0, consumer.out_axis).flatten(1)
     weight = root(moments.worth) @ weight
     owner = numbered(channels, channels.axes[consumer.weight, consumer.in_axis], sets)
     inputs, gram, kernel = moments.inputs.double(), weight.T @ weight, consumer.kernel
-    if len(inputs) > WIDEST and kernel > 1:
+    if (coarse or len(inputs) > WIDEST) and kernel > 1:
         inputs, gram = (_by_channel(matrix, kernel) for matrix in (inputs, gram))
     else:
         owner = owner.repeat_interleave(kernel)
@@ -82,7 +100,7 @@ def _by_channel(matrix: Tensor, kernel: int) -> Tensor:
     return matrix.view(inputs, kernel, inputs, kernel).diagonal(dim1=1, dim2=3).mean(2)
 
 
-def choose(problems: Sequence[Problem], order: Ids, keep: int) -> Tensor:
+def choose(problems: Sequence[Problem | Alone], order: Ids, keep: int) -> Tensor:
     """Which channels go (n,) bool, so that `keep` stay; at least as good as giving them up in the order (n,)."""
     count = len(order)
     greedy = torch.zeros(count, dtype=torch.bool)
@@ -95,7 +113,7 @@ def choose(problems: Sequence[Problem], order: Ids, keep: int) -> Tensor:
     return candidates[int(np.argmin(errors))]
 
 
-def _admm(problems: Sequence[Problem], count: int, keep: int) -> Tensor:
+def _admm(problems: Sequence[Problem | Alone], count: int, keep: int) -> Tensor:
     """Which channels go (n,) bool, by gradient steps on the error and the penalty; the first slopes are 1 in the mean."""
     sizes, counts = torch.tensor([count]), torch.tensor([keep])
     admm = Admm(counts, sizes, count, PENALTY)

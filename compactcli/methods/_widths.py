@@ -1,20 +1,24 @@
 """How many channels may go, in which order, and what that does to the network's outputs: of images, or as far as weights tell."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..budget import Budget, Floats, Layer
 from ..channels import Channels, Ids
 from ._errors import multiplied, norm_of, root, worths
+from ._layers import eligible
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
 Widths = list[tuple[int, Ids, Floats]]  # (family, its sets in the order in which to give them up, error by how many are kept)
+Sides = list[tuple[Layer, int, Ids, Floats]]  # (layer, 0: filters, 1: inputs, then as above)
 
 
 def removable(
@@ -45,6 +49,68 @@ def removable(
             order, lost = family.sets[by_share], counts @ multiplied(np.cumsum(shares[:, by_share], axis=1))
         result.append((index, order, np.concatenate([lost[::-1], [0.0]])))
     return result
+
+
+def squeezable(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Sides:
+    """What single layers may leave out of channels that others make as well: filters that they add to, inputs that they read."""
+    makers = Counter(n for layer in budget.layers if layer.groups == 1 for n in set(channels.axes[layer.weight, layer.out_axis]))
+    worth = worths(model, channels, budget) if moments is None else {}
+    result: Sides = []
+    for layer in budget.layers:
+        if not eligible(model, layer) or layer.groups > 1:
+            continue
+        known = None if moments is None else moments.get(layer.name)
+        counts = worth.get(layer.name, 1.0)
+        for side, axis in enumerate((layer.out_axis, layer.in_axis)):
+            every = channels.axes[layer.weight, axis]
+            shared = np.array([makers[number] > 1 for number in every.tolist()])
+            sets = every[shared]
+            if len(sets) < 2 or len(np.unique(every)) < len(every):
+                continue
+            if known is not None and side:
+                order, lost = _eliminate(model, channels, sets, [layer], {layer.name: known})
+            elif known is not None:
+                order, lost = _give_up(filters(model, layer, known, shared), sets)
+            else:
+                share = _read(model, channels, budget, sets, layer) if side else _made(model, layer)[shared]
+                by_share = np.argsort(share, kind="stable")
+                order, lost = sets[by_share], counts * multiplied(np.cumsum(share[by_share]))
+            result.append((layer, side, order, np.concatenate([lost[::-1], [0.0]])))
+    return result
+
+
+def filters(model: nn.Module, layer: Layer, moments: "Moments", among: NDArray[np.bool_]) -> Tensor:
+    """What giving up filters by themselves costs, of those `among` all (n, n): the sum over all pairs of them."""
+    some = torch.from_numpy(among)
+    weight = model.get_parameter(layer.weight).detach().double().flatten(1)[some]
+    return moments.worth.double()[some][:, some] * (weight @ moments.inputs.double() @ weight.T)
+
+
+def _give_up(costs: Tensor, sets: Ids) -> tuple[Ids, Floats]:
+    """(order, summed error after each) in which filters are given up, each time the one that adds least."""
+    adds, left = costs.diagonal().clone(), torch.ones(len(costs), dtype=torch.bool)
+    order, lost = [], []
+    for _ in range(len(costs)):
+        chosen = int(torch.where(left, adds, torch.inf).argmin())
+        lost.append(float(adds[chosen]))
+        order.append(chosen)
+        left[chosen] = False
+        adds += 2 * costs[chosen]
+    return sets[np.array(order)], np.maximum.accumulate(np.cumsum(lost))
+
+
+def _made(model: nn.Module, layer: Layer) -> Floats:
+    """Each filter's share of what a layer makes: the variance behind its batch normalisation, or its energy."""
+    norm = norm_of(model, layer)
+    own = _energy(model, layer, layer.out_axis) if norm is None else norm.weight.detach().double().square().numpy()
+    return own / max(float(own.sum()), 1e-30)
+
+
+def _read(model: nn.Module, channels: Channels, budget: Budget, sets: Ids, layer: Layer) -> Floats:
+    """Each channel's share of what a layer reads from all of the sets."""
+    lies_on = {axis for axis, own in channels.axes.items() if sets[0] in own}
+    makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in lies_on]
+    return _share(model, channels, sets, _power(model, channels, sets, lies_on, makers), layer)
 
 
 def _share(model: nn.Module, channels: Channels, sets: Ids, power: Floats, consumer: Layer) -> Floats:

@@ -9,12 +9,13 @@ same ADMM minimises, of each layer's filters, what those that read them can not 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -26,8 +27,11 @@ from ..errors import CompactError
 from ..lpbox import Admm, Penalty
 from ..recipe import Edit
 from . import Method, Progress
-from ._reconstruct import choose, problem, small
-from ._widths import Widths, numbered, per_set, removable
+from ._absorb import absorbed
+from ._errors import norm_of
+from ._reconstruct import FEW, Alone, choose, problem, small
+from ._squeeze import edit, saved_time
+from ._widths import Widths, filters, numbered, per_set, removable, squeezable
 
 if TYPE_CHECKING:
     from ..calibrate import Moments
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
 STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
 TIES = 1e-3  # what draws the first to go of a layer's filters, of those that the loss knows no difference between
+ALIKE = 1.1  # errors up to this many times the least are taken for as good
 SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
 
 
@@ -47,8 +52,10 @@ class Options:
         "how many filters each layer keeps: by error per cost, the same share everywhere, or ranked over all layers by mean |w|",
     ] = "error"
     residual: Annotated[
-        Literal["leave", "prune"], "channels that shortcuts share: leave them, or remove them from all layers that make them"
-    ] = "leave"
+        Literal["auto", "leave", "prune", "squeeze"],
+        "channels that shortcuts share: leave them; prune them from all layers that make them; squeeze: let each layer leave "
+        "out some, where that is faster; auto: what makes the least error, of like ones the fastest",
+    ] = "auto"
     floor: Annotated[float, "smallest share of its filters that a layer keeps"] = 0.05
     alpha: Annotated[float, "search: share of the penalty in the gradient of the scalars, that of the loss has the rest"] = 0.99
     rate: Annotated[float, "search: learning rate of the scalars, the same in every step"] = 0.1
@@ -78,6 +85,17 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class Way:
+    """What goes, how many stay, and what that means: the summed error, what the budget counts, the time by the estimate."""
+
+    widths: Widths
+    kept: dict[int, int]
+    error: float
+    cost: float
+    time: float
+
+
 class Gate(nn.Module):
     """A parameter whose positions along an axis are multiplied with the scalars of the filters that they belong to."""
 
@@ -87,10 +105,11 @@ class Gate(nn.Module):
         """`of` (positions,): the number of each position's scalar; their count for none."""
         super().__init__()
         self.scalars, self.axis = scalars, axis
+        self.straight = torch.equal(of, torch.arange(len(scalars)))  # each position has the scalar of its place
         self.register_buffer("of", of, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        every = torch.cat((self.scalars, self.scalars.new_ones(1)))[self.of]
+        every = self.scalars if self.straight else torch.cat((self.scalars, self.scalars.new_ones(1)))[self.of]
         return weight * every.view([-1 if axis == self.axis else 1 for axis in range(weight.ndim)])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -108,10 +127,12 @@ class FCF(Method):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self.widths: Widths = []
+        self.sides: dict[int, tuple[Layer, int]] = {}  # family -> the layer that alone leaves it out, 0: of filters, 1: of inputs
         self.kept: dict[int, int] = {}  # family -> how many of its sets stay
         self.scalars: dict[int, nn.Parameter] = {}  # family -> v, while it is searched; the values that the search ended with
         self.gated: dict[str, list[str]] = {}  # module -> its parameters in their order
         self.admm: Admm | None = None
+        self.better: dict[str, Tensor] = {}  # what `mended` tells
 
     def start(
         self,
@@ -126,14 +147,58 @@ class FCF(Method):
 
         Raises CompactError for a target that is out of reach.
         """
-        self.widths = removable(model, channels, budget, moments, shared=self.options.residual == "prune")
-        if trains:
-            self.widths = [width for width in self.widths if not _tied(model, budget.families[width[0]])]
-        self.kept = self._counts(model, channels, budget, refitted=moments is not None)
+        self._choose_(model, channels, budget, moments, trains=trains)
         self.losses = budget.losses(self._dials(budget), list(self.kept.values()))
         if trains:
             self._attach_(model, channels, budget)
         return []
+
+    def _choose_(
+        self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None, *, trains: bool
+    ) -> None:
+        """What may go, and how many stay: of the ways to treat shared channels that fit, the best."""
+        every = removable(model, channels, budget, moments, shared=self.options.residual in ("auto", "prune"))
+        own = [width for width in every if len(_producers(budget, budget.families[width[0]])) == 1]
+        ways = {"leave": own, "prune": every, "squeeze": own}
+        if self.options.residual in ("auto", "squeeze"):
+            for layer, side, order, errors in squeezable(model, channels, budget, moments):
+                axis = (layer.weight, (layer.out_axis, layer.in_axis)[side])
+                sets = channels.axes[axis]
+                family = budget.alone(axis, sets[np.isin(sets, order)])
+                self.sides[family] = (layer, side)
+                pays = _pays(model, layer, side, len(order))
+                ways["squeeze"] = [*ways["squeeze"], (family, order, np.where(pays, errors, np.inf))]
+        found, problems = [], []
+        for name, widths in ways.items():
+            if self.options.residual not in ("auto", name):
+                continue
+            if trains:
+                widths = [width for width in widths if not _tied(model, budget.families[width[0]])]
+            try:
+                found.append(self._settled(model, channels, budget, widths, refitted=moments is not None))
+            except CompactError as problem:
+                problems.append(problem)
+        if not found:
+            raise min(problems, key=str)  # they differ in the least ratio that they name
+        best = _best(found, budget.target)
+        self.widths, self.kept = best.widths, best.kept
+
+    def _settled(self, model: nn.Module, channels: Channels, budget: Budget, widths: Widths, *, refitted: bool) -> "Way":
+        """One way to meet the budget: no layer that leaves out what others make or read takes longer than it would with it."""
+        while True:
+            self.widths = widths
+            kept = self._counts(model, channels, budget, refitted=refitted)
+            along = self._along(budget, kept)
+            plain = self._along(budget, {family: number for family, number in kept.items() if family not in self.sides})
+            sizes, full = budget.sizes(along), budget.sizes(plain)
+            squeezed = [n for n in range(len(budget.layers)) if (sizes[n] < full[n]).any()]
+            saved = {n: saved_time(model, budget.layers[n], sizes[n], full[n]) for n in squeezed}
+            slow = {budget.layers[n].name for n, time in saved.items() if time <= 0}
+            if not slow:
+                error = sum(float(errors[kept[family]]) for family, _, errors in widths)
+                time = float(budget.time(plain, budget.ranks())) - sum(saved.values())
+                return Way(widths, kept, error, float(budget.cost(along, budget.ranks())), time)
+            widths = [width for width in widths if width[0] not in self.sides or self.sides[width[0]][0].name not in slow]
 
     def _counts(self, model: nn.Module, channels: Channels, budget: Budget, *, refitted: bool) -> dict[int, int]:
         """How many sets of each family stay."""
@@ -199,7 +264,7 @@ class FCF(Method):
         if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
             raise CompactError("there is nothing here that a search could choose; leave out --epochs")
         # By the names as they are now: a gate renames the parameter that it stands on.
-        gates = {family: _gates(model, budget, budget.families[family]) for family, _, _ in self.widths}
+        gates = {family: self._gates(model, budget, family) for family, _, _ in self.widths}
         for family, order, _ in self.widths:
             sets = budget.families[family].sets
             self.scalars[family] = nn.Parameter(torch.ones(len(order)))
@@ -215,6 +280,18 @@ class FCF(Method):
         counts = torch.tensor([self.kept[family] for family in self.scalars])
         penalty = Penalty(self.options.rho, self.options.growth or 1.0, self.options.most)
         self.admm = Admm(counts, self.sizes, int(self.sizes.max()), penalty)
+
+    def _gates(self, model: nn.Module, budget: Budget, family: int) -> list[Axis]:
+        """What the scalars of a family stand on."""
+        if family not in self.sides:
+            return _gates(model, budget, budget.families[family])
+        layer, side = self.sides[family]
+        if side == 1:
+            return [(layer.weight, layer.in_axis)]
+        if norm_of(model, layer) is not None:
+            return [(f"{layer.norm}.{name}", 0) for name in ("weight", "bias")]
+        biased = getattr(model.get_submodule(layer.name), "bias", None) is not None
+        return [(layer.weight, layer.out_axis), *([(f"{layer.name}.bias", 0)] if biased else [])]
 
     def regularise(self, model: nn.Module, progress: Progress) -> None:
         """A plain gradient step of the scalars, as ADMM takes them: of the penalty, and for the rest of the loss (3.4).
@@ -270,6 +347,7 @@ class FCF(Method):
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """Remove the filters whose scalars ended lowest; without a search, those that the others make good best."""
         removed: list[int] = []
+        squeezed: dict[str, list[Tensor | None]] = {}  # layer -> of its filters and inputs those that it keeps (n,) bool
         for family, order, _ in self.widths:
             sets, keep = budget.families[family].sets, self.kept[family]
             if family in self.scalars:
@@ -277,8 +355,54 @@ class FCF(Method):
                 gone[self.scalars[family].detach().topk(keep).indices] = False
             else:
                 gone = self._unread(model, channels, budget, family, order, moments)
-            removed += sets[gone.numpy()].tolist()
-        return edits(channels, removed, model)
+            if family not in self.sides:
+                removed += sets[gone.numpy()].tolist()
+            elif gone.any():
+                layer, side = self.sides[family]
+                left = ~np.isin(channels.axes[budget.families[family].axes[0][0]], sets[gone.numpy()])
+                squeezed.setdefault(layer.name, [None, None])[side] = torch.from_numpy(left)
+        if moments is None:
+            self.better = absorbed(model, channels, budget, removed, squeezed)
+            self._quieten_(model, channels, budget, removed, squeezed)
+        return [*edits(channels, removed, model), *self._squeeze_layers(model, channels, budget, removed, squeezed)]
+
+    def mended(self) -> Mapping[str, Tensor]:
+        return self.better
+
+    def _quieten_(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget,
+        removed: Sequence[int],
+        squeezed: Mapping[str, Sequence[Tensor | None]],
+    ) -> None:
+        """Filters that a layer leaves out make zeros, which batch normalisations then take for their means."""
+        for layer in budget.layers:
+            kept, norm = squeezed.get(layer.name, (None,))[0], norm_of(model, layer)
+            if kept is not None and norm is not None and norm.running_mean is not None:
+                name = f"{layer.norm}.running_mean"
+                stays = torch.from_numpy(~np.isin(channels.axes[layer.weight, layer.out_axis], removed))
+                mean = self.better.get(name, norm.running_mean.detach()[stays])
+                self.better[name] = torch.where(kept[stays], mean, 0.0)
+
+    def _squeeze_layers(
+        self,
+        model: nn.Module,
+        channels: Channels,
+        budget: Budget,
+        removed: Sequence[int],
+        squeezed: Mapping[str, Sequence[Tensor | None]],
+    ) -> list[Edit]:
+        """The layers that leave out some of what is still there when the sets are removed."""
+        result: list[Edit] = []
+        for layer in budget.layers:
+            if layer.name in squeezed:
+                axes = [channels.axes[layer.weight, axis] for axis in (layer.out_axis, layer.in_axis)]
+                present = [torch.from_numpy(~np.isin(sets, removed)) for sets in axes]
+                kept = [there if own is None else own for own, there in zip(squeezed[layer.name], present, strict=True)]
+                result.append(edit(model, layer, present, kept))
+        return result
 
     def _unread(
         self,
@@ -292,11 +416,18 @@ class FCF(Method):
         """Which sets of a family (n,) bool those that read it can do without."""
         own = budget.families[family]
         ranked = np.argsort(_ranks(order, own.sets))
-        axes = {axis for axis, _ in own.axes}
-        readers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
+        readers = [layer for layer, _ in _readers(budget, own)]
+        if family in self.sides and self.sides[family][1] == 0:
+            layer = self.sides[family][0]
+            costs = moments.get(layer.name) if moments is not None else None
+            among = np.isin(channels.axes[layer.weight, layer.out_axis], own.sets)
+            return choose([] if costs is None else [Alone(filters(model, layer, costs, among))], ranked, self.kept[family])
         known = [layer for layer in readers if moments is not None and layer.name in moments and small(layer)]
-        problems = [problem(model, channels, own.sets, layer, moments[layer.name]) for layer in known] if moments else []
-        return choose(problems if len(known) == len(readers) else [], ranked, self.kept[family])
+        problems = []
+        if moments is not None and len(known) == len(readers):
+            coarse = len(readers) > FEW
+            problems = [problem(model, channels, own.sets, layer, moments[layer.name], coarse=coarse) for layer in known]
+        return choose(problems, ranked, self.kept[family])
 
 
 def _ranks(order: Ids, sets: Ids) -> Ids:
@@ -305,12 +436,33 @@ def _ranks(order: Ids, sets: Ids) -> Ids:
     return np.array([place[number] for number in sets.tolist()])
 
 
+def _best(ways: Sequence[Way], target: float) -> Way:
+    """Of the ways that meet the target, or come nearest to it, the fastest of those whose errors are near the least."""
+    least_cost = max(target, min(way.cost for way in ways))
+    fitting = [way for way in ways if way.cost <= least_cost]
+    least = min(way.error for way in fitting)
+    return min((way for way in fitting if way.error <= ALIKE * least), key=lambda way: way.time)
+
+
+def _pays(model: nn.Module, layer: Layer, side: int, count: int) -> NDArray[np.bool_]:
+    """For every number of `count` filters or inputs, from none to all, whether a layer with all others is faster for it."""
+    full = np.array([layer.shape[layer.out_axis], layer.shape[layer.in_axis]], dtype=float)
+    one = np.eye(2)[side]
+    saved = [saved_time(model, layer, full - left * one, full) > 0 for left in range(count, 0, -1)]
+    return np.array([*saved, True])
+
+
+def _producers(budget: Budget, family: Family) -> list[Layer]:
+    """The layers that make a family's channels, not each of its own."""
+    return [layer for layer in _makers(budget, family) if layer.groups == 1]
+
+
 def _means(model: nn.Module, channels: Channels, budget: Budget, family: Family) -> Floats:
-    """Mean |w| of the filters that make each set of a family."""
+    """Mean |w| of the filters that make each set of a family; of the kernels that read it, where none do."""
     total = np.zeros((2, len(family.sets)))
-    for layer in _makers(budget, family):
-        weight = model.get_parameter(layer.weight).detach().transpose(0, layer.out_axis).flatten(1).abs().double()
-        positions = channels.axes[layer.weight, layer.out_axis]
+    for layer, axis in [(layer, layer.out_axis) for layer in _makers(budget, family)] or _readers(budget, family):
+        weight = model.get_parameter(layer.weight).detach().transpose(0, axis).flatten(1).abs().double()
+        positions = channels.axes[layer.weight, axis]
         for place, values in enumerate((weight.sum(1).numpy(), np.full(len(weight), float(weight.shape[1])))):
             total[place] += per_set(values, positions, family.sets)
     means: Floats = total[0] / total[1]
@@ -321,6 +473,12 @@ def _makers(budget: Budget, family: Family) -> list[Layer]:
     """The layers that make a family's channels."""
     axes = {axis for axis, _ in family.axes}
     return [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
+
+
+def _readers(budget: Budget, family: Family) -> list[tuple[Layer, int]]:
+    """The layers that read a family's channels, and the axis along which they do."""
+    axes = {axis for axis, _ in family.axes}
+    return [(layer, layer.in_axis) for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
 
 
 def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
