@@ -95,11 +95,11 @@ def _exported(original: Network, small: Network, rounds: int) -> Row:
         "params_kept": params,
         "pt2": {"difference": pt2.difference, "bytes": len(pt2.data), "seconds": pt2_seconds},
         "onnx": {"difference": onnx.difference, "bytes": len(onnx.data), "bytes_original": len(whole.data)},
-        "latency": [_timed(whole.data, onnx.data, small.input_shape, batch, rounds) for batch in BATCHES],
+        "latency": [timed(whole.data, onnx.data, small.input_shape, batch, rounds) for batch in BATCHES],
     }
 
 
-def _timed(whole: bytes, small: bytes, shape: tuple[int, ...], batch: int, rounds: int) -> Row:
+def timed(whole: bytes, small: bytes, shape: tuple[int, ...], batch: int, rounds: int) -> Row:
     """Milliseconds for a batch in ONNX Runtime, the two networks in turn."""
     image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).numpy()
     sessions = [onnx_session(data) for data in (whole, small)]
