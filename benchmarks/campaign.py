@@ -10,7 +10,7 @@
 A search, where there is one, has a quarter of the epochs. Each row is a command of its own, in a process of its own, which
 writes its row the moment it ends; what fails is told at the end and keeps none of the others. Rows that there are stay, and a run
 that was broken off goes on, with --resume; without it all is made anew. `--list` runs nothing: it shows what is done and what is
-left, in minutes on one thread of an AMD EPYC (on another machine, or a GPU, they differ).
+left, in minutes on one thread of an AMD EPYC (on another machine, or a GPU, they differ). Then `python -m benchmarks tables`.
 
     python -m benchmarks campaign [--resume] [--list] [--only resnet56 "auto 0.5"] [--device cuda] [--limit 1000]
 """
@@ -29,14 +29,14 @@ from compactcli.methods import names
 
 from . import runtimes
 from ._common import ROOT, read
-from .finetune import Run
+from ._papers import RATES
+from .finetune import PEERS, Run
 
 RATIOS = (0.5, 0.24)
-# What the papers keep: hinge of ResNet-20's FLOPs (table 1), fcf with a quarter of the filters less of its count, linearconv of
-# ResNet-18's parameters (low rank), csg of ResNet-20's (slices of 12 x 12, codes of 72), hetconv of VGG-16's FLOPs (P = 4).
-RATES = {"auto": 0.455, "fcf": 0.584, "linearconv": 0.505, "csg": 0.43, "hetconv": 0.338}
 EPOCH = {"resnet20": 1.6, "resnet56": 4.8}  # minutes of one, with the teacher: benchmarks/results/finetune-resnet20.json, by MACs
 TIMES = {"resnet34": 10.0, "resnet50": 10.0, "cifar:vgg16": 4.0}  # minutes of a row, roughly
+LENGTHS = {40: (0,), 120: (0, 1, 2)}  # seeds by epochs, of ResNet-56
+EPOCHS = 30  # of ResNet-20
 SEARCH = 4  # as many epochs to each one of the search
 
 
@@ -89,16 +89,22 @@ def entries(device: str = "cpu", limit: int | None = None) -> list[Entry]:
     return [*(_trained(run) for run in _runs(device, limit)), *_timed()]
 
 
+def planned(contender: str, ratio: float, epochs: int, **others: Any) -> Run:
+    """The campaign's run of a contender of `finetune`."""
+    return Run("auto", ratio, epochs // SEARCH, epochs, **others).of(contender)
+
+
 def _runs(device: str, limit: int | None) -> Iterator[Run]:
     """The runs of `finetune`; each once."""
     common: dict[str, Any] = {"limit": limit, "device": device}
-    for epochs, seeds in [(40, (0,)), *([(120, (0, 1, 2))] if device != "cpu" else [])]:
+    for epochs, seeds in LENGTHS.items() if device != "cpu" else [(40, LENGTHS[40])]:
         for seed in seeds:
-            own = [Run("auto", ratio, epochs // SEARCH, epochs, seed=seed, network="resnet56", **common) for ratio in RATIOS]
-            yield own[0].of("control")
-            yield from (run.of(contender) for run in own for contender in ("auto", "peer", "peer-norm"))
-    for contender, ratio in {"control": 1.0, **RATES}.items():
-        yield Run("auto", ratio, 30 // SEARCH, 30, **common).of(contender)
+            yield planned("control", 1.0, epochs, seed=seed, network="resnet56", **common)
+            for ratio in RATIOS:
+                for contender in ("auto", *PEERS):
+                    yield planned(contender, ratio, epochs, seed=seed, network="resnet56", **common)
+    for contender, ratio in [("control", 1.0), *((name, rate.ratio) for name, rate in RATES.items())]:
+        yield planned(contender, ratio, EPOCHS, **common)
 
 
 def _trained(run: Run) -> Entry:
@@ -121,10 +127,9 @@ def show(chosen: list[Entry]) -> None:
     left = [entry for entry in chosen if entry.row is None]
     for entry in chosen:
         row = entry.row
-        took = f"{row['seconds'] / 60:.0f}" if row and "seconds" in row else ""
-        table.add_row(
-            entry.name, "left" if row is None else "refused" if "failed" in row else "done", took or f"~{entry.minutes:.0f}"
-        )
+        state = "left" if row is None else "refused" if "failed" in row else "done"
+        took = f"{row['seconds'] / 60:.0f}" if row and "seconds" in row else f"~{entry.minutes:.0f}"
+        table.add_row(entry.name, state, took)
     minutes = sum(entry.minutes for entry in left)
     table.caption = f"{len(chosen) - len(left)} of {len(chosen)} done; about {minutes / 60:.1f} hours left"
     Console(width=130).print(table)

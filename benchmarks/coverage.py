@@ -10,6 +10,7 @@ Torch-Pruning: MagnitudePruner at 30 %, the linear classifier ignored as its doc
 A network without a linear classifier is measured once more ("helped") with convolutions as wide as the classes ignored.
 
 Every network and tool has a process of its own, with one thread, 12 GB of memory and 600 seconds.
+Required: ours equals the masked original, and trains, wherever it is cut.
 
     python -m benchmarks coverage [--networks resnet18 timm:dla34] [--skip-peer] [--only-peer] [--resume]
 """

@@ -155,6 +155,22 @@ class Made:
 
 def main(arguments: list[str]) -> None:
     """Run and write benchmarks/results/finetune-NETWORK.json."""
+    options = parsed(arguments)
+    original = artefact.open_model(checkpoint(f"{options.network}-cifar10jpeg.th"))
+    shape, preprocessing = original.input_shape, original.recipe.preprocessing
+    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+    command = " ".join(["python -m benchmarks finetune", *arguments])
+    for run in asked(options):
+        if options.resume and run.key in _rows(run.network):
+            continue
+        print(f"{run.network}, {run.key}", flush=True)
+        row = {"run": asdict(run), **provenance(command, run.device), **_ended(run, original, dataset, options.resume)}
+        write(f"finetune-{run.network}", {"rows": _judged(_rows(run.network) | {run.key: row})})
+    _show(options.network)
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="finetune")
     parser.add_argument("--network", default=Run.network, help="of ../shared/checkpoints")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(LEAST_ABOVE_PEER))
@@ -174,19 +190,14 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--search-epochs {options.search_epochs}: 1 or more, and fewer than --epochs {options.epochs}")
     if any(pair.startswith("mode=") for pair in options.set):
         parser.error("--set mode: it is the contender's; see --only")
+    return options
+
+
+def asked(options: argparse.Namespace) -> list[Run]:
+    """The runs that the options ask for, each once."""
     wanted = {item.name: getattr(options, item.name) for item in fields(Run)[2:]} | {"set": tuple(sorted(options.set))}
-    original = artefact.open_model(checkpoint(f"{options.network}-cifar10jpeg.th"))
-    shape, preprocessing = original.input_shape, original.recipe.preprocessing
-    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
-    command = " ".join(["python -m benchmarks finetune", *arguments])
     runs = [Run(contender, ratio, **wanted).of(contender) for ratio in options.ratios for contender in options.only]
-    for run in dict.fromkeys(runs):
-        if options.resume and run.key in _rows(run.network):
-            continue
-        print(f"{run.network}, {run.key}", flush=True)
-        row = {"run": asdict(run), **provenance(command, run.device), **_ended(run, original, dataset, options.resume)}
-        write(f"finetune-{run.network}", {"rows": _judged(_rows(run.network) | {run.key: row})})
-    _show(options.network)
+    return list(dict.fromkeys(runs))
 
 
 def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _row(name: str, method: str, repeats: int) -> Row:
     dense = artefact.fresh(artefact.Wishes(name), 0)
     try:
         small = compress(copy.deepcopy(dense), method, get(method)(), Target(RATIO))
-        written = [export(network, "onnx", fold_bn=True).data for network in (dense, small)]
+        whole_onnx, small_onnx = (export(network, "onnx", fold_bn=True).data for network in (dense, small))
     except CompactError as problem:
         return {"failed": str(problem)}
     shape = dense.input_shape
@@ -80,7 +80,7 @@ def _row(name: str, method: str, repeats: int) -> Row:
         own = {"batch": batch, "threads": whole.threads, "original_ms": whole.median_ms, "original_iqr_ms": whole.iqr_ms}
         own |= {"compressed_ms": now.median_ms, "compressed_iqr_ms": now.iqr_ms, "share_ms": now.median_ms / whole.median_ms}
         pytorch.append(own)
-    onnx = [timed(*written, shape, batch, repeats) for batch in BATCHES]
+    onnx = [timed(whole_onnx, small_onnx, shape, batch, repeats) for batch in BATCHES]
     libraries = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
     return kept | {"repeats": repeats, "libraries": libraries, "pytorch": pytorch, "onnx": onnx}
 
