@@ -28,6 +28,7 @@ import torch
 
 from compactcli import architectures
 
+from . import claim
 from ._common import RESULTS, ROOT, machine
 from ._coverage_worker import GIANTS, SEGMENTATION
 
@@ -121,7 +122,8 @@ def save(name: str, tool: str, row: Found, order: list[str]) -> None:
     place = {known: index for index, known in enumerate([*networks(), *order])}
     every = dict(sorted(every.items(), key=lambda item: place.get(item[0], len(place))))
     versions = {"timm": version("timm"), "torch_pruning": version("torch_pruning")}
-    result = {"machine": {**machine(), **versions}, "command": "python -m benchmarks coverage", "summary": summary(every)}
+    result = {"claim": claim("coverage"), "machine": {**machine(), **versions}}
+    result |= {"command": "python -m benchmarks coverage", "summary": summary(every)}
     RESULTS.mkdir(exist_ok=True)
     part = RESULTS / f"coverage.json.{tool}"
     part.write_text(json.dumps({**result, "rows": every}, indent=1) + "\n")

@@ -179,7 +179,7 @@ def _hinge() -> str:
     columns = "network | FLOPs, authors' code | counted here | parameters, authors' code | counted here"
     return f"""## Hinge (Li et al., CVPR 2020)
 
-Errors of top-1 and shares, in percent. The paper trains for 300 epochs after its search.
+Errors of top-1 and shares, in percent. The paper fine-tunes for 300 epochs after its search (WRN: 200).
 
 {markdown(f"{theirs} | {ours}", rows)}
 The networks to start from, by the authors' counter (`python -m benchmarks counts`):
