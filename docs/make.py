@@ -1,4 +1,4 @@
-"""Make docs/cli.md from --help, and the README's pictures from real runs: `make docs`."""
+"""Make docs/cli.md from --help, the tables of results, and the README's pictures from real runs: `make docs`."""
 
 import os
 import subprocess
@@ -38,6 +38,7 @@ def picture(name: str, command: str, folder: Path) -> str:
 def main() -> None:
     """Write them all."""
     (DOCS / "cli.md").write_text(command_line())
+    subprocess.run([sys.executable, "-m", "benchmarks", "tables"], cwd=DOCS.parent, check=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "examples").symlink_to(DOCS.parent / "examples")
         for name, command in PICTURES.items():
