@@ -385,7 +385,7 @@ def test_hooks_without_a_search_do_nothing():
 def test_the_ways_to_select_differ():
     model, found = small(width=16), {}
     for select in ("error", "identical", "global"):
-        method, _, budget = begun(model, f"select={select}", ratio=0.5, trains=False)
+        method, _, budget = begun(model, f"select={select}", "residual=leave", ratio=0.5, trains=False)
         found[select] = tuple(method.kept.values())
         assert 0.45 * budget.original < float(budget.cost(method._along(budget, method.kept), budget.ranks())) <= budget.target
     assert len(set(found.values())) == 3
@@ -401,7 +401,7 @@ def test_filters_are_ranked_over_all_layers_by_their_mean_weight():
     with torch.no_grad():
         model.get_submodule(first).weight.mul_(0.001)
         model.get_submodule(last).weight.mul_(1000)
-    method, _, budget = begun(model, "select=global", ratio=0.6, trains=False)
+    method, _, budget = begun(model, "select=global", "residual=leave", ratio=0.6, trains=False)
     kept = {tensor: n for family, n in method.kept.items() for (tensor, axis), _ in budget.families[family].axes if axis == 0}
     assert kept[f"{first}.weight"] == round(0.1 * len(model.get_submodule(first).weight))
     assert kept[f"{last}.weight"] == round(0.9 * len(model.get_submodule(last).weight))

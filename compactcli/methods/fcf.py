@@ -40,6 +40,7 @@ CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where t
 STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
 TIES = 1e-3  # what draws the first to go of a layer's filters, of those that the loss knows no difference between
 ALIKE = 1.1  # errors up to this many times the least are taken for as good
+NEVER = 1e9  # the error of a setting that is not to be taken, beside which all others are nothing
 SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
 
 
@@ -167,7 +168,7 @@ class FCF(Method):
                 family = budget.alone(axis, sets[np.isin(sets, order)])
                 self.sides[family] = (layer, side)
                 pays = _pays(model, layer, side, len(order))
-                ways["squeeze"] = [*ways["squeeze"], (family, order, np.where(pays, errors, np.inf))]
+                ways["squeeze"] = [*ways["squeeze"], (family, order, np.where(pays, errors, NEVER))]
         found, problems = [], []
         for name, widths in ways.items():
             if self.options.residual not in ("auto", name):
