@@ -55,7 +55,8 @@ class Options:
     residual: Annotated[
         Literal["auto", "leave", "prune", "squeeze"],
         "channels that shortcuts share: leave them; prune them from all layers that make them; squeeze: let each layer leave "
-        "out some, where that is faster; auto: what makes the least error, without images of like ones the fastest",
+        "out some, where that is faster; auto: with images leave or squeeze, by error; without, of those "
+        "with the least errors the fastest",
     ] = "auto"
     floor: Annotated[float, "smallest share of its filters that a layer keeps"] = 0.05
     alpha: Annotated[float, "search: share of the penalty in the gradient of the scalars, that of the loss has the rest"] = 0.99
@@ -169,20 +170,31 @@ class FCF(Method):
                 self.sides[family] = (layer, side)
                 pays = _pays(model, layer, side, len(order))
                 ways["squeeze"] = [*ways["squeeze"], (family, order, np.where(pays, errors, NEVER))]
-        found, problems = [], []
-        for name, widths in ways.items():
-            if self.options.residual not in ("auto", name):
-                continue
-            if trains:
-                widths = [width for width in widths if not _tied(model, budget.families[width[0]])]
-            try:
-                found.append(self._settled(model, channels, budget, widths, refitted=moments is not None))
-            except CompactError as problem:
-                problems.append(problem)
+        found: list[Way] = []
+        problems: list[CompactError] = []
+        for tried in self._tried(images=moments is not None):
+            for name in tried if not found else ():
+                widths = ways[name]
+                if trains:
+                    widths = [width for width in widths if not _tied(model, budget.families[width[0]])]
+                try:
+                    found.append(self._settled(model, channels, budget, widths, refitted=moments is not None))
+                except CompactError as problem:
+                    problems.append(problem)
         if not found:
             raise min(problems, key=str)  # they differ in the least ratio that they name
         best = _best(found, budget.target, ALIKE if moments is None else 1.0)
         self.widths, self.kept = best.widths, best.kept
+
+    def _tried(self, *, images: bool) -> tuple[tuple[str, ...], ...]:
+        """The ways to treat channels that shortcuts share: those to choose from, and others for where none of these fits.
+
+        What goes from a shortcut is gone for all blocks behind, and refits make less of it good than errors of one layer after
+        another tell: with images only where it must.
+        """
+        if self.options.residual != "auto":
+            return ((self.options.residual,),)
+        return (("leave", "squeeze"), ("prune",)) if images else (("leave", "prune", "squeeze"),)
 
     def _settled(self, model: nn.Module, channels: Channels, budget: Budget, widths: Widths, *, refitted: bool) -> "Way":
         """One way to meet the budget: no layer that leaves out what others make or read takes longer than it would with it."""
