@@ -22,7 +22,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks campaign --resume
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make.py

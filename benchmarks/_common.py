@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 
+from compactcli import measure
+
+from . import claim
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("COMPACTCLI_BENCH_RESULTS", ROOT / "benchmarks" / "results"))
 
 
 @cache
@@ -38,11 +42,16 @@ def checkpoint(name: str) -> Path:
     return path
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on beside the code."""
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "compactcli")}
-    cpu = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+    own = {"device": device if device == "cpu" else measure.processor(device), "cpu": measure.processor("cpu")}
+    return {**own, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
+
+
+def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
+    """How a row of one run came about; rows of one file may be of several machines."""
+    return {"command": command, "machine": machine(device), "n": 1}
 
 
 def _cpuinfo() -> list[str]:
@@ -50,9 +59,19 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def read(name: str) -> dict[str, Any]:
+    """The JSON of benchmarks/results/NAME.json; empty where there is none."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
 def write(name: str, result: dict[str, Any]) -> None:
-    """One run's JSON, at once."""
+    """One run's JSON, at once, whole or not at all. Its name is the benchmark's, with more behind a hyphen."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
+    whole = json.dumps({"claim": claim(name.partition("-")[0]), "machine": machine(), **result}, indent=2) + "\n"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(whole, encoding="utf-8")
+    temporary.replace(path)
+    print(f"wrote {os.path.relpath(path, ROOT)}", flush=True)

@@ -10,6 +10,7 @@ Torch-Pruning: MagnitudePruner at 30 %, the linear classifier ignored as its doc
 A network without a linear classifier is measured once more ("helped") with convolutions as wide as the classes ignored.
 
 Every network and tool has a process of its own, with one thread, 12 GB of memory and 600 seconds.
+Required: ours equals the masked original, and trains, wherever it is cut.
 
     python -m benchmarks coverage [--networks resnet18 timm:dla34] [--skip-peer] [--only-peer] [--resume]
 """
@@ -27,6 +28,7 @@ import torch
 
 from compactcli import architectures
 
+from . import claim
 from ._common import RESULTS, ROOT, machine
 from ._coverage_worker import GIANTS, SEGMENTATION
 
@@ -120,7 +122,8 @@ def save(name: str, tool: str, row: Found, order: list[str]) -> None:
     place = {known: index for index, known in enumerate([*networks(), *order])}
     every = dict(sorted(every.items(), key=lambda item: place.get(item[0], len(place))))
     versions = {"timm": version("timm"), "torch_pruning": version("torch_pruning")}
-    result = {"machine": {**machine(), **versions}, "command": "python -m benchmarks coverage", "summary": summary(every)}
+    result = {"claim": claim("coverage"), "machine": {**machine(), **versions}}
+    result |= {"command": "python -m benchmarks coverage", "summary": summary(every)}
     RESULTS.mkdir(exist_ok=True)
     part = RESULTS / f"coverage.json.{tool}"
     part.write_text(json.dumps({**result, "rows": every}, indent=1) + "\n")

@@ -5,6 +5,7 @@ ResNet-20 by each of the five methods at half its MACs (hinge, fcf, hetconv) or 
 as ONNX, checked by onnx.checker and run in ONNX Runtime, and by torch.export, batch norms folded in both; `difference` is
 the largest of an output at batch 1 and 3, relative to the largest output. Original and compressed network are then timed in
 ONNX Runtime, in turn, at batch 1 and 16: by the clock, and by the processor's time, which other work on the machine leaves alone.
+Required: what `export` itself asks of the difference, else it writes nothing; of the times nothing.
 
     python -m benchmarks export [--networks resnet18 linearconv] [--rounds 15] [--resume]
 """
@@ -95,11 +96,11 @@ def _exported(original: Network, small: Network, rounds: int) -> Row:
         "params_kept": params,
         "pt2": {"difference": pt2.difference, "bytes": len(pt2.data), "seconds": pt2_seconds},
         "onnx": {"difference": onnx.difference, "bytes": len(onnx.data), "bytes_original": len(whole.data)},
-        "latency": [_timed(whole.data, onnx.data, small.input_shape, batch, rounds) for batch in BATCHES],
+        "latency": [timed(whole.data, onnx.data, small.input_shape, batch, rounds) for batch in BATCHES],
     }
 
 
-def _timed(whole: bytes, small: bytes, shape: tuple[int, ...], batch: int, rounds: int) -> Row:
+def timed(whole: bytes, small: bytes, shape: tuple[int, ...], batch: int, rounds: int) -> Row:
     """Milliseconds for a batch in ONNX Runtime, the two networks in turn."""
     image = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).numpy()
     sessions = [onnx_session(data) for data in (whole, small)]

@@ -1,13 +1,16 @@
 """Accuracy after a search and fine-tuning, ours beside Torch-Pruning 1.6.1: `python -m benchmarks finetune`.
 
-ResNet-20 on CIFAR-10 (JPEG images) at 50 % and 24 % of its MACs, 20 epochs of training in all with the original as teacher;
-the last weights (the originals have seen all training images, so none of them can tell which are best), all 10,000 test
-images.
+A CIFAR-10 ResNet (JPEG images), by default ResNet-20, at 50 % and 24 % of its MACs, 20 epochs of training in all with the
+original as teacher; the last weights (the originals have seen all training images, so none of them can tell which are best),
+all 10,000 test images.
 
 - auto, prune, decompose: `compress --method hinge --set mode=... --data --epochs 5`, then `finetune` for what is left of the
   epochs; what a search that ends early does not use is fine-tuning's;
 - calibrated: `auto` without a search, all epochs of fine-tuning;
-- peer: Torch-Pruning's group-norm pruner with sparse learning, then pruned to the same MACs as in `oneshot`, then as ours.
+- fcf: as `auto`; linearconv, csg (of their parameters), hetconv: as `calibrated`, which train what they start from;
+- peer: Torch-Pruning's group-norm pruner with sparse learning, then pruned to the same MACs as in `oneshot`, then as ours;
+- peer-norm: the same without sparse learning: pruned as in `oneshot`, all epochs of fine-tuning;
+- control: the whole network, all epochs of fine-tuning, for what the training alone is worth. It has one ratio, 1.
 
 The peer's settings are those of its own CIFAR-10 figures (`--method group_sl` of reproduce/main.py, reproduce/readme.md):
 `GroupNormPruner` with reg 5e-4 and its growth of 2^4 towards the least important channels, `GroupMagnitudeImportance(p=2,
@@ -18,27 +21,28 @@ teacher. Iterative pruning in 400 steps, as there, gives the widths that bisecti
 group, so that none is emptied.
 
 Required: auto at least 0.5 points (at 50 %) and 1.0 (at 24 %) above the best of the peer's rows, and behind neither prune nor
-decompose by more than 0.3. What the search is worth, auto beside calibrated, is told.
+decompose by more than 0.3; of ResNet-56, at most 0.0 and 0.8 below the control. What the search is worth, auto beside
+calibrated, is told.
 
-A row is written to benchmarks/results/finetune-resnet20.json the moment its contender ends, under its name, its ratio and the
+A row is written to benchmarks/results/finetune-NETWORK.json the moment its contender ends, under its name, its ratio and the
 flags that say how it was trained, where these are not the defaults. Until then search and fine-tuning are kept in a file each
 in the temporary folder. After a kill --resume keeps the rows that there are and goes on with the run that was broken off:
 a search that had ended is not repeated, only what is derived from it in seconds.
 
-    python -m benchmarks finetune [--ratios 0.5 0.24] [--only auto peer] [--resume] [--set NAME=VALUE ...]
+    python -m benchmarks finetune [--network resnet20] [--ratios 0.5 0.24] [--only auto peer] [--resume] [--set NAME=VALUE ...]
                                   [--search-epochs 5] [--epochs 20] [--lr 0.05] [--seed 0] [--limit 1000]
-                                  [--peer-lr 0.01] [--peer-reg 0.0005]
+                                  [--peer-lr 0.01] [--peer-reg 0.0005] [--device cuda]
 """
 
 import argparse
 import copy
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,26 +50,48 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from compactcli import artefact, data, report
+from compactcli import artefact, data, measure, report
 from compactcli.artefact import Network
 from compactcli.budget import Floats
 from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.finetune import finetune, kept_run
 from compactcli.history import EpochRecord, Watch
-from compactcli.methods import Method, Progress, parse_options
+from compactcli.methods import Method, Progress, get, parse_options
 from compactcli.methods.hinge import Hinge
 from compactcli.optim import Settings
 from compactcli.train import fit_
 
-from ._common import RESULTS, checkpoint, images, write
-from .oneshot import ignored, macs_kept, pruned
+from ._common import checkpoint, images, provenance, read, write
+from .oneshot import best_pruned, ignored, macs_kept, pruned
 
-NETWORK = "resnet20"
 IMAGES = 1024  # to calibrate on
-OURS = ("auto", "prune", "decompose", "calibrated")
-CONTENDERS = (*OURS, "peer")
+
+
+class Way(NamedTuple):
+    """How a contender of ours is made."""
+
+    method: str
+    options: tuple[str, ...] = ()
+    searched: bool = False
+
+
+OURS = {
+    "auto": Way("hinge", ("mode=auto",), searched=True),
+    "prune": Way("hinge", ("mode=prune",), searched=True),
+    "decompose": Way("hinge", ("mode=decompose",), searched=True),
+    "calibrated": Way("hinge", ("mode=auto",)),
+    "fcf": Way("fcf", searched=True),
+    "linearconv": Way("linearconv"),
+    "csg": Way("csg"),
+    "hetconv": Way("hetconv"),
+}
+PEERS = ("peer", "peer-norm")
+CONTENDERS = (*OURS, *PEERS, "control")
+DEFAULT = ("auto", "prune", "decompose", "calibrated", *PEERS, "control")
+SEARCHED = {"peer", *(name for name, way in OURS.items() if way.searched)}
 LEAST_ABOVE_PEER = {0.5: 0.5, 0.24: 1.0}  # points, by ratio
 MOST_BEHIND = 0.3  # points, of prune and of decompose
+MOST_BELOW_CONTROL = {"resnet56": {0.5: 0.0, 0.24: 0.8}}  # points, by network and ratio
 BINS = 20
 KEPT = Path(tempfile.gettempdir()) / "compactcli-finetune"  # of runs that have not ended
 
@@ -86,26 +112,34 @@ class Run:
     set: tuple[str, ...] = ()  # further options of hinge
     peer_lr: float = 0.01  # of its sparse learning
     peer_reg: float = 5e-4
+    network: str = field(default="resnet20", compare=False)  # each has a file of its own
+    device: str = field(default="cpu", compare=False)
+
+    @property
+    def flags(self) -> list[str]:
+        """Those that say how it was trained, where these are not the defaults."""
+        own = [(item.name, getattr(self, item.name)) for item in fields(self)[2:] if item.compare]
+        told = {name: " ".join(value) if name == "set" else value for name, value in own if value != getattr(Run, name)}
+        return [f"--{name.replace('_', '-')} {value}" for name, value in told.items()]
 
     @property
     def key(self) -> str:
-        flags = [(item.name, getattr(self, item.name), item.default) for item in fields(self)[2:]]
-        told = {name: " ".join(value) if name == "set" else value for name, value, default in flags if value != default}
-        return " ".join([f"{self.contender} {self.ratio:g}", *(f"--{name.replace('_', '-')} {told[name]}" for name in told)])
+        return " ".join([f"{self.contender} {self.ratio:g}", *self.flags])
 
     @property
     def file(self) -> Path:
         """Where the run is kept, but for the stage and the ending."""
-        return KEPT / re.sub(r"[^\w.=-]+", "_", self.key)
+        return KEPT / re.sub(r"[^\w.=-]+", "_", f"{self.network} {self.key}")
 
     def settings(self, epochs: int, **others: Any) -> Settings:
-        return Settings(**{"epochs": epochs, "lr": self.lr, "seed": self.seed, **others})
+        return Settings(**{"epochs": epochs, "lr": self.lr, "seed": self.seed, "device": self.device, **others})
 
     def of(self, contender: str) -> "Run":
         """The run of another contender to compare with: alike, but for the flags that do not concern it."""
-        own: dict[str, Any] = {} if contender != "calibrated" else {"search_epochs": Run.search_epochs}
+        own: dict[str, Any] = {} if contender in SEARCHED else {"search_epochs": Run.search_epochs}
         own |= {} if contender in OURS else {"set": Run.set}
         own |= {} if contender == "peer" else {"peer_lr": Run.peer_lr, "peer_reg": Run.peer_reg}
+        own |= {"ratio": 1.0} if contender == "control" else {}
         return replace(self, contender=contender, **own)
 
 
@@ -120,38 +154,50 @@ class Made:
 
 
 def main(arguments: list[str]) -> None:
-    """Run and write benchmarks/results/finetune-resnet20.json."""
+    """Run and write benchmarks/results/finetune-NETWORK.json."""
+    options = parsed(arguments)
+    original = artefact.open_model(checkpoint(f"{options.network}-cifar10jpeg.th"))
+    shape, preprocessing = original.input_shape, original.recipe.preprocessing
+    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+    command = " ".join(["python -m benchmarks finetune", *arguments])
+    for run in asked(options):
+        if options.resume and run.key in _rows(run.network):
+            continue
+        print(f"{run.network}, {run.key}", flush=True)
+        row = {"run": asdict(run), **provenance(command, run.device), **_ended(run, original, dataset, options.resume)}
+        write(f"finetune-{run.network}", {"rows": _judged(_rows(run.network) | {run.key: row})})
+    _show(options.network)
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options of the command."""
     parser = argparse.ArgumentParser(prog="finetune")
+    parser.add_argument("--network", default=Run.network, help="of ../shared/checkpoints")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(LEAST_ABOVE_PEER))
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=DEFAULT)
     parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
     parser.add_argument("--search-epochs", type=int, default=Run.search_epochs)
     parser.add_argument("--epochs", type=int, default=Run.epochs, help="of search and fine-tuning together")
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of the commands")
     parser.add_argument("--seed", type=int, default=Run.seed, help="of calibration and training")
     parser.add_argument("--limit", type=int, help="images of each split")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of hinge; may be repeated")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of our method; may be repeated")
     parser.add_argument("--peer-lr", type=float, default=Run.peer_lr, help="of the peer's sparse learning")
     parser.add_argument("--peer-reg", type=float, default=Run.peer_reg, help="strength of the peer's regularisation")
+    parser.add_argument("--device", default=Run.device, help="that trains: cpu, cuda")
     options = parser.parse_args(arguments)
     if not 1 <= options.search_epochs < options.epochs:
         parser.error(f"--search-epochs {options.search_epochs}: 1 or more, and fewer than --epochs {options.epochs}")
     if any(pair.startswith("mode=") for pair in options.set):
         parser.error("--set mode: it is the contender's; see --only")
+    return options
+
+
+def asked(options: argparse.Namespace) -> list[Run]:
+    """The runs that the options ask for, each once."""
     wanted = {item.name: getattr(options, item.name) for item in fields(Run)[2:]} | {"set": tuple(sorted(options.set))}
-    original = artefact.open_model(checkpoint(f"{NETWORK}-cifar10jpeg.th"))
-    shape, preprocessing = original.input_shape, original.recipe.preprocessing
-    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
-    command = " ".join(["python -m benchmarks finetune", *arguments])
-    for ratio in options.ratios:
-        for contender in options.only:
-            run = Run(contender, ratio, **wanted).of(contender)
-            if options.resume and run.key in _rows():
-                continue
-            print(f"{NETWORK}, {run.key}", flush=True)
-            row = {"run": asdict(run), "command": command, **_ended(run, original, dataset, options.resume)}
-            write(f"finetune-{NETWORK}", {"rows": _judged(_rows() | {run.key: row})})
-    _show()
+    runs = [Run(contender, ratio, **wanted).of(contender) for ratio in options.ratios for contender in options.only]
+    return list(dict.fromkeys(runs))
 
 
 def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> dict[str, Any]:
@@ -161,13 +207,14 @@ def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> 
     if not resume:  # else a run that is broken off now would go on with the fine-tuning of an earlier one
         search.unlink(missing_ok=True)
         tuning.unlink(missing_ok=True)
-    make = _sparse if run.contender == "peer" else _compressed
-    made = make(run, original, dataset, search, resume)
+    makers = {"peer": _sparse, "peer-norm": _pruned, "control": _whole}
+    made = makers.get(run.contender, _compressed)(run, original, dataset, search, resume)
     one, used = made.network, made.search[-1]["epoch"] if made.search else 0
     row = {
         "macs_kept": macs_kept(one, original),
-        "original": report.evaluate(original, dataset).accuracy.top1,
-        "before": report.evaluate(one, dataset).accuracy.top1,
+        "params_kept": measure.params(one.module) / measure.params(original.module),
+        "original": report.evaluate(original, dataset, device=run.device).accuracy.top1,
+        "before": report.evaluate(one, dataset, device=run.device).accuracy.top1,
     }
     print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
     settings, epochs = run.settings(run.epochs - used), _Epochs()
@@ -217,16 +264,28 @@ def _histogram(norms: Floats) -> dict[str, Any]:
 def _compressed(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
     """Ours: a copy of the original, after the search if there is one, calibrated."""
     assert dataset.train is not None
-    one, epochs, search = copy.deepcopy(original), _Epochs(), None
-    if run.contender != "calibrated":
+    way, one, epochs, search = OURS[run.contender], copy.deepcopy(original), _Epochs(), None
+    if way.searched:
         search = Search(dataset, run.settings(run.search_epochs), original, kept, resume, epochs.watch())
-    mode = "auto" if run.contender == "calibrated" else run.contender
-    method = Hinge(parse_options(Hinge, [f"mode={mode}", *run.set]))
+    kind = get(way.method)
+    method = kind(parse_options(kind, [*way.options, *run.set]))
     calibration = Calibration(data.sample(dataset.train, IMAGES, run.seed), dataset.name)
     means: dict[str, Any] = {"calibration": calibration, "search": search, "seed": run.seed}
-    compress(one, "hinge", method, Target(run.ratio), **means, log=_say)
-    norms = None if method.norms is None else np.concatenate(method.norms)
+    compress(one, way.method, method, Target(run.ratio), **means, log=_say)
+    norms = np.concatenate(method.norms) if isinstance(method, Hinge) and method.norms is not None else None
     return Made(one, dict(one.recipe.steps[-1].options), epochs.told, norms)
+
+
+def _whole(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
+    """The control: a copy of the original."""
+    return Made(copy.deepcopy(original), {})
+
+
+def _pruned(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
+    """Torch-Pruning's without sparse learning, by the better way to make groups comparable."""
+    one, normalizer = best_pruned(original, dataset, run.ratio)
+    options = {"torch_pruning": version("torch-pruning"), "ratio": run.ratio, "p": 2, "normalizer": normalizer}
+    return Made(one, options)
 
 
 def _sparse(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
@@ -249,8 +308,8 @@ def _sparse(run: Run, original: Network, dataset: data.Dataset, kept: Path, resu
         watch=epochs.watch(),
     )
     norms = np.concatenate([after / start.mean() for after, start in zip(method.norms(), before, strict=True)])
-    options = {"ratio": run.ratio, "reg": run.peer_reg, "p": 2, "normalizer": "max", "search": settings.identity()}
-    return Made(pruned(one, dataset, run.ratio, "max"), options, epochs.told, norms)
+    options = {"torch_pruning": version("torch-pruning"), "ratio": run.ratio, "reg": run.peer_reg, "p": 2, "normalizer": "max"}
+    return Made(pruned(one, dataset, run.ratio, "max"), options | {"search": settings.identity()}, epochs.told, norms)
 
 
 class SparseLearning(Method):
@@ -286,10 +345,9 @@ class SparseLearning(Method):
 # The results
 
 
-def _rows() -> Rows:
+def _rows(network: str) -> Rows:
     """The rows of every run so far: other processes may be adding those of other contenders."""
-    path = RESULTS / f"finetune-{NETWORK}.json"
-    rows: Rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows: Rows = read(f"finetune-{network}").get("rows", {})
     return rows
 
 
@@ -311,16 +369,20 @@ def _judged(rows: Rows) -> Rows:
                 behind = _difference(rows.get(run.of(other).key), row)
                 met = None if behind is None else behind <= MOST_BEHIND
                 row[f"behind_{other}"] = {"points": behind, "at_most": MOST_BEHIND, "met": met}
+            below = _difference(rows.get(run.of("control").key), row)
+            most = MOST_BELOW_CONTROL.get(run.network, {}).get(run.ratio)
+            met = None if below is None or most is None else below <= most
+            row["below_control"] = {"points": below, "at_most": most, "met": met}
             worth = _difference(rows.get(run.of("calibrated").key), row)
             row["above_calibrated"] = {"points": None if worth is None else -worth}
     return rows
 
 
 def _peers(rows: Rows, run: Run) -> Iterator[dict[str, Any]]:
-    """The peer's rows that are to be compared with, whatever its sparse learning was like."""
+    """The peer's rows that are to be compared with, whatever its sparse learning was like, or without it."""
     for row in rows.values():
         own = _run(row)
-        if replace(own, peer_lr=Run.peer_lr, peer_reg=Run.peer_reg) == run.of("peer"):
+        if own.contender in PEERS and own == replace(run.of(own.contender), peer_lr=own.peer_lr, peer_reg=own.peer_reg):
             yield row
 
 
@@ -328,27 +390,18 @@ def _difference(row: dict[str, Any] | None, other: dict[str, Any]) -> float | No
     return None if row is None else float(row["after"] - other["after"])
 
 
-def _show() -> None:
-    table = Table("contender", title=NETWORK, title_justify="left")
-    for column in (
-        "MACs kept",
-        "before",
-        "after",
-        "original",
-        "epochs",
-        "minutes",
-        "above peer",
-        "prune",
-        "decompose",
-        "calibrated",
-    ):
+def _show(network: str) -> None:
+    table = Table("contender", title=network, title_justify="left")
+    against = {"above peer": ("above_peer", 1), "prune": ("behind_prune", -1), "decompose": ("behind_decompose", -1)}
+    against |= {"control": ("below_control", -1), "calibrated": ("above_calibrated", 1)}
+    for column in ("MACs kept", "before", "after", "original", "epochs", "minutes", *against):
         table.add_column(column, justify="right")
-    for key, row in sorted(_rows().items(), key=lambda item: (-_run(item[1]).ratio, CONTENDERS.index(_run(item[1]).contender))):
+    rows = _rows(network).items()
+    for key, row in sorted(rows, key=lambda item: (-_run(item[1]).ratio, CONTENDERS.index(_run(item[1]).contender))):
         accuracies = (f"{row[figure]:.2f}" for figure in ("before", "after", "original"))
         epochs = f"{row['epochs']['search']} + {row['epochs']['finetune']}"
-        verdicts = [_told(row.get("above_peer"), 1), *(_told(row.get(f"behind_{other}"), -1) for other in ("prune", "decompose"))]
-        others = (epochs, f"{row['seconds'] / 60:.0f}", *verdicts, _told(row.get("above_calibrated"), 1))
-        table.add_row(key, f"{row['macs_kept']:.3f}", *accuracies, *others)
+        verdicts = (_told(row.get(name), sign) for name, sign in against.values())
+        table.add_row(key, f"{row['macs_kept']:.3f}", *accuracies, epochs, f"{row['seconds'] / 60:.0f}", *verdicts)
     Console(width=150).print(table)
 
 

@@ -4,6 +4,7 @@ kill -9 at random moments of a run of 4 epochs, from when it is first kept to it
 of what it writes, beside those of the run that nobody killed. Twice over: `compactcli finetune` on 2,000 images, and a search
 with dual variables through the same loop (`_kills_worker`). After each kill every file there is must be one that can be
 read; hidden ones, which a kill leaves in the middle of a write, are counted apart.
+Required: the same bytes after every kill, and no file that can not be read.
 
     python -m benchmarks kills [--kills 20]
 """

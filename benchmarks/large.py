@@ -1,6 +1,7 @@
 """Time and memory of calibrating a large network: `python -m benchmarks large [--images 1024] [--arch resnet50]`.
 
 torchvision's resnet50 with random weights on random 224 x 224 images, `compress --method hinge --ratio 0.5`.
+No figure is required.
 """
 
 import argparse

@@ -6,6 +6,7 @@ Torch-Pruning: group L2 importance, global, groups made comparable by their mean
 accurate network; the stem and every block's second conv ignored by hand (else its result does not run on these option-A
 shortcuts), the same MACs found by bisection on its ratio, then batch-norm statistics measured anew on the same images.
 Ours: `compress --method hinge --data`, three samplings each of 64, 256 and 1,024 images.
+No figure is required: README tells both.
 
     python -m benchmarks oneshot [--images 1024] [--networks resnet20] [--skip peer]
 """

@@ -38,7 +38,7 @@ from compactcli.finetune import finetune
 from compactcli.history import Watch
 from compactcli.optim import Settings
 
-from ._common import RESULTS, checkpoint, images, write
+from ._common import checkpoint, images, provenance, read, write
 from .oneshot import best_pruned, compressed, macs_kept
 
 RATIO = 0.5
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
             print(f"{name}, {key}", flush=True)
             start = time.perf_counter()
             one = _made(contender, network, dataset, settings.seed, options.set)
-            made = {"command": command, "seconds_to_make": time.perf_counter() - start}
+            made = {**provenance(command), "seed": settings.seed, "seconds_to_make": time.perf_counter() - start}
             kept = KEPT / (re.sub(r"[^\w.=-]+", "_", f"{name} {key}") + ".safetensors")
             row = made | _trained(one, network, dataset, settings, kept, options.resume)
             write(f"recover-{name}", {"rows": _judged(_rows(name) | {key: row})})
@@ -129,8 +129,7 @@ def _trained(
 
 def _rows(name: str) -> Rows:
     """The rows of every run so far: other processes may be adding those of other contenders."""
-    path = RESULTS / f"recover-{name}.json"
-    rows: Rows = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows: Rows = read(f"recover-{name}").get("rows", {})
     return rows
 
 

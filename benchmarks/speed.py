@@ -7,6 +7,7 @@ of a network's variants are timed in turn, with all threads, at batch 1 and 16, 
 Ours: `compress --method hinge --ratio 0.5` from the weights, with the default rounding and with `--round 16`.
 Torch-Pruning: group L2 importance, global, the classifier ignored, not rounded, as near below half of the MACs as
 bisection on its ratio comes; and, for orientation, 30 % of every layer's channels removed, rounded to 16.
+No figure is required: README tells both.
 
     python -m benchmarks speed [--networks cifar:vgg16] [--repeats 5]
 """

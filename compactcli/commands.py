@@ -12,7 +12,7 @@ from .optim import Settings
 FLAGS = {
     "compress": ("ratio", "of", "round"),
     "finetune": ("epochs", "lr", "optimizer", "schedule", "batch_size", "teacher", "distill_weight", "keep", "seed"),
-    "export": ("dtype",),
+    "export": ("dtype", "fold_bn"),
 }
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "epochs"} | {"keep": "best"}
 
@@ -30,7 +30,7 @@ def command_line(step: Mapping[str, Any]) -> str:
     plain = DEFAULTS if kind is None else {"of": kind.of[0]}
     for option in FLAGS[name]:
         if options.get(option) not in (None, plain.get(option)):
-            words += [f"--{option.replace('_', '-')}", _word(options[option])]
+            words += [f"--{option.replace('_', '-')}", *([] if options[option] is True else [_word(options[option])])]
     if isinstance(options.get("search"), Mapping):
         words += ["--epochs", _word(options["search"].get("epochs"))]
     for known in () if kind is None else methods.option_list(kind):

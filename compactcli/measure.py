@@ -26,6 +26,7 @@ WARM_UP = 2  # runs before the first that counts
 PASSES = 9  # over which the share of time of a layer is taken
 ACTIVATION_IMAGES = 64  # of which the redundancy of activations is taken, and of as many ...
 ACTIVATION_ROWS = 4_096  # positions of a batch
+ROUNDING = 1e-12  # of an energy, below which nothing is left of it but rounding
 PROBES = 8  # random images on which a network is compared with what it was, where there are no real ones
 
 
@@ -282,8 +283,8 @@ def redundancy(weight: Tensor) -> Redundancy | None:
     filters = weight.detach().flatten(1).double()
     if len(filters) < 2 or not filters.isfinite().all():
         return None
-    gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
-    return _redundancy(_correlation(filters), gram)
+    gram = filters @ filters.T
+    return _redundancy(_correlation(filters, gram), gram if len(filters) <= filters.shape[1] else filters.T @ filters)
 
 
 def _redundancy(correlation: Tensor, gram: Tensor) -> Redundancy:
@@ -309,14 +310,17 @@ def likeness(weight: Tensor) -> Tensor | None:
     filters = weight.detach().flatten(1).double()
     if len(filters) < 2 or not filters.isfinite().all():
         return None
-    return _correlation(filters).amax(1)
+    return _correlation(filters, filters @ filters.T).amax(1)
 
 
-def _correlation(filters: Tensor) -> Tensor:
-    """|correlation| of filters (o, n) with each other (o, o), and 0 with themselves."""
-    centred = filters - filters.mean(1, keepdim=True)
-    unit = nn.functional.normalize(centred, dim=1)
-    return (unit @ unit.T).abs().fill_diagonal_(0)
+def _correlation(filters: Tensor, gram: Tensor) -> Tensor:
+    """|correlation| of filters (o, n), of products (o, o), with each other (o, o), and 0 with themselves."""
+    means = filters.mean(1)
+    centred = gram - filters.shape[1] * torch.outer(means, means)
+    energy = centred.diagonal()
+    varies = energy > ROUNDING * gram.diagonal()  # a filter that is one number everywhere is like no other
+    inverse = torch.where(varies, energy, torch.inf).rsqrt()
+    return (centred * torch.outer(inverse, inverse)).abs().fill_diagonal_(0)
 
 
 def activation_redundancy(

@@ -625,7 +625,7 @@ def test_export_measures_what_it_costs(small, tmp_path):
     tree = json.loads(run("report", "--json", half).stdout)
     assert (tree["model"]["accuracy"], tree["model"]["evaluated"]["images"]) == (after, 30)
     assert tree["steps"][-1]["options"] == {"dtype": "bfloat16"}
-    assert "dtype=bfloat16" in run("report", half).stdout
+    assert "--dtype bfloat16" in run("report", half).stdout
 
 
 def test_export_refuses_what_it_does_not_know(small, tmp_path):

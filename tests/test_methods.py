@@ -80,7 +80,7 @@ def test_every_method_is_deterministic(name):
 @pytest.mark.parametrize("name", names())
 def test_every_layer_of_a_method_bears_its_name(name):
     get(name)
-    assert all(kind.partition(".")[0] in [*names(), "plain"] for kind in LAYERS)
+    assert all(kind.partition(".")[0] in [*names(), "plain", "folding"] for kind in LAYERS)
 
 
 def test_unknown_methods_name_the_nearest():

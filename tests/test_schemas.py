@@ -47,7 +47,11 @@ def documents(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
         return {
             "report": [printed("report", net), beside, printed("report", coded)],
             "comparison": [printed("report", net, small, *judged), printed("report", net, coded, "--baseline", net)],
-            "analysis": [printed("analyze", small), printed("analyze", "--arch", "cifar:resnet8", "--fresh", "--linear")],
+            "analysis": [
+                printed("analyze", small),
+                printed("analyze", "--arch", "cifar:resnet8", "--fresh", "--linear"),
+                printed("analyze", net, *judged, "--time", "--methods", "--ratios", "0.6"),
+            ],
             "explanation": [printed("analyze", net, "--explain", "linear"), printed("analyze", net, "--explain", "conv1")],
             "evaluation": [printed("evaluate", small, *judged)],
             "bench": [printed("bench", net, small)],
@@ -56,6 +60,9 @@ def documents(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
                 printed("sweep", net, "--methods", "hinge", "--ratios", "0.6"),
             ],
             "page": pages,
+            "plan": [
+                printed("compress", net, "--method", method, "--ratio", "0.6", "--dry-run") for method in ("hinge", "linearconv")
+            ],
         }
 
 

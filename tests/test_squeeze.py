@@ -186,9 +186,10 @@ def test_auto_takes_the_least_error_and_of_like_ones_the_fastest():
         return Way([], {}, error, cost, time)
 
     ways = [way(1.0, 5.0), way(1.05, 4.0), way(2.0, 1.0), way(0.1, 0.1, cost=3.0)]
-    assert _best(ways, 1.0) is ways[1]
-    assert _best(ways[2:], 2.0) is ways[2]
-    assert _best(ways[3:], 2.0) is ways[3]
+    assert _best(ways, 1.0, 1.1) is ways[1]
+    assert _best(ways, 1.0, 1.0) is min((way for way in ways if way.cost <= 1.0), key=lambda way: way.error)
+    assert _best(ways[2:], 2.0, 1.1) is ways[2]
+    assert _best(ways[3:], 2.0, 1.1) is ways[3]
 
 
 def test_refitting_is_least_squares_on_what_is_read():

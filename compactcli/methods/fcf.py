@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
 STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
 TIES = 1e-3  # what draws the first to go of a layer's filters, of those that the loss knows no difference between
-ALIKE = 1.1  # errors up to this many times the least are taken for as good
+ALIKE = 1.1  # without images errors up to this many times the least are taken for as good
+NEVER = 1e9  # the error of a setting that is not to be taken, beside which all others are nothing
 SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
 
 
@@ -54,7 +55,8 @@ class Options:
     residual: Annotated[
         Literal["auto", "leave", "prune", "squeeze"],
         "channels that shortcuts share: leave them; prune them from all layers that make them; squeeze: let each layer leave "
-        "out some, where that is faster; auto: what makes the least error, of like ones the fastest",
+        "out some, where that is faster; auto: with images leave or squeeze, by error; without, of those "
+        "with the least errors the fastest",
     ] = "auto"
     floor: Annotated[float, "smallest share of its filters that a layer keeps"] = 0.05
     alpha: Annotated[float, "search: share of the penalty in the gradient of the scalars, that of the loss has the rest"] = 0.99
@@ -167,21 +169,32 @@ class FCF(Method):
                 family = budget.alone(axis, sets[np.isin(sets, order)])
                 self.sides[family] = (layer, side)
                 pays = _pays(model, layer, side, len(order))
-                ways["squeeze"] = [*ways["squeeze"], (family, order, np.where(pays, errors, np.inf))]
-        found, problems = [], []
-        for name, widths in ways.items():
-            if self.options.residual not in ("auto", name):
-                continue
-            if trains:
-                widths = [width for width in widths if not _tied(model, budget.families[width[0]])]
-            try:
-                found.append(self._settled(model, channels, budget, widths, refitted=moments is not None))
-            except CompactError as problem:
-                problems.append(problem)
+                ways["squeeze"] = [*ways["squeeze"], (family, order, np.where(pays, errors, NEVER))]
+        found: list[Way] = []
+        problems: list[CompactError] = []
+        for tried in self._tried(images=moments is not None):
+            for name in tried if not found else ():
+                widths = ways[name]
+                if trains:
+                    widths = [width for width in widths if not _tied(model, budget.families[width[0]])]
+                try:
+                    found.append(self._settled(model, channels, budget, widths, refitted=moments is not None))
+                except CompactError as problem:
+                    problems.append(problem)
         if not found:
             raise min(problems, key=str)  # they differ in the least ratio that they name
-        best = _best(found, budget.target)
+        best = _best(found, budget.target, ALIKE if moments is None else 1.0)
         self.widths, self.kept = best.widths, best.kept
+
+    def _tried(self, *, images: bool) -> tuple[tuple[str, ...], ...]:
+        """The ways to treat channels that shortcuts share: those to choose from, and others for where none of these fits.
+
+        What goes from a shortcut is gone for all blocks behind, and refits make less of it good than errors of one layer after
+        another tell: with images only where it must.
+        """
+        if self.options.residual != "auto":
+            return ((self.options.residual,),)
+        return (("leave", "squeeze"), ("prune",)) if images else (("leave", "prune", "squeeze"),)
 
     def _settled(self, model: nn.Module, channels: Channels, budget: Budget, widths: Widths, *, refitted: bool) -> "Way":
         """One way to meet the budget: no layer that leaves out what others make or read takes longer than it would with it."""
@@ -436,12 +449,12 @@ def _ranks(order: Ids, sets: Ids) -> Ids:
     return np.array([place[number] for number in sets.tolist()])
 
 
-def _best(ways: Sequence[Way], target: float) -> Way:
-    """Of the ways that meet the target, or come nearest to it, the fastest of those whose errors are near the least."""
+def _best(ways: Sequence[Way], target: float, alike: float) -> Way:
+    """Of the ways that meet the target, or come nearest to it, the fastest of those of at most `alike` times the least error."""
     least_cost = max(target, min(way.cost for way in ways))
     fitting = [way for way in ways if way.cost <= least_cost]
     least = min(way.error for way in fitting)
-    return min((way for way in fitting if way.error <= ALIKE * least), key=lambda way: way.time)
+    return min((way for way in fitting if way.error <= alike * least), key=lambda way: way.time)
 
 
 def _pays(model: nn.Module, layer: Layer, side: int, count: int) -> NDArray[np.bool_]:
