@@ -6,7 +6,6 @@ python -m tests.fuzz --count 20000 --format artefact [--save counts.json]
 import argparse
 import functools
 import io
-import itertools
 import json
 import os
 import random
@@ -33,7 +32,7 @@ sys.path.append(str(Path(__file__).parent))  # for `python -m tests.fuzz`; pytes
 import mutations
 from mutations import Mutation
 
-from compactcli import architectures, artefact, checkpoint, kernels, methods
+from compactcli import architectures, artefact, kernels, methods
 from compactcli.artefact import Wishes
 from compactcli.compress import Target as Ratio
 from compactcli.compress import compress
@@ -50,7 +49,17 @@ Target = Callable[[bytes], object]
 # What reading a file must never do, by the names of Python's audit events.
 FORBIDDEN = frozenset(
     {
-        *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.kill", "subprocess.Popen", "pty.spawn"),
+        *(
+            "os.system",
+            "os.exec",
+            "os.fork",
+            "os.forkpty",
+            "os.posix_spawn",
+            "os.spawn",
+            "os.kill",
+            "subprocess.Popen",
+            "pty.spawn",
+        ),
         *("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request", "webbrowser.open"),
         *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"),
     }
@@ -253,7 +262,9 @@ def folder() -> bytes:
     """A folder as timm writes it: config.json, two NULs, and the weights."""
     network = artefact.fresh(Wishes("timm:test_resnet", {"num_classes": 2}), 0)
     config = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": {"mean": [0.5] * 3, "tag": "r160_in1k"}}
-    state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.module.state_dict().items()}
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.module.state_dict().items()
+    }
     return json.dumps(config).encode() + b"\0\0" + safetensors.torch.save(state, {"format": "pt"})
 
 

@@ -19,8 +19,34 @@ Tree = dict[str, Any]
 
 LARGEST_FITTED = 1 << 18  # numbers of a network that `fitted` makes tensors for
 TRICKS = (
-    *("", ".", "..", "../../etc/passwd", "/etc/passwd", "C:\\con", "a/b", "a\0b", "\n", "\x1b[2J", "é" * 300, "x" * 5000, "%s%n", "{}"),
-    *("__class__", "__init__", "_parameters", "forward", "training", "weight", "compactcli_shared", "compactcli_shared.x", "-", "~"),
+    *(
+        "",
+        ".",
+        "..",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "C:\\con",
+        "a/b",
+        "a\0b",
+        "\n",
+        "\x1b[2J",
+        "é" * 300,
+        "x" * 5000,
+        "%s%n",
+        "{}",
+    ),
+    *(
+        "__class__",
+        "__init__",
+        "_parameters",
+        "forward",
+        "training",
+        "weight",
+        "compactcli_shared",
+        "compactcli_shared.x",
+        "-",
+        "~",
+    ),
     *("file:///etc/passwd", "hf-hub:a/b", "timm:hf-hub:a/b", "os:system", "evil.py:factory", "cifar:", "timm:", ":"),
 )
 STRANGE: tuple[object, ...] = (
@@ -106,7 +132,9 @@ def tensor(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
             case 0:
                 entry["dtype"] = chance.choice(DTYPES)
             case 1:  # the same bytes, as other numbers
-                entry["dtype"], size = chance.choice((("U8", 1), ("I8", 1), ("F16", 2), ("BF16", 2), ("I32", 4), ("F64", 8), ("I64", 8)))
+                entry["dtype"], size = chance.choice(
+                    (("U8", 1), ("I8", 1), ("F16", 2), ("BF16", 2), ("I32", 4), ("F64", 8), ("I64", 8))
+                )
                 entry["shape"] = [(end - begin) // size]
             case 2:
                 entry["shape"] = entry["shape"][::-1]
@@ -145,7 +173,7 @@ def deep(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
     """JSON that is nested deeply or very long, as the header, inside it, or in the recipe."""
     depth = chance.choice((100, 5000, 200_000))
     nested = chance.choice(("[" * depth + "]" * depth, '{"a":' * depth + "0" + "}" * depth, "[" * depth, "9" * depth))
-    length, tree, body = _parts(data)
+    _length, tree, body = _parts(data)
     if not tree:
         return data + nested.encode()
     name = chance.choice(list(tree))
@@ -156,7 +184,7 @@ def deep(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
         text = json.dumps({**tree, name: "HERE"}).replace('"HERE"', nested)
         return _joined(text.encode(), body)
     recipe = tree["__metadata__"]["compactcli"]
-    place = chance.choice([match.start() for match in re.finditer('[:,]', recipe)] or [0])
+    place = chance.choice([match.start() for match in re.finditer("[:,]", recipe)] or [0])
     tree["__metadata__"]["compactcli"] = recipe[: place + 1] + nested + recipe[place + 1 :]
     return _joined(json.dumps(tree).encode(), body)
 
@@ -290,7 +318,14 @@ def _with_header(data: bytes, change: Callable[[Tree, bytes], tuple[object, byte
     try:
         changed, body = change(tree, body)
         return _joined(json.dumps(changed).encode(), body)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):  # an earlier mutation has left too little
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ):  # an earlier mutation has left too little
         return data
 
 
