@@ -21,7 +21,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -363,7 +363,7 @@ def main() -> int:
             counts.seconds += round(time.perf_counter() - start, 1)
             print(f"{name}: {counts.inputs} in {counts.seconds:.0f} s, {dict(counts.kinds)}", flush=True)
             if options.save:
-                saved[name] = asdict(counts)
+                saved[name] = {**vars(counts), "kinds": dict(counts.kinds), "lines": dict(counts.lines)}
                 options.save.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
         failures += counts.kinds["failed"]
         print(f"{name}: {dict(counts.kinds)}, {len(counts.lines)} distinct lines")
