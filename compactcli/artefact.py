@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import __version__, architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
-from .errors import CompactError, shape_text
+from .errors import CompactError, shape_text, short
 from .graph import run_fake
 from .kernels import KernelLayer
 from .methods import Foreign
@@ -325,7 +325,7 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     values._metadata = every._metadata  # type: ignore[attr-defined]  # the version of each module's format, which some ask for
     for name, tensor in own.items():
         if values[name].is_floating_point() != tensor.is_floating_point():
-            raise CompactError(f"{name} is {values[name].dtype}, the architecture's {tensor.dtype}")
+            raise CompactError(f"{short(name)} is {values[name].dtype}, the architecture's {tensor.dtype}")
     aliases = _aliases(module)
     module.load_state_dict(values, strict=False, assign=True)
     for alias, name in aliases.items():  # what was one tensor is one again
@@ -346,8 +346,8 @@ def _mismatch(
 ) -> str:
     if wrong:
         name = wrong[0]
-        what = f"{name} is {shape_text(given[name].shape)}, the architecture's {shape_text(own[name].shape)}"
+        what = f"{short(name)} is {shape_text(given[name].shape)}, the architecture's {shape_text(own[name].shape)}"
     else:
-        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the architecture"
+        what = f"{short(missing[0])} is missing" if missing else f"{short(unexpected[0])} is not in the architecture"
     more = len(missing) + len(unexpected) + len(wrong) - 1
     return f"the weights do not fit the architecture: {what}" + (f", and {more} more differ" if more else "")

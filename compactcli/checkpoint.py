@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import CompactError
+from .errors import CompactError, short
 
 # Limits, all far above what a real network needs.
 HEADER_BYTES = 100_000_000  # of a safetensors header; the format's own limit
@@ -205,11 +205,6 @@ def _damage(part: str, *errors: type[Exception]) -> Iterator[None]:
         raise CompactError(f"the {part} is damaged or cut short ({detail or type(problem).__name__})") from None
 
 
-def _short(name: str) -> str:
-    """A name from the file, fit for a line of text."""
-    return name if name.isprintable() and len(name) <= 80 else f"{name[:60]!r}..."
-
-
 def _bytes(stream: io.BufferedIOBase, count: int) -> Tensor:
     """The next `count` bytes of a stream as uint8; the caller knows that the file is as large."""
     data = torch.empty(count, dtype=torch.uint8)
@@ -234,7 +229,7 @@ def _safetensors(file: _File, size: int) -> tuple[dict[str, Tensor], dict[str, s
     position = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != position:
-            raise CompactError(f"{_short(name)} begins at byte {begin} of the data, not at {position} where the one before ends")
+            raise CompactError(f"{short(name)} begins at byte {begin} of the data, not at {position} where the one before ends")
         position = end
     if position != size - 8 - length:
         raise CompactError(
@@ -253,13 +248,13 @@ def _entry(name: str, value: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
         case {"dtype": str() as code, "shape": list() as shape, "data_offsets": [int() as begin, int() as end]}:
             pass
         case _:
-            raise CompactError(f"{_short(name)} is not described as safetensors does (dtype, shape, data_offsets)")
+            raise CompactError(f"{short(name)} is not described as safetensors does (dtype, shape, data_offsets)")
     if code not in _DTYPES:
-        raise _unsupported(name, f"of type {_short(code)}")
+        raise _unsupported(name, f"of type {short(code)}")
     dtype = _DTYPES[code]
     _check_shape(name, shape)
     if not 0 <= begin <= end <= 1 << 62 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise CompactError(f"{_short(name)} is {code} {shape}, which is not what the header's offsets leave for it")
+        raise CompactError(f"{short(name)} is {code} {shape}, which is not what the header's offsets leave for it")
     return dtype, tuple(shape), begin, end
 
 
@@ -267,7 +262,7 @@ def _check_shape(name: str, shape: Sequence[Any]) -> None:
     """Raises CompactError unless torch can hold a tensor of this shape without overflow."""
     whole = len(shape) <= DIMENSIONS and all(type(n) is int and 0 <= n <= ELEMENTS for n in shape)
     if not whole or math.prod(max(n, 1) for n in shape) > ELEMENTS:
-        raise CompactError(f"{_short(name)} has an impossible shape; the file is damaged or hostile")
+        raise CompactError(f"{short(name)} has an impossible shape; the file is damaged or hostile")
 
 
 def _json(text: bytes, part: str) -> dict[str, Any]:
@@ -472,7 +467,7 @@ class _Pickle:
             case _:
                 raise ValueError("a persistent id that is no storage")
         if dtype is None or length < 0:
-            raise ValueError(f"a storage of kind {_short(kind)} with {length} elements")
+            raise ValueError(f"a storage of kind {short(kind)} with {length} elements")
         whole = _Storage(dtype, key, 0, length)
         self.storages.setdefault(key, whole)
         match view:
@@ -527,7 +522,7 @@ def _zip(file: _File, size: int) -> _Content:
 
     def content(name: str) -> Tensor:
         if name not in entries:
-            raise CompactError(f"the zip archive has no {_short(name)}, which the pickle refers to; it is damaged")
+            raise CompactError(f"the zip archive has no {short(name)}, which the pickle refers to; it is damaged")
         with _damage("zip archive", *broken), archive.open(entries[name]) as stream:
             return _bytes(cast(zipfile.ZipExtFile, stream), entries[name].file_size)
 
@@ -573,7 +568,7 @@ def _legacy(file: _File, size: int) -> _Content:
 
     def content(key: str) -> Tensor:
         if key not in places:
-            raise CompactError(f"the bytes of storage {_short(key)} are missing; the file is damaged")
+            raise CompactError(f"the bytes of storage {short(key)} are missing; the file is damaged")
         file.seek(places[key][0])
         return _bytes(file, places[key][1])
 
@@ -594,7 +589,7 @@ def _from_pickle(content: _Content, file: _File, size: int, trust_pickle: bool) 
         notes.insert(0, "unpickled the file (--trust-pickle), which ran code from it")
     else:
         if content.objects:
-            names = ", ".join(_short(name) for name in content.objects[:3])
+            names = ", ".join(short(name) for name in content.objects[:3])
             notes.append(f"left {len(content.objects)} pickled classes unread and unrun: {names}")
     tensors = {
         name: _plain(name, value) if isinstance(value, Tensor) else _build(name, value, content)
@@ -625,7 +620,7 @@ def _unpickled(file: _File) -> Any:
 
 def _unsupported(name: str, kind: str) -> CompactError:
     return CompactError(
-        f"{_short(name)} is {kind}; only dense tensors of real numbers are read; "
+        f"{short(name)} is {kind}; only dense tensors of real numbers are read; "
         "convert it (.dequantize(), .to_dense(), .real) and save again"
     )
 
@@ -646,7 +641,7 @@ def _build(name: str, call: _Call, content: _Content) -> Tensor:
         raise _unsupported(name, f"of type {dtype}")
     _check_shape(name, size)
     if len(stride) != len(size) or not all(type(n) is int and 0 <= n <= ELEMENTS for n in (*stride, offset)):
-        raise CompactError(f"{_short(name)} has impossible strides; the file is damaged or hostile")
+        raise CompactError(f"{short(name)} has impossible strides; the file is damaged or hostile")
     count = math.prod(size)
     if count == 0:
         return torch.empty(size, dtype=dtype)
@@ -656,7 +651,7 @@ def _build(name: str, call: _Call, content: _Content) -> Tensor:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if not 0 <= begin <= end <= len(data) or max(count, last + 1) * dtype.itemsize > end - begin:
         raise CompactError(
-            f"{_short(name)} {size} does not fit in its storage of {len(data)} bytes; the file is damaged or hostile"
+            f"{short(name)} {size} does not fit in its storage of {len(data)} bytes; the file is damaged or hostile"
         )
     typed = data[begin : begin + (end - begin) // dtype.itemsize * dtype.itemsize].view(dtype)
     return typed.as_strided(size, stride, typed.storage_offset() + offset)
@@ -674,7 +669,7 @@ def _view(name: str, call: _Call, depth: int = 0) -> tuple[_Storage, torch.dtype
         case "_rebuild_tensor_v3", (_Storage() as storage, offset, size, stride, _, _, _Global(name=kind), *_), _:
             dtype = next((dtype for dtype in _DTYPES.values() if str(dtype) == kind), None)
             if dtype is None:
-                raise _unsupported(name, f"of type {_short(kind)}")
+                raise _unsupported(name, f"of type {short(kind)}")
             return storage, dtype, offset, _sizes(size), _sizes(stride)
         case "_rebuild_from_type" | "_rebuild_from_type_v2", (_Global(name=function), _, tuple() as arguments, *_), _:
             return _view(name, _Call(function, arguments), depth + 1)
@@ -690,7 +685,7 @@ def _view(name: str, call: _Call, depth: int = 0) -> tuple[_Storage, torch.dtype
         case _, _, (_Call() as inner, _, _, _, _):
             return _view(name, inner, depth + 1)
         case function, _, _:
-            raise _unsupported(name, f"a tensor made by {_short(function)}")
+            raise _unsupported(name, f"a tensor made by {short(function)}")
 
 
 def _sizes(value: Any) -> tuple[Any, ...]:
@@ -713,7 +708,7 @@ def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
     if path:
         beside = [key for key in tree if isinstance(key, str) and key != path[0]]
         others = f" (beside {_some(beside)})" if beside else ""
-        notes.append(f"took {' / '.join(_short(name) for name in path)}{others}")
+        notes.append(f"took {' / '.join(short(name) for name in path)}{others}")
     if len(entries) < len(table):
         notes.append(f"dropped {len(table) - len(entries)} counters that thop left behind (total_ops, total_params)")
     if prefix := _shared_prefix(list(entries)):
@@ -776,7 +771,7 @@ def _nothing(tree: Any) -> CompactError:
     blocked = next((call.function for call in _calls(tree) if call is tree or call.function not in _HARMLESS), None)
     if blocked is not None:
         return _NeedsTrustError(
-            f"holds a pickled object of class {_short(blocked)}; only --trust-pickle unpickles it, "
+            f"holds a pickled object of class {short(blocked)}; only --trust-pickle unpickles it, "
             "which runs code from the file; better: save model.state_dict()"
         )
     if _is_tensor(tree):
@@ -801,4 +796,4 @@ def _calls(tree: Any) -> Iterator[_Call]:
 
 def _some(names: list[str]) -> str:
     """The first six names, for a line of text."""
-    return ", ".join(_short(name) for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return ", ".join(short(name) for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -19,3 +19,8 @@ def shape_text(shape: Sequence[int]) -> str:
     """A shape as messages and tables show it, e.g. 3x32x32."""
     text = "x".join(map(str, shape)) or "a single number"
     return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def short(name: str) -> str:
+    """A name from a file, fit for a line of text."""
+    return name if name.isprintable() and len(name) <= 80 else f"{name[:60]!r}..."

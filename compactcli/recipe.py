@@ -11,6 +11,7 @@ from .errors import CompactError
 
 OPEN = "open"  # the command of the step that a file of a method's authors begins with
 FORMAT = 1  # major version of the recipe; a newer one is refused
+NAME_LENGTH = 200  # of the names in an edit
 DTYPES = ("float16", "bfloat16")  # what a file may hold its floating-point numbers in, beside what they are computed in
 
 # Numbers that a module's own code may split or slice its channels by: of a piece, of the first ones, or of all.
@@ -293,6 +294,13 @@ def _string(value: Any) -> str:
     return value
 
 
+def _name(value: Any) -> str:
+    """The path of a module or the name of a layer, as an edit has it."""
+    if len(_string(value)) > NAME_LENGTH:
+        raise ValueError(f"{value[:40]!r}... is too long for a name")
+    return _string(value)
+
+
 def _integer(value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise TypeError(f"{value!r} is not an integer from {low} to {high}")
@@ -316,10 +324,10 @@ def _options(tree: Any) -> dict[str, int]:
 
 
 _READERS: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "keep": {"module": _string, "axis": lambda v: _integer(v, 0, 1), "index": lambda v: _indices(v)},
-    "replace": {"module": _string, "layer": _string, "options": _options},
-    "set": {"module": _string, "attribute": _attribute, "value": lambda v: _integer(v, 0, 1 << 31)},
-    "share": {"name": _string, "layer": _string, "options": _options},
+    "keep": {"module": _name, "axis": lambda v: _integer(v, 0, 1), "index": lambda v: _indices(v)},
+    "replace": {"module": _name, "layer": _name, "options": _options},
+    "set": {"module": _name, "attribute": _attribute, "value": lambda v: _integer(v, 0, 1 << 31)},
+    "share": {"name": _name, "layer": _name, "options": _options},
 }
 
 

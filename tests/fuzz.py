@@ -1,9 +1,10 @@
-"""Reads damaged files in forked children. The only outcomes allowed are a result and a CompactError of one line.
+"""Opens damaged files in forked children. The only outcomes allowed are a network and a CompactError of one line.
 
-python -m tests.fuzz --count 3000 [--format zip]
+python -m tests.fuzz --count 20000 --format artefact [--save counts.json]
 """
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -11,41 +12,98 @@ import random
 import re
 import resource
 import signal
-import struct
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 
-from compactcli import checkpoint
+sys.path.append(str(Path(__file__).parent))  # for `python -m tests.fuzz`; pytest has put it there
+import mutations
+from mutations import Mutation
+
+from compactcli import architectures, artefact, kernels, methods
+from compactcli.artefact import Wishes
+from compactcli.compress import Target as Ratio
+from compactcli.compress import compress
 from compactcli.errors import CompactError
 
-SECONDS = 10
+SECONDS = 5  # for one input
 MEMORY = 1 << 30  # of address space beyond what the parent has
 FILE_BYTES = 16 << 20
+INPUTS_OF_A_CHILD = 250
+PIXELS = 1 << 14  # of the input of a network that is run as well
 
 Target = Callable[[bytes], object]
+
+# What reading a file must never do, by the names of Python's audit events.
+FORBIDDEN = frozenset(
+    {
+        *(
+            "os.system",
+            "os.exec",
+            "os.fork",
+            "os.forkpty",
+            "os.posix_spawn",
+            "os.spawn",
+            "os.kill",
+            "subprocess.Popen",
+            "pty.spawn",
+        ),
+        *("pickle.find_class", "socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request", "webbrowser.open"),
+        *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"),
+    }
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one input: read, refused with a line, or a failure (traceback, signal, memory or time)."""
+    """What became of one input: read, refused with a line, or a failure (traceback, signal, memory, time, something run)."""
 
     kind: Literal["read", "refused", "failed"]
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Format:
+    """How files of one format are opened, small real ones, and ways to damage them."""
+
+    target: Target
+    seeds: Callable[[], list[bytes]]
+    mutations: Sequence[Mutation]
+
+
+class ForbiddenError(BaseException):
+    """Something was done that reading a file must not do."""
+
+
 def run(target: Target, data: bytes) -> Outcome:
     """The outcome of `target(data)` in a child process with little memory and time."""
+    return next(run_all(target, lambda _: data, range(1)))
+
+
+def run_all(target: Target, make: Callable[[int], bytes], numbers: range) -> Iterator[Outcome]:
+    """The outcomes of `target(make(number))`, in children that take many inputs each, up to one that fails."""
+    while numbers:
+        count = 0
+        for outcome in _child(target, make, numbers[:INPUTS_OF_A_CHILD]):
+            yield outcome
+            count += 1
+        numbers = numbers[count:]
+
+
+def _child(target: Target, make: Callable[[int], bytes], numbers: range) -> Iterator[Outcome]:
+    """The outcomes in one child; the last is that of the input at which it ended."""
     receiving, sending = os.pipe()
     with warnings.catch_warnings():
         # Python 3.12 warns of other threads, whose locks the child could wait for; the time limit covers that.
@@ -53,152 +111,104 @@ def run(target: Target, data: bytes) -> Outcome:
         child = os.fork()
     if child == 0:
         os.close(receiving)
-        _run_child(target, data, sending)
+        _run_child(target, make, numbers, sending)
     os.close(sending)
+    told = 0
     with os.fdopen(receiving, "rb") as pipe:
-        answer = pipe.read().decode(errors="replace")
+        for line in pipe:
+            told += 1
+            yield Outcome(*json.loads(line))
     _, status = os.waitpid(child, 0)
-    kind, _, detail = answer.partition("\n")
     if os.WIFSIGNALED(status):
-        return Outcome("failed", f"killed by {signal.Signals(os.WTERMSIG(status)).name}")
-    if kind == "read":
-        return Outcome("read")
-    if kind == "refused" and "\n" not in detail and len(detail) < 1000:
-        return Outcome("refused", detail)
-    return Outcome("failed", detail or f"exit status {status}")
+        yield Outcome("failed", f"killed by {signal.Signals(os.WTERMSIG(status)).name}")
+    elif not told or status:
+        yield Outcome("failed", f"exit status {status}")
 
 
-def _run_child(target: Target, data: bytes, sending: int) -> None:
-    """Answers through the pipe and ends the process, without the parent's clean-up."""
-    try:
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(SECONDS)
-        warnings.simplefilter("error")
-        target(data)
-        answer = "read"
-    except CompactError as problem:
-        answer = f"refused\n{problem}"
-    except BaseException:
-        answer = f"failed\n{traceback.format_exc()}"
-    os.write(sending, answer.encode(errors="replace")[:60_000])  # less than a pipe holds
+def _run_child(target: Target, make: Callable[[int], bytes], numbers: range, sending: int) -> None:
+    """Answers through the pipe, a line for each input, and ends the process, without the parent's clean-up."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    warnings.simplefilter("error")
+    sys.addaudithook(_audit)
+    with os.fdopen(sending, "wb") as pipe:
+        for number in numbers:
+            signal.alarm(SECONDS)
+            outcome = _outcome(target, make, number)
+            pipe.write(json.dumps([outcome.kind, outcome.detail]).encode() + b"\n")
+            pipe.flush()
+            if outcome.kind == "failed":
+                break
     os._exit(0)
 
 
-def campaign(target: Target, seeds: Sequence[bytes], count: int, seed: int = 0) -> Iterator[tuple[bytes, Outcome]]:
-    """`count` mutations of the seeds, each with its outcome. The same seed gives the same inputs."""
-    torch.set_num_threads(1)
-    chance = random.Random(seed)
-    for _ in range(count):
-        data = mutated(chance.choice(seeds), seeds, chance)
-        yield data, run(target, data)
-
-
-def mutated(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    """One to three random mutations of `data`."""
-    for _ in range(chance.choice((1, 1, 2, 3))):
-        data = chance.choice(MUTATIONS)(data, seeds, chance)
-    return data
-
-
-def _flip(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    changed = bytearray(data)
-    for _ in range(chance.choice((1, 1, 4, 32))):
-        if changed:
-            changed[_position(changed, chance)] ^= chance.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))
-    return bytes(changed)
-
-
-def _truncate(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    return data[: _position(data, chance)]
-
-
-def _delete(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    begin = _position(data, chance)
-    return data[:begin] + data[begin + chance.choice((1, 2, 8, 100)) :]
-
-
-def _insert(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    begin = _position(data, chance)
-    return data[:begin] + chance.randbytes(chance.choice((1, 2, 8, 100))) + data[begin:]
-
-
-def _zero(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    begin, length = _position(data, chance), chance.choice((1, 8, 100))
-    return data[:begin] + bytes(len(data[begin : begin + length])) + data[begin + length :]
-
-
-def _splice(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    other = chance.choice(seeds)
-    begin = _position(other, chance)
-    return data[: _position(data, chance)] + other[begin : begin + chance.choice((4, 40, 4000))] + data[_position(data, chance) :]
-
-
-def _number(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    """Puts an extreme number where a length, a size or an offset may be; the first eight bytes are one in safetensors."""
-    value = chance.choice((0, 1, 0x7F, 0xFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 62, (1 << 64) - 1, len(data)))
-    width = chance.choice(("<Q", "<I", "<H", "B"))
-    packed = struct.pack(width, value % (1 << 8 * struct.calcsize(width)))
-    begin = chance.choice((0, _position(data, chance)))
-    return data[:begin] + packed + data[begin + len(packed) :]
-
-
-def _header(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    """Changes one value in the JSON header of a safetensors file and puts its length right; flips bits in other files."""
-    length = int.from_bytes(data[:8], "little")
+def _outcome(target: Target, make: Callable[[int], bytes], number: int) -> Outcome:
     try:
-        tree = json.loads(data[8 : 8 + length])
-    except ValueError:
-        return _flip(data, seeds, chance)
-    strange = (None, True, -1, 1 << 63, 10**400, 1.5, "", "F32", "\n", [], [0], [1 << 40] * 3, [0] * 70, {}, {"dtype": "F32"})
-    place = chance.choice(list(_places(tree)) or [None])
-    if place is None:
-        return data
-    container, key = place
-    if chance.random() < 0.2:
-        del container[key]
-    else:
-        container[key] = chance.choice(strange)
-    header = json.dumps(tree).encode()
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+        target(make(number))
+    except CompactError as problem:
+        line = str(problem)
+        return Outcome("refused" if line.isprintable() and len(line) < 1000 else "failed", line)
+    except BaseException:
+        return Outcome("failed", traceback.format_exc()[-20_000:])
+    return Outcome("read")
 
 
-def _places(tree: object) -> Iterator[tuple[object, object]]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in list(items):
-        yield tree, key
-        yield from _places(value)
+_watching: list[bool] = []
 
 
-def _digits(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
-    """Replaces one run of digits, in JSON or in the text of a pickle."""
-    runs = list(re.finditer(rb"\d+", data))
-    if not runs:
-        return data
-    run = chance.choice(runs)
-    return data[: run.start()] + chance.choice((b"0", b"-1", b"7", b"99999999999", b"1e400", b"9" * 5000)) + data[run.end() :]
+@contextmanager
+def watched() -> Iterator[None]:
+    """While a file is read in a child: nothing may be run, sent or written meanwhile."""
+    _watching.append(True)
+    try:
+        yield
+    finally:
+        _watching.clear()
 
 
-def _position(data: bytes | bytearray, chance: random.Random) -> int:
-    """An offset into data: anywhere, or near an end, where headers and directories are."""
-    whole = len(data)
-    return min(
-        chance.choice((chance.randrange(whole + 1), chance.randrange(65), max(0, whole - chance.randrange(257)))),
-        max(whole - 1, 0),
-    )
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching and (event in FORBIDDEN or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))):
+        raise ForbiddenError(f"{event} {arguments!r}"[:200])
 
 
-MUTATIONS = (_flip, _truncate, _delete, _insert, _zero, _splice, _number, _header, _digits)
+def campaign(form: Format, count: int, seed: int = 0, first: int = 0) -> Iterator[tuple[bytes, Outcome]]:
+    """Mutations number `first` to `first + count` of the seeds, each with its outcome. The same seed gives the same inputs."""
+    torch.set_num_threads(1)
+    seeds = form.seeds()
+    for data in seeds:
+        form.target(data)  # imports what children would import again and again
+
+    def make(number: int) -> bytes:
+        chance = random.Random(f"{seed} {number}")
+        return mutations.mutated(chance.choice(seeds), seeds, form.mutations, chance)
+
+    numbers = range(first, first + count)
+    for number, outcome in zip(numbers, run_all(form.target, make, numbers), strict=True):
+        yield (make(number) if outcome.kind == "failed" else b""), outcome
+
+
+def open_and_run(source: bytes | str) -> None:
+    """All that a file goes through on its way to a network that is used: opened, folded and run on an image."""
+    with watched():
+        network = artefact.open_model(source)
+        kernels.fold_(network.module)
+        channels, height, width = network.input_shape
+        if channels * height * width <= PIXELS:
+            with torch.no_grad():
+                network.module(torch.zeros(1, channels, height, width))
 
 
 def _state() -> dict[str, torch.Tensor]:
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 2))
-    return network.state_dict()
+    """The weights of a small network that is known."""
+    architecture = architectures.get("cifar:resnet8", {"width": 4, "num_classes": 2})
+    torch.manual_seed(0)
+    return architecture.build(initialise=True).state_dict()
 
 
+@functools.cache
 def torch_file(zipped: bool) -> bytes:
     """A small training checkpoint as torch.save writes it, in its zip or its older format."""
     content = {
@@ -214,28 +224,73 @@ def torch_file(zipped: bool) -> bytes:
     return file.getvalue()
 
 
-def safetensors_file(recipe: bool) -> bytes:
-    """A small safetensors file, with or without what looks like a recipe."""
-    metadata = {"format": "pt"} | ({"compactcli": '{"architecture":"cifar:resnet20","format":1,"steps":[]}'} if recipe else {})
-    return safetensors.torch.save(_state(), metadata)
+@functools.cache
+def safetensors_file() -> bytes:
+    """A small plain safetensors file."""
+    return safetensors.torch.save(_state(), {"format": "pt"})
 
 
-def _read_folder(data: bytes) -> object:
-    """Reads a folder whose config.json is what comes before the first NUL NUL of `data`, the weights what comes after."""
+# Method, its options and the share kept, a step each: files with every kind of edit and most kinds of layer.
+HISTORIES: list[list[tuple[str, dict[str, Any], float]]] = [
+    [("hinge", {"mode": "prune"}, 0.7), ("linearconv", {"variant": "sparse"}, 0.8)],
+    [("hinge", {"mode": "decompose", "two_slope": True}, 0.8)],
+    [("fcf", {"residual": "squeeze"}, 0.7)],
+    [("linearconv", {"variant": "full"}, 0.7)],
+    [("linearconv", {"variant": "lowrank"}, 0.7)],
+    [("csg", {}, 0.7), ("fcf", {}, 0.8)],
+    [("hetconv", {}, 0.85)],
+]
+
+
+def compressed(history: Sequence[tuple[str, dict[str, Any], float]]) -> bytes:
+    """A small network after these steps, as a file."""
+    network = artefact.fresh(Wishes("cifar:resnet8", {"width": 4, "num_classes": 2}), 0)
+    for name, options, ratio in history:
+        method = methods.get(name)
+        network = compress(network, name, method(method.Options(**options)), Ratio(ratio))
+    return artefact.dumps(network)
+
+
+@functools.cache
+def artefacts() -> list[bytes]:
+    """Files of all five methods, and one that was only ever written by `compactcli`."""
+    return [compressed(history) for history in ([], *HISTORIES)]
+
+
+@functools.cache
+def folder() -> bytes:
+    """A folder as timm writes it: config.json, two NULs, and the weights."""
+    network = artefact.fresh(Wishes("timm:test_resnet", {"num_classes": 2}), 0)
+    config = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": {"mean": [0.5] * 3, "tag": "r160_in1k"}}
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.module.state_dict().items()
+    }
+    return json.dumps(config).encode() + b"\0\0" + safetensors.torch.save(state, {"format": "pt"})
+
+
+def _damaged_folder(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
     config, _, weights = data.partition(b"\0\0")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(config)
-        (Path(folder) / "model.safetensors").write_bytes(weights)
-        return checkpoint.read(folder)
+    if chance.random() < 0.5:
+        return chance.choice(mutations.JSON)(config, [config], chance) + b"\0\0" + weights
+    return config + b"\0\0" + chance.choice(mutations.SAFETENSORS)(weights, [weights], chance)
 
 
-def _read_pickle(data: bytes) -> object:
-    """Reads a zip file whose data.pkl is `data`: damage to it gets past the archive's checksums."""
+def _open_folder(data: bytes) -> None:
+    """Opens a folder whose config.json is what comes before the first NUL NUL of `data`, the weights what comes after."""
+    config, _, weights = data.partition(b"\0\0")
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_bytes(config)
+        (Path(name) / "model.safetensors").write_bytes(weights)
+        open_and_run(name)
+
+
+def _open_pickle(data: bytes) -> None:
+    """Opens a zip file whose data.pkl is `data`: damage to it gets past the archive's checksums."""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(torch_file(zipped=True))) as original, zipfile.ZipFile(file, "w") as archive:
+    with zipfile.ZipFile(io.BytesIO(torch_file(zipped=True))) as original, zipfile.ZipFile(file, "w") as written:
         for name in original.namelist():
-            archive.writestr(name, data if name.endswith("data.pkl") else original.read(name))
-    return checkpoint.read(file.getvalue())
+            written.writestr(name, data if name.endswith("data.pkl") else original.read(name))
+    open_and_run(file.getvalue())
 
 
 def _pickle_file() -> bytes:
@@ -243,46 +298,77 @@ def _pickle_file() -> bytes:
         return archive.read("archive/data.pkl")
 
 
-def formats() -> dict[str, tuple[Target, list[bytes]]]:
-    """Format -> what reads it and small real files of it."""
-    torch.manual_seed(0)
-    config = b'{"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": {"mean": [0.5, 0.5, 0.5]}}'
-    return {
-        "zip": (checkpoint.read, [torch_file(zipped=True)]),
-        "pickle": (_read_pickle, [_pickle_file()]),
-        "legacy": (checkpoint.read, [torch_file(zipped=False)]),
-        "safetensors": (checkpoint.read, [safetensors_file(recipe=False)]),
-        "artefact": (checkpoint.read, [safetensors_file(recipe=True)]),
-        "folder": (_read_folder, [config + b"\0\0" + safetensors_file(recipe=False)]),
-        "any": (checkpoint.read, [torch_file(zipped=True), torch_file(zipped=False), safetensors_file(recipe=False)]),
-    }
+FORMATS: dict[str, Format] = {
+    "artefact": Format(open_and_run, artefacts, mutations.ARTEFACT),
+    "safetensors": Format(open_and_run, lambda: [safetensors_file()], mutations.SAFETENSORS),
+    "zip": Format(open_and_run, lambda: [torch_file(zipped=True)], mutations.ZIP),
+    "pickle": Format(_open_pickle, lambda: [_pickle_file()], mutations.PICKLE),
+    "legacy": Format(open_and_run, lambda: [torch_file(zipped=False)], mutations.PICKLE),
+    "folder": Format(_open_folder, lambda: [folder()], (_damaged_folder,)),
+}
+if not architectures.has_timm():  # whose networks such folders are of
+    del FORMATS["folder"]
+
+
+@dataclass
+class Counts:
+    """What came of the inputs of one format so far."""
+
+    seed: int
+    inputs: int = 0
+    seconds: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    lines: Counter[str] = field(default_factory=Counter)
+
+    def add(self, outcome: Outcome) -> None:
+        """One more input."""
+        self.inputs += 1
+        self.kinds[outcome.kind] += 1
+        if outcome.kind == "refused":
+            self.lines[_kind_of_line(outcome.detail)] += 1
+
+
+def _kind_of_line(line: str) -> str:
+    """What a line says, whatever names and numbers the file has put into it."""
+    for pattern, instead in (
+        (r"(b?'([^'\\]|\\.)*'?|b?\"[^\"]*\"?)", "..."),
+        (r"\b(layer\d|conv|bn|linear|num_|csg_)[\w.]*", "NAME"),
+        (r"-?\d[\d.,e+]*", "N"),
+    ):
+        line = re.sub(pattern, instead, line)
+    return line[:160]
 
 
 def main() -> int:
-    known = formats()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="inputs for each format")
-    parser.add_argument("--format", choices=known, action="append", help="only this format; may be repeated")
+    parser.add_argument("--format", choices=FORMATS, action="append", help="only this format; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the inputs that failed")
+    parser.add_argument("--save", type=Path, help="JSON of the counts, written as they grow; where it is there, go on from it")
     options = parser.parse_args()
+    saved = json.loads(options.save.read_text()) if options.save and options.save.exists() else {}
     failures = 0
-    for name in options.format or known:
-        target, seeds = known[name]
-        kinds: Counter[str] = Counter()
-        lines: Counter[str] = Counter()
-        for data, outcome in campaign(target, seeds, options.count, options.seed):
-            kinds[outcome.kind] += 1
-            if outcome.kind == "refused":
-                lines[re.sub(r"\d+", "N", re.sub(r"(b?'[^']*'|\bbyte \w+)", "...", outcome.detail.partition(": ")[2]))] += 1
-            elif outcome.kind == "failed":
-                print(f"{name}: {outcome.detail}", file=sys.stderr)
-                if options.keep:
-                    (options.keep / f"{name}-{failures + kinds['failed']}").write_bytes(data)
-        failures += kinds["failed"]
-        print(f"{name}: {dict(kinds)}, {len(lines)} distinct lines")
-        for line, count in lines.most_common():
-            print(f"  {count:5} {line}")
+    for name in options.format or FORMATS:
+        counts = Counts(**saved[name]) if name in saved else Counts(options.seed)
+        counts.kinds, counts.lines = Counter(counts.kinds), Counter(counts.lines)
+        while counts.inputs < options.count:
+            start, first = time.perf_counter(), counts.inputs
+            for data, outcome in campaign(FORMATS[name], min(1000, options.count - first), counts.seed, first):
+                if outcome.kind == "failed":
+                    print(f"{name} {counts.inputs}: {outcome.detail}", file=sys.stderr, flush=True)
+                    if options.keep:
+                        (options.keep / f"{name}-{counts.inputs}").write_bytes(data)
+                counts.add(outcome)
+            counts.seconds += round(time.perf_counter() - start, 1)
+            print(f"{name}: {counts.inputs} in {counts.seconds:.0f} s, {dict(counts.kinds)}", flush=True)
+            if options.save:
+                saved[name] = {**vars(counts), "kinds": dict(counts.kinds), "lines": dict(counts.lines)}
+                options.save.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n")
+        failures += counts.kinds["failed"]
+        print(f"{name}: {dict(counts.kinds)}, {len(counts.lines)} distinct lines")
+        for line, count in counts.lines.most_common():
+            print(f"  {count:6} {line}")
     return 1 if failures else 0
 
 

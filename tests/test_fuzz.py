@@ -3,28 +3,28 @@
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import fuzz
 import pytest
 
 from compactcli.errors import CompactError
 
-FORMATS = fuzz.formats()
-INPUTS = 30  # for each of seven formats
+INPUTS = 150  # for each format
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", fuzz.FORMATS)
 def test_damaged_files(name):
-    target, seeds = FORMATS[name]
-    outcomes = [outcome for _, outcome in fuzz.campaign(target, seeds, INPUTS)]
+    outcomes = [outcome for _, outcome in fuzz.campaign(fuzz.FORMATS[name], INPUTS)]
     assert [outcome.detail for outcome in outcomes if outcome.kind == "failed"] == []
+    assert len(outcomes) == INPUTS
     assert any(outcome.kind == "refused" for outcome in outcomes)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", fuzz.FORMATS)
 def test_the_seeds_are_good_files(name):
-    target, seeds = FORMATS[name]
-    assert [fuzz.run(target, data) for data in seeds] == [fuzz.Outcome("read")] * len(seeds)
+    form = fuzz.FORMATS[name]
+    assert [fuzz.run(form.target, data) for data in form.seeds()] == [fuzz.Outcome("read")] * len(form.seeds())
 
 
 def refuse(line: str) -> object:
@@ -54,7 +54,27 @@ def test_the_harness_sees(monkeypatch, target, kind, detail):
     assert detail in outcome.detail
 
 
-def test_the_same_seed_gives_the_same_inputs():
-    target, seeds = FORMATS["safetensors"]
-    first, second = ([data for data, _ in fuzz.campaign(target, seeds, 5, seed)] for seed in (7, 7))
-    assert first == second
+@pytest.mark.parametrize("forbidden", [lambda: os.system("true"), lambda: Path(os.devnull).write_bytes(b"")])
+def test_the_harness_sees_what_a_file_must_not_do(forbidden):
+    def target(data: bytes) -> None:
+        with fuzz.watched():
+            forbidden()
+
+    assert fuzz.run(target, b"").kind == "failed"
+    assert "ForbiddenError" in fuzz.run(target, b"").detail
+
+
+def test_inputs_depend_on_seed_and_number_alone():
+    form = fuzz.FORMATS["safetensors"]
+    every = [outcome for _, outcome in fuzz.campaign(form, 40, 7)]
+    assert [outcome for _, outcome in fuzz.campaign(form, 10, 7, 30)] == every[30:]
+    assert [outcome for _, outcome in fuzz.campaign(form, 40, 8)] != every
+
+
+def test_a_child_that_ends_takes_no_other_input_with_it():
+    def target(data: bytes) -> None:
+        if data == b"3":
+            os._exit(3)
+
+    kinds = [outcome.kind for outcome in fuzz.run_all(target, lambda number: b"%d" % number, range(6))]
+    assert kinds == ["read"] * 3 + ["failed"] + ["read"] * 2
