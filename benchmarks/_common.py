@@ -1,10 +1,12 @@
 """What the benchmarks share: where checkpoints and images are, and one JSON per run."""
 
+import fcntl
 import json
 import os
 import platform
 import tarfile
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +66,14 @@ def read(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
+
+
+def add(name: str, rows: dict[str, Any], judged: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
+    """Put rows into benchmarks/results/NAME.json, beside those that other processes are putting there; `judged` sees them all."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(Path(tempfile.gettempdir()) / f"compactcli-{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write(name, {"rows": judged(read(name).get("rows", {}) | rows)})
 
 
 def write(name: str, result: dict[str, Any]) -> None:

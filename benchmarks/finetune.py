@@ -7,7 +7,9 @@ all 10,000 test images.
 - auto, prune, decompose: `compress --method hinge --set mode=... --data --epochs 5`, then `finetune` for what is left of the
   epochs; what a search that ends early does not use is fine-tuning's;
 - calibrated: `auto` without a search, all epochs of fine-tuning;
-- fcf: as `auto`; linearconv, csg (of their parameters), hetconv: as `calibrated`, which train what they start from;
+- fcf: as `auto`; what its scalars came to, and the accuracy with them and with the nearest of 0 and 1, are told;
+- magnitude: fcf's network of filters chosen by their mean |w|, as in `starts`, all epochs of fine-tuning;
+- linearconv, csg (of their parameters), hetconv: as `calibrated`, which train what they start from;
 - peer: Torch-Pruning's group-norm pruner with sparse learning, then pruned to the same MACs as in `oneshot`, then as ours;
 - peer-norm: the same without sparse learning: pruned as in `oneshot`, all epochs of fine-tuning;
 - control: the whole network, all epochs of fine-tuning, for what the training alone is worth. It has one ratio, 1.
@@ -38,7 +40,7 @@ import argparse
 import copy
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,12 +59,14 @@ from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.finetune import finetune, kept_run
 from compactcli.history import EpochRecord, Watch
 from compactcli.methods import Method, Progress, get, parse_options
+from compactcli.methods.fcf import FCF
 from compactcli.methods.hinge import Hinge
 from compactcli.optim import Settings
 from compactcli.train import fit_
 
-from ._common import checkpoint, images, provenance, read, write
+from ._common import add, checkpoint, images, provenance, read
 from .oneshot import best_pruned, ignored, macs_kept, pruned
+from .starts import ByNorm
 
 IMAGES = 1024  # to calibrate on
 
@@ -81,6 +85,7 @@ OURS = {
     "decompose": Way("hinge", ("mode=decompose",), searched=True),
     "calibrated": Way("hinge", ("mode=auto",)),
     "fcf": Way("fcf", searched=True),
+    "magnitude": Way("fcf"),
     "linearconv": Way("linearconv"),
     "csg": Way("csg"),
     "hetconv": Way("hetconv"),
@@ -151,6 +156,7 @@ class Made:
     options: dict[str, Any]
     search: list[dict[str, Any]] = field(default_factory=list)  # its epochs
     norms: Floats | None = None  # of the groups that the search ended with, as shares of their means at its start
+    scalars: dict[str, float] | None = None  # of fcf, what `Watched` tells
 
 
 def main(arguments: list[str]) -> None:
@@ -165,7 +171,7 @@ def main(arguments: list[str]) -> None:
             continue
         print(f"{run.network}, {run.key}", flush=True)
         row = {"run": asdict(run), **provenance(command, run.device), **_ended(run, original, dataset, options.resume)}
-        write(f"finetune-{run.network}", {"rows": _judged(_rows(run.network) | {run.key: row})})
+        add(f"finetune-{run.network}", {run.key: row}, _judged)
     _show(options.network)
 
 
@@ -232,6 +238,7 @@ def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> 
         "search_history": made.search,
         "history": epochs.told,
         "norms": None if made.norms is None else _histogram(made.norms),
+        "scalars": made.scalars,
     }
 
 
@@ -267,13 +274,37 @@ def _compressed(run: Run, original: Network, dataset: data.Dataset, kept: Path, 
     way, one, epochs, search = OURS[run.contender], copy.deepcopy(original), _Epochs(), None
     if way.searched:
         search = Search(dataset, run.settings(run.search_epochs), original, kept, resume, epochs.watch())
-    kind = get(way.method)
+    kind: type[Method] = ByNorm if run.contender == "magnitude" else get(way.method)
     method = kind(parse_options(kind, [*way.options, *run.set]))
+    if way.method == "fcf" and way.searched:
+        method = Watched(method.options, lambda: report.evaluate(one, dataset, device=run.device).accuracy.top1)
     calibration = Calibration(data.sample(dataset.train, IMAGES, run.seed), dataset.name)
     means: dict[str, Any] = {"calibration": calibration, "search": search, "seed": run.seed}
     compress(one, way.method, method, Target(run.ratio), **means, log=_say)
     norms = np.concatenate(method.norms) if isinstance(method, Hinge) and method.norms is not None else None
-    return Made(one, dict(one.recipe.steps[-1].options), epochs.told, norms)
+    scalars = method.told if isinstance(method, Watched) else None
+    return Made(one, dict(one.recipe.steps[-1].options), epochs.told, norms, scalars)
+
+
+class Watched(FCF):
+    """Tells what its scalars are worth when the search has ended: their largest distance from 0 or 1, and the accuracy, in
+    percent, with them as they are and with k of each layer's at 1 and the others at 0."""
+
+    def __init__(self, options: Any, accuracy: Callable[[], float]) -> None:
+        super().__init__(options)
+        self.accuracy = accuracy
+        self.told: dict[str, float] = {}
+
+    def end(self, model: nn.Module) -> str | None:
+        values = torch.cat([v.detach() for v in self.scalars.values()])
+        self.told = {"farthest": float(torch.minimum(values.abs(), (values - 1).abs()).max()), "searched": self.accuracy()}
+        ended = [v.detach().clone() for v in self.scalars.values()]
+        for (family, v), own in zip(self.scalars.items(), ended, strict=True):
+            v.data = torch.zeros_like(own).index_fill(0, own.topk(self.kept[family]).indices, 1.0)
+        self.told["binary"] = self.accuracy()
+        for v, own in zip(self.scalars.values(), ended, strict=True):
+            v.data = own
+        return super().end(model)
 
 
 def _whole(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:

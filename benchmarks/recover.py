@@ -16,7 +16,7 @@ say how it was trained, where these are not the defaults. Until then the run is 
 --resume keeps the rows that there are and goes on with the run that was broken off.
 
     python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume] [--set NAME=VALUE ...]
-                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--seed 0] [--limit 1000]
+                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--seed 0] [--limit 1000] [--device cuda]
 """
 
 import argparse
@@ -38,7 +38,7 @@ from compactcli.finetune import finetune
 from compactcli.history import Watch
 from compactcli.optim import Settings
 
-from ._common import checkpoint, images, provenance, read, write
+from ._common import add, checkpoint, images, provenance, read
 from .oneshot import best_pruned, compressed, macs_kept
 
 RATIO = 0.5
@@ -66,12 +66,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, help="of calibration and training")
     parser.add_argument("--limit", type=int, help="images of each split")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of our method; may be repeated")
+    parser.add_argument("--device", default="cpu", help="that trains: cpu, cuda")
     parser.set_defaults(**DEFAULTS)
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks recover", *arguments])
     chosen = {flag: value for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default}
     flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in chosen.items()]
-    settings = Settings(epochs=options.epochs, lr=options.lr, distill_weight=options.distill_weight, seed=options.seed)
+    chosen_settings = {name: getattr(options, name) for name in ("epochs", "lr", "distill_weight", "seed", "device")}
+    settings = Settings(**chosen_settings)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
@@ -84,10 +86,10 @@ def main(arguments: list[str]) -> None:
             print(f"{name}, {key}", flush=True)
             start = time.perf_counter()
             one = _made(contender, network, dataset, settings.seed, options.set)
-            made = {**provenance(command), "seed": settings.seed, "seconds_to_make": time.perf_counter() - start}
+            made = {**provenance(command, options.device), "seed": settings.seed, "seconds_to_make": time.perf_counter() - start}
             kept = KEPT / (re.sub(r"[^\w.=-]+", "_", f"{name} {key}") + ".safetensors")
             row = made | _trained(one, network, dataset, settings, kept, options.resume)
-            write(f"recover-{name}", {"rows": _judged(_rows(name) | {key: row})})
+            add(f"recover-{name}", {key: row}, _judged)
         _show(name)
 
 
@@ -106,8 +108,8 @@ def _trained(
     row = {
         "macs_kept": macs_kept(one, original),
         "params_kept": measure.params(one.module) / measure.params(original.module),
-        "original": report.evaluate(original, dataset).accuracy.top1,
-        "before": report.evaluate(one, dataset).accuracy.top1,
+        "original": report.evaluate(original, dataset, device=settings.device).accuracy.top1,
+        "before": report.evaluate(one, dataset, device=settings.device).accuracy.top1,
     }
     print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
     KEPT.mkdir(exist_ok=True)
