@@ -79,6 +79,9 @@ class Plan:
     plain: frozenset[str]  # the layers that stay as they are
 
 
+Groups = dict[tuple[int, ...], list[tuple[Layer, Sliced]]]  # kernel size -> its layers
+
+
 class CSG(Method):
     """A generator for each kernel size, and codes for the slices of as many layers as the ratio needs."""
 
@@ -106,19 +109,21 @@ class CSG(Method):
         """The generators, and the layers that are made by them, so that the budget is met."""
         metrics = Metrics(model, channels, budget, moments)
         given = generators(self.options.generator) if self.options.generator else {}
-        groups: dict[tuple[int, ...], list[tuple[Layer, Sliced]]] = {}
-        left = budget.left() if moments is not None else np.ones(len(budget.layers))
-        for index, layer in enumerate(budget.layers):
+        groups: Groups = {}
+        for layer in budget.layers:
             kernel = layer.shape[2:]
             if eligible(model, layer) and (not given or kernel in given):
                 slicing = Slicing(layer.shape, *self._cut(given.get(kernel)))
                 weight = model.get_parameter(layer.weight).detach().float()
-                metric = metrics.of(layer)
-                counted = Metric(metric.outputs * float(left[index]), metric.inputs)
-                groups.setdefault(kernel, []).append((layer, Sliced(weight, counted, slicing)))
-        shares = {layer.name: float(share) for layer, share in zip(budget.layers, left, strict=True)}
+                groups.setdefault(kernel, []).append((layer, Sliced(weight, metrics.of(layer), slicing)))
+        plans, lost = self._chosen(model, budget, groups, given)
+        shares = {layer.name: 1.0 for layer in budget.layers}
+        if moments is not None:
+            shares = {layer.name: float(share) for layer, share in zip(budget.layers, budget.left(lost), strict=True)}
+            groups = {kernel: [_counted(each, shares) for each in found] for kernel, found in groups.items()}
+            plans, _ = self._chosen(model, budget, groups, given)
         edits: list[Edit] = []
-        for kernel, plan in self._chosen(model, budget, groups, given).items():
+        for kernel, plan in plans.items():
             coded = [each for each in groups[kernel] if each[0].name not in plan.plain]
             edits += self._edits(model, kernel, coded, plan, given, shares)
         return edits
@@ -133,10 +138,10 @@ class CSG(Method):
         self,
         model: nn.Module,
         budget: Budget,
-        groups: Mapping[tuple[int, ...], list[tuple[Layer, Sliced]]],
+        groups: Groups,
         given: Mapping[tuple[int, ...], Given],
-    ) -> dict[tuple[int, ...], Plan]:
-        """What becomes of each kernel size of which anything is coded."""
+    ) -> tuple[dict[tuple[int, ...], Plan], float]:
+        """What becomes of each kernel size of which anything is coded; the summed error."""
         choices, plans = [], []
         for kernel, found in groups.items():
             every = frozenset(layer.name for layer, _ in found)
@@ -154,7 +159,7 @@ class CSG(Method):
             fixed = sum(each.numel() for each in model.parameters()) - sum(float(each.costs[0]) for each in choices)
             spent = sum(float(each.costs[form]) for each, form in zip(choices, chosen, strict=True))
             _fill(result, groups, budget.target - fixed - spent)
-        return result
+        return result, sum(float(each.errors[form]) for each, form in zip(choices, chosen, strict=True))
 
     def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: Given | None) -> Iterator[tuple[float, float, Plan]]:
         """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain, first those that gain."""
@@ -233,7 +238,13 @@ class CSG(Method):
         return groups
 
 
-def _fill(plans: dict[tuple[int, ...], Plan], groups: Mapping[tuple[int, ...], list[tuple[Layer, Sliced]]], slack: float) -> None:
+def _counted(each: tuple[Layer, Sliced], shares: Mapping[str, float]) -> tuple[Layer, Sliced]:
+    """A layer whose errors count by that share of them."""
+    layer, sliced = each
+    return layer, replace(sliced, metric=replace(sliced.metric, outputs=sliced.metric.outputs * shares[layer.name]))
+
+
+def _fill(plans: dict[tuple[int, ...], Plan], groups: Groups, slack: float) -> None:
     """Spend what is left of the budget on longer codes."""
     for kernel, plan in plans.items():
         coded = [sliced for layer, sliced in groups[kernel] if layer.name not in plan.plain]
