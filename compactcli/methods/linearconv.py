@@ -200,15 +200,6 @@ class LinearConv(Method):
             assert isinstance(layer, Sparse)
             layer.live = torch.ones_like(layer.values, dtype=torch.bool)
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
-        """Filters and coefficients, each at the pace at which a step moves the kernel no farther than it would a plain one.
-
-        With the kernel B P a step against its gradient G moves it by B B^T G + G P^T P.
-        """
-        found = [layer for layer in layers(model).values() if isinstance(layer, _Linear)]
-        with torch.no_grad():
-            return [{"params": [parameter], "pace": pace} for layer in found for parameter, pace in layer.paces()]
-
     def state_dict(self) -> dict[str, Tensor]:
         return {f"threshold.{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.thresholds.items()}
 
@@ -249,17 +240,6 @@ class _Linear(KernelLayer):
         """The combinations (s, i*k*k) of the primary filters (p, i*k*k)."""
         raise NotImplementedError
 
-    def paces(self) -> list[tuple[nn.Parameter, float]]:
-        """Each parameter, and 1 / the square of how far a kernel moves with it."""
-        filters = self.primary.flatten(1)
-        spread = self.combined(torch.eye(len(filters), device=filters.device, dtype=filters.dtype))  # A
-        own = [(parameter, _slowed(*others)) for parameter, *others in self.factors(filters)]
-        return [(self.primary, 1 / (1 + _length(spread) ** 2)), *own]
-
-    def factors(self, filters: Tensor) -> list[tuple[nn.Parameter, Tensor, *tuple[Tensor, ...]]]:
-        """The other parameters, with all that each is multiplied with."""
-        raise NotImplementedError
-
     def kernel(self) -> Tensor:
         filters = self.primary.flatten(1)
         return torch.cat([filters, self.combined(filters)]).index_select(0, self.place).view(self.shape)
@@ -280,9 +260,6 @@ class Full(_Linear):
 
     def combined(self, filters: Tensor) -> Tensor:
         return self.coefficients @ filters
-
-    def factors(self, filters: Tensor) -> list[tuple[nn.Parameter, Tensor, *tuple[Tensor, ...]]]:
-        return [(self.coefficients, filters)]
 
 
 class LowRank(_Linear):
@@ -307,9 +284,6 @@ class LowRank(_Linear):
 
     def combined(self, filters: Tensor) -> Tensor:
         return self.outer @ (self.inner @ filters)
-
-    def factors(self, filters: Tensor) -> list[tuple[nn.Parameter, Tensor, *tuple[Tensor, ...]]]:
-        return [(self.outer, self.inner @ filters), (self.inner, self.outer, filters)]
 
 
 class Sparse(_Linear):
@@ -349,19 +323,6 @@ class Sparse(_Linear):
         place = bits.cumsum(0, dtype=torch.int64) * bits  # from 1; 0 where there is none
         coefficients = torch.cat([values.new_zeros(1), values])[place]
         return coefficients.view(self.secondary, -1) @ filters
-
-    def factors(self, filters: Tensor) -> list[tuple[nn.Parameter, Tensor, *tuple[Tensor, ...]]]:
-        return [(self.values, filters)]
-
-
-def _length(matrix: Tensor) -> float:
-    """The spectral norm."""
-    return float(torch.linalg.matrix_norm(matrix.float(), 2))
-
-
-def _slowed(*factors: Tensor) -> float:
-    """1 / the square of the product of the factors' norms."""
-    return float(np.prod([1 / max(_length(factor), 1e-3) ** 2 for factor in factors]))
 
 
 def _packed(mask: Tensor) -> Tensor:
