@@ -40,7 +40,7 @@ import argparse
 import copy
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -96,7 +96,7 @@ DEFAULT = ("auto", "prune", "decompose", "calibrated", *PEERS, "control")
 SEARCHED = {"peer", *(name for name, way in OURS.items() if way.searched)}
 LEAST_ABOVE_PEER = {0.5: 0.5, 0.24: 1.0}  # points, by ratio
 MOST_BEHIND = 0.3  # points, of prune and of decompose
-MOST_BELOW_CONTROL = {"resnet56": {0.5: 0.0, 0.24: 0.8}}  # points, by network and ratio
+LEAST_ABOVE_CONTROL = {"resnet56": {0.5: 0.0, 0.24: -0.8}}  # points, by network and ratio
 BINS = 20
 KEPT = Path(tempfile.gettempdir()) / "compactcli-finetune"  # of runs that have not ended
 
@@ -387,57 +387,44 @@ def _run(row: dict[str, Any]) -> Run:
 
 
 def _judged(rows: Rows) -> Rows:
-    """The same; those of auto beside what is required of them, as far as the others' are there."""
+    """The same; with those of auto how many points they are above others, and whether that is as many as required."""
     for row in rows.values():
         run = _run(row)
         if run.contender == "auto":
-            peers = [other["after"] for other in _peers(rows, run)]
-            above = row["after"] - max(peers) if peers else None
-            least = LEAST_ABOVE_PEER.get(run.ratio)
-            met = None if above is None or least is None else above >= least
-            row["above_peer"] = {"points": above, "at_least": least, "met": met}
-            for other in ("prune", "decompose"):
-                behind = _difference(rows.get(run.of(other).key), row)
-                met = None if behind is None else behind <= MOST_BEHIND
-                row[f"behind_{other}"] = {"points": behind, "at_most": MOST_BEHIND, "met": met}
-            below = _difference(rows.get(run.of("control").key), row)
-            most = MOST_BELOW_CONTROL.get(run.network, {}).get(run.ratio)
-            met = None if below is None or most is None else below <= most
-            row["below_control"] = {"points": below, "at_most": most, "met": met}
-            worth = _difference(rows.get(run.of("calibrated").key), row)
-            row["above_calibrated"] = {"points": None if worth is None else -worth}
+            least = {"peer": LEAST_ABOVE_PEER.get(run.ratio), "prune": -MOST_BEHIND, "decompose": -MOST_BEHIND}
+            least["control"] = LEAST_ABOVE_CONTROL.get(run.network, {}).get(run.ratio)
+            row["above"] = {name: _above(rows, row, run, name, least.get(name)) for name in (*least, "calibrated")}
     return rows
 
 
-def _peers(rows: Rows, run: Run) -> Iterator[dict[str, Any]]:
-    """The peer's rows that are to be compared with, whatever its sparse learning was like, or without it."""
-    for row in rows.values():
-        own = _run(row)
-        if own.contender in PEERS and own == replace(run.of(own.contender), peer_lr=own.peer_lr, peer_reg=own.peer_reg):
-            yield row
-
-
-def _difference(row: dict[str, Any] | None, other: dict[str, Any]) -> float | None:
-    return None if row is None else float(row["after"] - other["after"])
+def _above(rows: Rows, row: dict[str, Any], run: Run, name: str, least: float | None) -> dict[str, Any]:
+    """How far a row is above the best of a contender's, whatever the searches were like; nothing where there are none."""
+    found = []
+    for other in rows.values():
+        own = _run(other)
+        free = {each: getattr(own, each) for each in ("search_epochs", "peer_lr", "peer_reg")}
+        if own.contender in (PEERS if name == "peer" else [name]) and own == replace(run.of(own.contender), **free):
+            found.append(other["after"])
+    points = row["after"] - max(found) if found else None
+    return {"points": points, "at_least": least, "met": None if points is None or least is None else points >= least}
 
 
 def _show(network: str) -> None:
     table = Table("contender", title=network, title_justify="left")
-    against = {"above peer": ("above_peer", 1), "prune": ("behind_prune", -1), "decompose": ("behind_decompose", -1)}
-    against |= {"control": ("below_control", -1), "calibrated": ("above_calibrated", 1)}
-    for column in ("MACs kept", "before", "after", "original", "epochs", "minutes", *against):
+    others = ("peer", "prune", "decompose", "control", "calibrated")
+    for column in ("MACs kept", "before", "after", "original", "epochs", "minutes", *(f"above {name}" for name in others)):
         table.add_column(column, justify="right")
     rows = _rows(network).items()
     for key, row in sorted(rows, key=lambda item: (-_run(item[1]).ratio, CONTENDERS.index(_run(item[1]).contender))):
         accuracies = (f"{row[figure]:.2f}" for figure in ("before", "after", "original"))
         epochs = f"{row['epochs']['search']} + {row['epochs']['finetune']}"
-        verdicts = (_told(row.get(name), sign) for name, sign in against.values())
+        verdicts = (_told(row.get("above", {}).get(name)) for name in others)
         table.add_row(key, f"{row['macs_kept']:.3f}", *accuracies, epochs, f"{row['seconds'] / 60:.0f}", *verdicts)
     Console(width=150).print(table)
 
 
-def _told(verdict: dict[str, Any] | None, sign: int) -> str:
+def _told(verdict: dict[str, Any] | None) -> str:
     """How far a row is above another; what is not met is marked."""
     if verdict is None or verdict["points"] is None:
         return ""
-    return f"{sign * verdict['points'] + 0.0:+.2f}" + ("" if verdict.get("met", True) is not False else " !")
+    return f"{verdict['points']:+.2f}" + (" !" if verdict["met"] is False else "")
