@@ -71,7 +71,9 @@ def _figures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(tree: dict[str, Any], seconds: float) -> None:
-    table = Table("method", "ratio", "parameters", "MACs", "latency", "accuracy", "best at", caption=f"{seconds / 60:.1f} minutes")
+    table = Table(
+        "method", "ratio", "parameters", "MACs", "latency", "accuracy", "best at", caption=f"{seconds / 60:.1f} minutes"
+    )
     for row in tree["rows"]:
         figures = (f"{row['params']:,}", f"{row['macs']:,}", f"{row['latency_ratio']:.2f}", f"{row['accuracy']:.2f}")
         table.add_row(row["method"] or "original", f"{row['ratio'] or 1:g}", *figures, ", ".join(row["pareto"]))

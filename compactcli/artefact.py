@@ -21,7 +21,7 @@ from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text, short
 from .graph import run_fake
-from .kernels import KernelLayer
+from .kernels import Indexed, KernelLayer
 from .methods import Foreign
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
@@ -335,6 +335,12 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             owner._parameters[last] = module.get_parameter(name)
         else:
             owner._buffers[last] = module.get_buffer(name)
+    for name, layer in module.named_modules():
+        if isinstance(layer, Indexed):
+            try:
+                layer.check()
+            except CompactError as problem:
+                raise CompactError(f"{short(name)}.{problem}") from None
 
 
 def _mismatch(

@@ -25,7 +25,21 @@ class Shared(nn.ModuleDict):
         return value
 
 
-class KernelLayer(nn.Module):
+class Indexed(nn.Module):
+    """A layer with buffers that say which of something its numbers are."""
+
+    def check(self) -> None:
+        """Raise CompactError where what was loaded names what there is not."""
+
+
+def check_places(name: str, places: Tensor, size: int) -> None:
+    """Raise CompactError unless these are different positions, of `size` that there are."""
+    known = places.dtype in (torch.int32, torch.int64) and len(set(places.tolist())) == len(places)
+    if not known or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < size):
+        raise CompactError(f"{name} does not hold {len(places)} different places of {size}")
+
+
+class KernelLayer(Indexed):
     """A convolution of the geometry and with the bias of `like`, whose kernel is made anew at every call.
 
     A kind of its own has the numbers that it is made from, and `kernel`.

@@ -148,7 +148,7 @@ def _across(graph: Graph, model: nn.Module) -> list[Replace]:
     return result
 
 
-class Across(nn.Module):
+class Across(kernels.Indexed):
     """A filter along `size` channels, of which those at `place` are there: (n, 1, c) to (n, 1, c)."""
 
     place: Tensor
@@ -160,6 +160,9 @@ class Across(nn.Module):
         device = conv.weight.device
         self.register_buffer("place", torch.arange(size, device=device))
         self.register_buffer("present", torch.ones(size, device=device))  # where the law takes channels away
+
+    def check(self) -> None:
+        kernels.check_places("place", self.place, self.size)
 
     def forward(self, channels: Tensor) -> Tensor:
         spread = channels.new_zeros(*channels.shape[:2], self.size).index_copy(2, self.place, channels * self.present)

@@ -159,6 +159,30 @@ def tensor(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
     return _with_header(data, change)
 
 
+def places(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
+    """Changes a number of a tensor of integers, which may be positions of something, and at times all."""
+
+    def change(tree: Tree, body: bytes) -> tuple[Tree, bytes]:
+        sizes = {"I64": 8, "I32": 4, "U8": 1}
+        found = [
+            entry
+            for entry in tree.values()
+            if entry.get("dtype") in sizes and entry["data_offsets"][1] > entry["data_offsets"][0]
+        ]
+        if not found:
+            return tree, body
+        entry = chance.choice(found)
+        (begin, end), size = entry["data_offsets"], sizes[entry["dtype"]]
+        own = body[begin:end]
+        value = chance.choice((-1, 0, 1, 127, 1_000_000, -(1 << 31), (1 << 63) - 1)) % (1 << 8 * size)
+        first = size * chance.randrange(len(own) // size)
+        count = chance.choice((1, 1, 1, len(own) // size - first // size))
+        own = own[:first] + count * value.to_bytes(size, "little") + own[first + count * size :]
+        return tree, body[:begin] + own + body[end:]
+
+    return _with_header(data, change)
+
+
 def duplicate(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
     """A name that stands twice in the JSON header."""
     length, tree, body = _parts(data)
@@ -286,7 +310,7 @@ def command(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes
 
 BYTES: tuple[Mutation, ...] = (flip, truncate, delete, insert, zero, splice, number, digits)
 SAFETENSORS: tuple[Mutation, ...] = (*BYTES, header, header, tensor, tensor, tensor, duplicate, deep)
-ARTEFACT: tuple[Mutation, ...] = (*SAFETENSORS, *(recipe,) * 4, *(edits,) * 8)
+ARTEFACT: tuple[Mutation, ...] = (*SAFETENSORS, places, places, *(recipe,) * 4, *(edits,) * 8)
 PICKLE: tuple[Mutation, ...] = (*BYTES, command)
 ZIP: tuple[Mutation, ...] = (*PICKLE, *(archive,) * 9)
 JSON: tuple[Mutation, ...] = (*BYTES, *(text,) * 12, deep)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from networks import Code, outputs
 from torch import Tensor, nn
 
-from compactcli import kernels, surgery
+from compactcli import artefact, kernels, surgery
 from compactcli.errors import CompactError
 from compactcli.kernels import KernelLayer
-from compactcli.methods import register_layers
+from compactcli.methods import get, names, register_layers
 from compactcli.methods._slices import Slicing
 from compactcli.recipe import Edit, Replace, Share
+from compactcli.surgery import LAYERS
 
 register_layers(["linearconv.full", "csg.coded", "plain.folded"])
 
@@ -427,3 +428,62 @@ def test_codes_that_make_nothing_are_only_in_the_authors_order(o, i, used, count
 def test_tiles_all_make_something(o, i, outputs_, inputs):
     slicing = Slicing((o, i, 1, 1), outputs_, inputs)
     assert live(slicing) == slicing.count
+
+
+# Buffers that hold positions
+
+INDEXED: dict[str, dict[str, int]] = {
+    "linearconv.full": {"primary": 5},
+    "linearconv.lowrank": {"primary": 5, "rank": 3},
+    "linearconv.sparse": {"primary": 5, "kept": 17},
+    "fcf.squeeze": {"filters": 4, "inputs": 3},
+    "plain.across": {"size": 12},
+}
+WITHOUT = {"csg.coded", "csg.generator", "hetconv.parts", "hinge.decomposed", "hinge.two_slope", "plain.computed", "plain.folded"}
+
+
+def out_of_range(places: Tensor) -> Tensor:
+    return places.index_fill(0, torch.tensor([1]), 1_000_000 if places.dtype != torch.uint8 else 255)
+
+
+def negative(places: Tensor) -> Tensor:
+    return places.index_fill(0, torch.tensor([0]), -1 if places.dtype != torch.uint8 else 254)
+
+
+def repeated(places: Tensor) -> Tensor:
+    return places.index_fill(0, torch.tensor([1]), int(places[0]))
+
+
+def other_type(places: Tensor) -> Tensor:
+    return places.to(torch.int16)
+
+
+def indexed(kind: str) -> nn.Sequential:
+    """One layer of the kind, with numbers that it may hold."""
+    old = nn.Conv1d(1, 1, 3, padding=1) if kind == "plain.across" else conv()
+    model = nn.Sequential(LAYERS[kind].build(old, INDEXED[kind]))
+    mask = dict(model.named_buffers()).get("0.mask")
+    if mask is not None:
+        mask[:3] = torch.tensor([255, 127, 3])  # 17 bits
+    return model
+
+
+def test_every_kind_of_layer_with_positions_is_known():
+    for method in names():
+        get(method)
+    assert set(LAYERS) == INDEXED.keys() | WITHOUT
+    for kind in INDEXED:
+        assert any(not tensor.is_floating_point() for tensor in indexed(kind).state_dict().values())
+
+
+@pytest.mark.parametrize("damage", [out_of_range, negative, repeated, other_type])
+@pytest.mark.parametrize("kind", INDEXED)
+def test_positions_that_there_are_not_are_refused_in_one_line(kind, damage):
+    model = indexed(kind)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    artefact._load_(model, state)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            with pytest.raises(CompactError, match=f"^{name} does not (hold|have) ") as raised:
+                artefact._load_(indexed(kind), {**state, name: damage(tensor)})
+            assert "\n" not in str(raised.value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..budget import MOVED_TIME, WEIGHT_TIME, Floats, Layer
 from ..errors import CompactError
-from ..kernels import KernelLayer
+from ..kernels import KernelLayer, check_places
 from ..recipe import Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from ._layers import dense, like
@@ -65,6 +65,10 @@ class Squeeze(KernelLayer):
         self.weight = nn.Parameter(like.weight.new_empty(filters, inputs, *self.shape[2:]))
         self.register_buffer("read", torch.arange(inputs, device=like.weight.device))
         self.register_buffer("written", torch.arange(filters, device=like.weight.device))
+
+    def check(self) -> None:
+        check_places("read", self.read, self.in_channels)
+        check_places("written", self.written, self.outputs)
 
     @property
     def gathers(self) -> bool:

@@ -22,7 +22,7 @@ from ..allocate import Choice
 from ..budget import Budget, Layer, Of
 from ..channels import Channels
 from ..errors import CompactError
-from ..kernels import KernelLayer, layers
+from ..kernels import KernelLayer, check_places, layers
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method, Progress
@@ -227,6 +227,9 @@ class _Linear(KernelLayer):
         self.primary = nn.Parameter(like.weight.new_empty(primary, *self.shape[1:]))
         self.register_buffer("place", torch.arange(self.outputs, dtype=torch.int32, device=like.weight.device))
 
+    def check(self) -> None:
+        check_places("place", self.place, self.outputs)
+
     @property
     def secondary(self) -> int:
         """How many filters are combinations."""
@@ -312,6 +315,11 @@ class Sparse(_Linear):
     @property
     def synthesis_sums(self) -> int:
         return min(self.secondary, self.values.numel()) * self.reads
+
+    def check(self) -> None:
+        super().check()
+        if self.mask.dtype != torch.uint8 or int(self.bits().sum()) != len(self.values):
+            raise CompactError(f"mask does not have {len(self.values)} bits set")
 
     def bits(self) -> Tensor:
         """1 where there is a coefficient, of all in a row (s * p,) uint8."""
