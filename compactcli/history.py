@@ -1,7 +1,7 @@
 """What a training run tells: while it goes on, and in the end."""
 
 import json
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -70,4 +70,4 @@ def _is_epoch(tree: Any) -> bool:
     if figures.keys() != {field.name for field in fields(EpochRecord)}:
         return False
     known = [value for name, value in figures.items() if value is not None or name in ("epoch", "accuracy", "seconds")]
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in known)
+    return all(isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in known)

@@ -1,8 +1,8 @@
 """What was done to a network, as plain data: `Edit`, `Step`, `Recipe` and their JSON. No torch."""
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -172,7 +172,9 @@ class Recipe:
             if not isinstance(version, int) or isinstance(version, bool):
                 raise CompactError("the recipe in this file has no format version")
             if version > FORMAT:
-                raise CompactError(f"the recipe has format {version}, this compactcli reads up to {FORMAT}; upgrade compactcli")
+                raise CompactError(
+                    f"the recipe has format {_brief(version)}, this compactcli reads up to {FORMAT}; upgrade compactcli"
+                )
             return _recipe(tree)
         except CompactError:
             raise
@@ -275,8 +277,8 @@ def _optional(read: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is not a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise TypeError(f"{repr(value)[:40]} is not a finite number")
     return float(value)
 
 

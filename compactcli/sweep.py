@@ -137,7 +137,7 @@ def loads(text: str, name: str) -> dict[str, Any]:
     """The document that a sweep wrote. Raises CompactError if it is none."""
     try:
         tree = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     ours = isinstance(tree, dict) and tree.get("schema") == SCHEMA and isinstance(tree.get("model"), dict)
     rows = tree.get("rows") if ours else None

@@ -88,7 +88,7 @@ def load(path: Path) -> Table:
         return Table(**{**tree, "input_shape": tuple(tree["input_shape"])}, layers=layers)
     except OSError as problem:
         raise CompactError(f"{path}: {(problem.strerror or str(problem)).lower()}; make it with bench --save") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError):
         raise CompactError(f"{path.name} is not a latency table; make one with bench --save") from None
 
 

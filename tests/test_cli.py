@@ -528,7 +528,12 @@ def test_a_saved_table_drives_a_compression(net, tmp_path):
         run("compress", "-q", *other, *HINGE, "0.6", "--of", "latency", "--latency-table", table, "-o", tmp_path / "o")
     )
     assert "the latency table is of another network: conv1 is 4x3x3x3 here, 8x1x3x3 in the table" in line
-    assert "is not a latency table" in one_line(run("compress", net, *HINGE, "0.6", "--of", "latency", "--latency-table", net))
+    damaged = tmp_path / "damaged.json"
+    huge = json.dumps({"schema": "compactcli/latency-table/1", "whole_ms": 10**400, "layers": []})
+    for content in (net.read_bytes(), huge.encode(), b"[" * 100_000):
+        damaged.write_bytes(content)
+        line = one_line(run("compress", net, *HINGE, "0.6", "--of", "latency", "--latency-table", damaged))
+        assert "damaged.json is not a latency table" in line
     assert "one model" in one_line(run("bench", net, net, "--save", table), 2)
 
 

@@ -339,7 +339,17 @@ def test_wrong_usage_of_report(folder, monkeypatch, arguments, message):
     assert message in one_line(run("report", "net.pt", *arguments), 2)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"epoch": NaN}', "<html>", '{"epoch": 0, "accuracy": "<b>"}'])
+EPOCH = {"epoch": 1, "loss": 0.1, "accuracy": 50.0, "validation_loss": 0.1, "lr": 0.1, "images_per_second": 9.0, "seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[1]", '{"epoch": NaN}', "<html>", '{"epoch": 0, "accuracy": "<b>"}'),
+        *("[" * 100_000, json.dumps({**EPOCH, "loss": 10**400}), json.dumps({**EPOCH, "accuracy": None})),
+    ],
+    ids=lambda text: text[:24],
+)
 def test_a_history_that_is_none_is_one_line(folder, tmp_path, text):
     (tmp_path / "other.jsonl").write_text(text)
     line = one_line(run("report", folder / "net.pt", "--history", tmp_path / "other.jsonl", "--html", tmp_path / "out.html"))

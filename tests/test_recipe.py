@@ -231,7 +231,7 @@ def paths(value: object, here: tuple[object, ...] = ()) -> list[tuple[object, ..
     return [here, *(path for key, item in items for path in paths(item, (*here, key)))]
 
 
-HOSTILE = [None, True, -1, 1 << 80, 0.5, "", "x" * 3000, "a\nb", [], {}, [[]], {"a": {}}]
+HOSTILE = [None, True, -1, 1 << 80, 10**400, 0.5, "", "x" * 3000, "a\nb", [], {}, [[]], {"a": {}}]
 
 
 @pytest.mark.parametrize("value", [*HOSTILE, float("nan"), float("inf")], ids=lambda v: repr(v)[:12])
