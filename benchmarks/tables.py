@@ -144,11 +144,24 @@ def _trained() -> str:
     return markdown(" | ".join(["", "epochs", *(f"{_percent(ratio)} of MACs" for ratio in RATIOS)]), rows)
 
 
+def _sweep() -> str:
+    """All methods at three ratios on ResNet-56."""
+    original, *others = read("sweep")["sweep"]["rows"]
+    rows = []
+    for row in others:
+        of = "MACs" if row["of"] == "macs" else "parameters"
+        shares = (f"{100 * row[cost] / original[cost]:.1f} %" for cost in ("params", "macs"))
+        cells = [row["method"], f"{_percent(row['ratio'])} of {of}", *shares, f"{row['latency_ratio']:.2f}"]
+        rows.append([*cells, f"{row['accuracy']:.2f}", ", ".join(row["pareto"]) or "–"])
+    return markdown("method | asked | parameters | MACs | time | accuracy | not beaten in", rows)
+
+
 README: dict[str, Callable[[], str]] = {
     "oneshot": _oneshot,
     "speed": _speed,
     "coverage": _coverage,
     "starts": _starts,
+    "sweep": _sweep,
     "trained": _trained,
 }
 

@@ -63,6 +63,11 @@ def test_the_figures_of_the_search_hold_the_results():
     assert f"the original ({row['original']:.2f} %) as teacher" in text
 
 
+def test_the_time_of_a_sweep_holds_the_results():
+    found = json.loads((RESULTS / "sweep.json").read_text())
+    assert f"no training: {found['required']['seconds'] / 60:.1f} minutes, killed once and resumed" in " ".join(README.split())
+
+
 def test_the_figures_of_training_hold_the_results():
     networks = json.loads((RESULTS / "train_speed.json").read_text())["networks"]
     rows = next(network["contenders"] for network in networks if network["network"] == "resnet20")
