@@ -32,6 +32,7 @@ from .vision import torchvision
 
 MEMORY_LIMIT = 8 * 10**9  # bytes of decoded images held at once
 KEEP_LIMIT = 10**9  # bytes up to which `batches` keeps what it decoded for the next pass
+SKIPPED_NAMED = 3  # of the files that were left out
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # name -> class in torchvision.datasets, and whether a mirrored image is still one of its class
@@ -102,6 +103,8 @@ def open_dataset(
     download: bool = False,
     limit: int | None = None,
     seed: int = 0,
+    skip_corrupt: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """The dataset `spec`, its images resized to `input_shape`; each split cut to `limit` images, evenly over the classes.
 
@@ -109,6 +112,8 @@ def open_dataset(
     `val/` (`test/` wins), each with a folder per class; or a folder per class, which is training data only; or just images,
     which have no labels. The function is called with "train" and with "test" and returns (images, labels), or None where it
     has no such split: images uint8, or float from 0 to 1, (n, c, h, w); labels int64 (n,), or None.
+
+    With `skip_corrupt` every file of a folder is decoded at once, and those that cannot be are left out; `log` is told which.
 
     Raises CompactError if there is no such data, or it is not downloaded, or a needed package is missing.
     """
@@ -120,7 +125,12 @@ def open_dataset(
     elif spec in _TORCHVISION:
         dataset = _from_torchvision(spec, data_dir or _cache_dir(), download, form)
     elif Path(spec).is_dir():
-        dataset = _from_folder(Path(spec), form)
+        skipped: list[Path] = []
+        dataset = _from_folder(Path(spec), form, skipped if skip_corrupt else None)
+        if skipped:
+            named = ", ".join(str(file.relative_to(spec)) for file in skipped[:SKIPPED_NAMED])
+            more = f" and {len(skipped) - SKIPPED_NAMED} more" if len(skipped) > SKIPPED_NAMED else ""
+            log(f"{dataset.name}: left out {len(skipped)} corrupt image{'s' * (len(skipped) != 1)}: {named}{more}")
     elif ":" in spec:
         dataset = _from_function(spec, form)
     else:
@@ -388,29 +398,30 @@ def _from_torchvision(name: str, root: Path, download: bool, form: _Form) -> Dat
     return Dataset(name, True, classes, splits["train"], splits["test"], flip)
 
 
-def _from_folder(root: Path, form: _Form) -> Dataset:
+def _from_folder(root: Path, form: _Form, skipped: list[Path] | None) -> Dataset:
+    """What a folder holds. Files that cannot be decoded are put into `skipped` and left out; None: nothing is decoded yet."""
     name = root.resolve().name
     # A folder called "train" is a split if it holds folders; with images in it, it is a class.
     parts = [part for part in ("train", "test", "val") if (root / part).is_dir() and _folders(root / part)]
     if parts:
         classes = tuple(folder.name for folder in _folders(root / parts[0]))
-        splits = {part: _from_class_folders(root / part, part, classes, form) for part in parts}
+        splits = {part: _from_class_folders(root / part, part, classes, form, skipped) for part in parts}
         return Dataset(name, False, classes, splits.get("train"), splits.get("test", splits.get("val")))
     if _folders(root):
         classes = tuple(folder.name for folder in _folders(root))
-        return Dataset(name, False, classes, _from_class_folders(root, "train", classes, form), None)
-    files = _images(root)
+        return Dataset(name, False, classes, _from_class_folders(root, "train", classes, form, skipped), None)
+    files = _sound(_images(root), form, skipped)
     if not files:
         raise CompactError(f"{root} holds no images and no folders of images")
     return Dataset(name, False, None, _from_source(files, None, "all", form), None)
 
 
-def _from_class_folders(root: Path, name: str, classes: tuple[str, ...], form: _Form) -> Split:
+def _from_class_folders(root: Path, name: str, classes: tuple[str, ...], form: _Form, skipped: list[Path] | None) -> Split:
     """The images of the folders `classes` in `root`, labelled by their place in that list."""
     unknown = [folder for folder in _folders(root) if folder.name not in classes]
     if unknown:
         raise CompactError(f"{unknown[0]} is a class that train/ does not have")
-    files_of = [_images(root / own) if (root / own).is_dir() else [] for own in classes]
+    files_of = [_sound(_images(root / own), form, skipped) if (root / own).is_dir() else [] for own in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in files_of]))
     if len(labels) == 0:
         raise CompactError(f"the folders in {root} hold no images ({' '.join(sorted(SUFFIXES))})")
@@ -474,6 +485,24 @@ def _images(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if os.path.splitext(name)[1].lower() in SUFFIXES]
 
 
+def _sound(files: list[Path], form: _Form, skipped: list[Path] | None) -> list[Path]:
+    """The files that can be decoded; the others go to `skipped`. All of them where that is None."""
+    if skipped is None:
+        return files
+
+    def decodes(file: Path) -> bool:
+        try:
+            _decode(file, form)
+        except CompactError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        good = list(pool.map(decodes, files))
+    skipped += [file for file, sound in zip(files, good, strict=True) if not sound]
+    return [file for file, sound in zip(files, good, strict=True) if sound]
+
+
 def _from_array(images: Tensor, labels: Tensor | None, name: str, form: _Form) -> Split:
     """A split of images in memory, uint8 (n, c, h, w), brought to `form`."""
     if images.shape[1:] == form.shape and form.resize is None:
@@ -516,9 +545,11 @@ def _decode(item: Path | np.ndarray[Any, Any], form: _Form) -> np.ndarray[Any, A
         with Image.open(item) as image:
             return _pixels(image, form)
     except UnidentifiedImageError:
-        raise CompactError(f"{item} is not an image; remove or replace it") from None
+        raise CompactError(f"{item} is not an image; remove it, or leave such files out with --skip-corrupt") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise CompactError(f"{item} cannot be decoded ({problem}); remove or replace it") from None
+        raise CompactError(
+            f"{item} cannot be decoded ({problem}); remove it, or leave such files out with --skip-corrupt"
+        ) from None
 
 
 def _pixels(image: Image.Image, form: _Form) -> np.ndarray[Any, Any]:

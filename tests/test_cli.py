@@ -117,7 +117,7 @@ MODEL_FLAGS = {
     "-q",
     "--debug",
 }
-DATA_FLAGS = {"--data", "--data-dir", "--download", "--limit"}
+DATA_FLAGS = {"--data", "--data-dir", "--download", "--skip-corrupt", "--limit"}
 FRESH_FLAGS = {"--fresh", "--seed"}
 TRAINING_FLAGS = {
     *("--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"),
@@ -495,7 +495,20 @@ def test_every_command_reads_the_environment(name):
 
 def test_common_flags_have_a_variable(net):
     variables = {p.envvar for command in commands().values() for p in command.params if getattr(p, "envvar", None)}
-    wanted = ("DATA", "DATA_DIR", "DOWNLOAD", "LIMIT", "BATCH_SIZE", "DEVICE", "SEED", "JSON", "QUIET", "VERBOSE", "DEBUG")
+    wanted = (
+        "DATA",
+        "DATA_DIR",
+        "DOWNLOAD",
+        "SKIP_CORRUPT",
+        "LIMIT",
+        "BATCH_SIZE",
+        "DEVICE",
+        "SEED",
+        "JSON",
+        "QUIET",
+        "VERBOSE",
+        "DEBUG",
+    )
     assert variables == {f"COMPACTCLI_{name}" for name in wanted}
     result = CliRunner().invoke(app, ["analyze", str(net)], env={"COMPACTCLI_JSON": "1", "COMPACTCLI_QUIET": "1"})
     assert json.loads(result.stdout)["schema"] == "compactcli/analysis/1"

@@ -125,6 +125,33 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None, message:
         train.images()
 
 
+def test_corrupt_files_are_left_out_on_request(tmp_path: Path) -> None:
+    """The rest is what it would be without them; their number and the first of them are told."""
+    for part, own in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        for number in range(3):
+            save(tmp_path / part / own / f"{number}.png")
+    lines: list[str] = []
+    whole = open_folder(tmp_path, skip_corrupt=True, log=lines.append)
+    assert lines == []
+    bad = [tmp_path / "train" / "a" / f"bad{number}.png" for number in range(4)] + [tmp_path / "test" / "b" / "cut.jpg"]
+    for path in bad[:4]:
+        path.write_bytes(b"no image")
+    bad[4].write_bytes(save(tmp_path / "x.png", size=(64, 64)).read_bytes()[:60])
+    (tmp_path / "x.png").unlink()
+    sound = open_folder(tmp_path, skip_corrupt=True, log=lines.append)
+    for before, after in ((whole.train, sound.train), (whole.test, sound.test)):
+        assert before is not None
+        assert after is not None
+        assert torch.equal(data.labels_of(before), data.labels_of(after))
+        assert torch.equal(before.images(), after.images())
+    first = ", ".join(f"train/a/bad{number}.png" for number in range(3))
+    assert lines == [f"{tmp_path.name}: left out 5 corrupt images: {first} and 2 more"]
+    train = open_folder(tmp_path).train
+    assert train is not None
+    with pytest.raises(CompactError, match=r"bad0\.png is not an image; remove it, or leave such files out with --skip-corrupt"):
+        train.images()
+
+
 def test_unknown_data_lists_the_names() -> None:
     with pytest.raises(
         CompactError, match="no data 'digit'; it must be a folder of images, module:function, or one of digits, cifar10"

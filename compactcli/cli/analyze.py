@@ -16,6 +16,7 @@ def command(
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: common.Limit = None,
     methods: Annotated[
         bool, typer.Option("--methods", help="Predict the output error of each method at --ratios, without compressing.")
@@ -72,7 +73,9 @@ def command(
     else:
         if weights and (data is not None or methods):
             artefact.check_finite(network)
-        dataset = open_data(network, data, data_dir=data_dir, download=download, limit=limit, seed=seed)
+        dataset = open_data(
+            network, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=seed, quiet=quiet
+        )
         given: list[str | None] = ["-" if model is None and not fresh else model, *(["--fresh"] * fresh)]
         pairs = [("--data", data), ("--data-dir", data_dir), ("--arch", arch), ("--input-shape", input_shape)]
         pairs += [("--mean", mean), ("--std", std), *(("--arch-kwargs", pair) for pair in arch_kwargs or ())]

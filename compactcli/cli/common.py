@@ -48,6 +48,10 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder of the named datasets
 Download = Annotated[
     bool, typer.Option("--download", help="Download the named dataset if it is missing.", envvar="COMPACTCLI_DOWNLOAD")
 ]
+SkipCorrupt = Annotated[
+    bool,
+    typer.Option("--skip-corrupt", help="Leave out files of a folder that are no images.", envvar="COMPACTCLI_SKIP_CORRUPT"),
+]
 Limit = Annotated[
     int | None,
     typer.Option(min=1, help="At most that many images of each split, evenly over the classes.", envvar="COMPACTCLI_LIMIT"),
@@ -181,7 +185,15 @@ def open_network(
 
 
 def open_data(
-    network: "Network", spec: str | None, *, data_dir: Path | None, download: bool, limit: int | None, seed: int
+    network: "Network",
+    spec: str | None,
+    *,
+    data_dir: Path | None,
+    download: bool,
+    skip_corrupt: bool,
+    limit: int | None,
+    seed: int,
+    quiet: bool,
 ) -> "Dataset | None":
     """The dataset of --data, decoded for the network's input; None without the flag."""
     if spec is None:
@@ -197,6 +209,8 @@ def open_data(
             download=download,
             limit=limit,
             seed=seed,
+            skip_corrupt=skip_corrupt,
+            log=lambda line: note(line, quiet),
         )
 
 

@@ -50,6 +50,7 @@ def command(
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Use the weights alone, whatever --data says.")] = False,
     lr: training.LearningRate = None,
@@ -147,7 +148,10 @@ def command(
             model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
             trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
         )  # fmt: skip
-        dataset = None if no_calibrate else open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
+        spec = None if no_calibrate else data
+        dataset = open_data(
+            network, spec, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=None, seed=seed, quiet=quiet
+        )
         say = partial(note, quiet=quiet)
         guide = None if not trains or (fresh and teacher is None) else _teacher(network, teacher, arch)
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}

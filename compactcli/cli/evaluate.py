@@ -11,6 +11,7 @@ def command(
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: common.Limit = None,
     batch_size: common.BatchSize = 256,
     device: common.Device = "cpu",
@@ -33,7 +34,16 @@ def command(
         trust_pickle=trust_pickle, quiet=quiet,
     )  # fmt: skip
     common.check_device(device)
-    dataset = open_data(network, data or network.recipe.dataset, data_dir=data_dir, download=download, limit=limit, seed=0)
+    dataset = open_data(
+        network,
+        data or network.recipe.dataset,
+        data_dir=data_dir,
+        download=download,
+        skip_corrupt=skip_corrupt,
+        limit=limit,
+        seed=0,
+        quiet=quiet,
+    )
     if dataset is None:
         raise UsageError("give --data: the file names no dataset to evaluate on")
     from .. import report

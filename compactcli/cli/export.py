@@ -39,6 +39,7 @@ def command(
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: common.Limit = None,
     batch_size: common.BatchSize = 256,
     device: common.Device = "cpu",
@@ -85,7 +86,9 @@ def command(
     from ..precision import cast_
 
     if to == "artefact":
-        dataset = open_data(network, data, data_dir=data_dir, download=download, limit=limit, seed=0)
+        dataset = open_data(
+            network, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
+        )
         simplify_(network, fold_bn=fold_bn, log=log)
         if dtype is not None:
             cast_(network, dtype, dataset, batch_size=batch_size, device=device, log=log)

@@ -51,6 +51,7 @@ def command(
     history: training.History = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: common.Limit = None,
     batch_size: common.BatchSize = 128,
     accumulate: Annotated[int, typer.Option(min=1, metavar="PARTS", help="Compute each batch in parts: less memory.")] = 1,
@@ -105,7 +106,9 @@ def command(
         if spec is None:
             raise UsageError("give --data: the file names no dataset to train on")
         common.check_device(own_device)
-        dataset = open_data(network, spec, data_dir=data_dir, download=download, limit=limit, seed=seed)
+        dataset = open_data(
+            network, spec, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=seed, quiet=quiet
+        )
         assert dataset is not None
         say = partial(note, quiet=quiet)
         guide = find_teacher(network, teacher, arch=arch, log=say)

@@ -33,6 +33,7 @@ def command(
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: common.Limit = None,
     arch: common.Arch = None,
     arch_kwargs: common.ArchKwargs = None,
@@ -83,7 +84,9 @@ def command(
     from ..markdown import comparison_markdown, report_markdown
 
     other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch)
-    datasets = _datasets(networks, data, data_dir=data_dir, download=download, limit=limit, seed=0)
+    datasets = _datasets(
+        networks, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
+    )
     if len(networks) == 1:
         tree = report.report(networks[0], other, datasets[0], counter=counter)
         tables, text = report.report_tables(tree, layers=verbose), report_markdown(tree)

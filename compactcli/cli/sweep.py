@@ -29,6 +29,7 @@ def command(
     data: common.Data = None,
     data_dir: common.DataDir = None,
     download: common.Download = False,
+    skip_corrupt: common.SkipCorrupt = False,
     limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
     lr: training.LearningRate = None,
     weight_decay: training.WeightDecay = 1e-4,
@@ -98,7 +99,9 @@ def command(
         model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
         trust_pickle=trust_pickle, quiet=quiet,
     )  # fmt: skip
-    dataset = open_data(network, data, data_dir=data_dir, download=download, limit=None, seed=seed)
+    dataset = open_data(
+        network, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=None, seed=seed, quiet=quiet
+    )
     calibration = None
     if dataset is not None:
         split = dataset.train or dataset.test
