@@ -4,7 +4,7 @@ kill -9 at random moments, then the same command again until it ends: what it wr
 
 - finetune: 4 epochs on 2,000 images; search: one with dual variables through the same loop (`_kills_worker`); both with --resume,
   and killed from when they are first kept to their end;
-- compress: a search of 2 epochs on the digits and calibration, with --resume; sweep: two methods by two ratios, with --resume; export: to
+- compress: a search of 2 epochs on the digits and calibration; sweep: two methods by two ratios; both with --resume; export: to
   ONNX; killed from their start to their end.
 
 After each kill every file there is must be one that can be read; hidden ones, which a kill leaves in the middle of a write, are
