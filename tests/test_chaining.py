@@ -3,6 +3,7 @@
 import copy
 from functools import cache
 
+import chains
 import pytest
 import torch
 from networks import outputs
@@ -139,3 +140,10 @@ def test_methods_chain_on_a_trained_resnet56(checkpoints, first, second):
     classes = tuple(original.recipe.classes or map(str, range(10)))
     trained = finetune(twice, data.Dataset("noise", False, classes, noise, None), settings(epochs=1), keep="last")
     assert [step.command for step in open_model(artefact.dumps(trained)).recipe.steps] == ["compress", "compress", "finetune"]
+
+
+@pytest.mark.parametrize("number", range(16))
+def test_random_chains_in_random_networks_hold_the_law(number):
+    """More of them: python -m benchmarks random_networks."""
+    told = chains.held(number)
+    assert told.steps or told.refused
