@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 RESULTS = Path(os.environ.get("COMPACTCLI_BENCH_RESULTS", ROOT / "benchmarks" / "results"))
 
+Row = dict[str, Any]
+Rows = dict[str, Row]  # by what was run
+
 
 @cache
 def images() -> Path:
@@ -61,6 +64,12 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def rows(name: str) -> Rows:
+    """Those of benchmarks/results/NAME.json, by their keys; other processes may be adding to them."""
+    found: Rows = read(name).get("rows", {})
+    return found
+
+
 def read(name: str) -> dict[str, Any]:
     """The JSON of benchmarks/results/NAME.json; empty where there is none."""
     path = RESULTS / f"{name}.json"
@@ -68,12 +77,12 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def add(name: str, rows: dict[str, Any], judged: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> None:
+def add(name: str, new: Rows, judged: Callable[[Rows], Rows] = dict, **result: Any) -> None:
     """Put rows into benchmarks/results/NAME.json, beside those that other processes are putting there; `judged` sees them all."""
     RESULTS.mkdir(exist_ok=True)
     with open(Path(tempfile.gettempdir()) / f"compactcli-{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write(name, {"rows": judged(read(name).get("rows", {}) | rows)})
+        write(name, {**result, "rows": judged(rows(name) | new)})
 
 
 def write(name: str, result: dict[str, Any]) -> None:

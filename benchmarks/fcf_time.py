@@ -16,7 +16,6 @@ A row is written to benchmarks/results/fcf_time.json the moment it is there; --r
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import time
@@ -36,7 +35,7 @@ from compactcli.measure import FORMATS
 from compactcli.methods import get
 from compactcli.methods._squeeze import Squeeze, expanded
 
-from ._common import RESULTS, write
+from ._common import Row, Rows, rows, write
 
 WHOLE = {26.83: (10.90, 16.13), 41.37: (16.86, 23.77), 54.87: (31.06, 41.12), 66.05: (42.59, 55.09)}  # MACs -> time, of convs
 LAYER = {26.04: (17.63, 13.42), 43.75: (34.71, 30.64), 57.75: (42.19, 40.88), 75.00: (65.70, 59.20)}  # MACs -> standard, squeeze
@@ -44,8 +43,6 @@ BATCHES = (1, 16)
 GOAL = 0.8  # of the cut in MACs
 CHANNELS, SIZE = 128, 28
 WARM_UP = 1
-
-Timed = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
@@ -56,22 +53,22 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     command = " ".join(["python -m benchmarks fcf_time", *arguments])
-    rows = _rows() if options.resume else {}
+    found = rows("fcf_time") if options.resume else {}
     made: dict[float, nn.Module] = {}
     dense = artefact.fresh(artefact.Wishes("resnet34"), 0)
     for batch in BATCHES:
-        todo: list[tuple[str, Callable[[], Timed]]] = [
+        todo: list[tuple[str, Callable[[], Row]]] = [
             (f"layer {cut:.2f} batch {batch}", partial(_layer, cut, batch, options.repeats)) for cut in LAYER
         ]
         todo += [(f"whole {cut:.2f} batch {batch}", partial(_whole, dense, made, cut, batch, options.repeats)) for cut in WHOLE]
         for key, row in todo:
-            if key not in rows:
-                rows[key] = {"repeats": options.repeats, "load_before": os.getloadavg()[0], **row()}
-                write("fcf_time", {"command": command, "rows": rows})
-    _show(rows)
+            if key not in found:
+                found[key] = {"repeats": options.repeats, "load_before": os.getloadavg()[0], **row()}
+                write("fcf_time", {"command": command, "rows": found})
+    _show(found)
 
 
-def _whole(dense: Network, made: dict[float, nn.Module], cut: float, batch: int, repeats: int) -> Timed:
+def _whole(dense: Network, made: dict[float, nn.Module], cut: float, batch: int, repeats: int) -> Row:
     """The dense network and a smaller one, in turn."""
     if cut not in made:
         target = Target(1 - cut / 100, round_to=ROUND["cpu"])
@@ -135,7 +132,7 @@ def _in_turn(clocked: list[_Clocked], repeats: int) -> tuple[list[float], list[f
     return [whole for whole, _ in best], [convs for _, convs in best]
 
 
-def _layer(cut: float, batch: int, repeats: int) -> Timed:
+def _layer(cut: float, batch: int, repeats: int) -> Row:
     """One layer: dense, standard at the smaller width, squeezed in the width of the whole and its three parts."""
     kept = round(CHANNELS * (1 - cut / 100) ** 0.5)
     found = [_parts(kept, batch, 5 * repeats, name) for name in FORMATS]
@@ -187,17 +184,11 @@ def _parts(kept: int, batch: int, repeats: int, name: str) -> dict[str, float]:
     return {form: statistics.median(own) for form, own in runs.items()}
 
 
-def _rows() -> dict[str, Timed]:
-    path = RESULTS / "fcf_time.json"
-    rows: dict[str, Timed] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    return rows
-
-
-def _show(rows: dict[str, Timed]) -> None:
+def _show(found: Rows) -> None:
     table = Table("row", title="cuts, percent: ours (the paper's)", title_justify="left")
     for column in ("MACs", "time", "convolutions", "standard", "squeeze", "gather, conv, scatter"):
         table.add_column(column, justify="right")
-    for key, row in rows.items():
+    for key, row in found.items():
         figures = [f"{row['macs_cut']:.1f}"]
         for name in ("time_cut", "convolutions_time_cut", "standard_time_cut", "squeeze_time_cut"):
             figures.append(f"{row[name]:.1f} ({row['paper'][name]:.1f})" if name in row else "")

@@ -64,7 +64,7 @@ from compactcli.methods.hinge import Hinge
 from compactcli.optim import Settings
 from compactcli.train import fit_
 
-from ._common import add, checkpoint, images, provenance, read
+from ._common import Rows, add, checkpoint, images, provenance, rows
 from .oneshot import best_pruned, ignored, macs_kept, pruned
 from .starts import ByNorm
 
@@ -99,8 +99,6 @@ MOST_BEHIND = 0.3  # points, of prune and of decompose
 LEAST_ABOVE_CONTROL = {"resnet56": {0.5: 0.0, 0.24: -0.8}}  # points, by network and ratio
 BINS = 20
 KEPT = Path(tempfile.gettempdir()) / "compactcli-finetune"  # of runs that have not ended
-
-Rows = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def main(arguments: list[str]) -> None:
     dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
     command = " ".join(["python -m benchmarks finetune", *arguments])
     for run in asked(options):
-        if options.resume and run.key in _rows(run.network):
+        if options.resume and run.key in rows(f"finetune-{run.network}"):
             continue
         print(f"{run.network}, {run.key}", flush=True)
         row = {"run": asdict(run), **provenance(command, run.device), **_ended(run, original, dataset, options.resume)}
@@ -376,31 +374,25 @@ class SparseLearning(Method):
 # The results
 
 
-def _rows(network: str) -> Rows:
-    """The rows of every run so far: other processes may be adding those of other contenders."""
-    rows: Rows = read(f"finetune-{network}").get("rows", {})
-    return rows
-
-
 def _run(row: dict[str, Any]) -> Run:
     return Run(**{**row["run"], "set": tuple(row["run"]["set"])})
 
 
-def _judged(rows: Rows) -> Rows:
+def _judged(every: Rows) -> Rows:
     """The same; with those of auto how many points they are above others, and whether that is as many as required."""
-    for row in rows.values():
+    for row in every.values():
         run = _run(row)
         if run.contender == "auto":
             least = {"peer": LEAST_ABOVE_PEER.get(run.ratio), "prune": -MOST_BEHIND, "decompose": -MOST_BEHIND}
             least["control"] = LEAST_ABOVE_CONTROL.get(run.network, {}).get(run.ratio)
-            row["above"] = {name: _above(rows, row, run, name, least.get(name)) for name in (*least, "calibrated")}
-    return rows
+            row["above"] = {name: _above(every, row, run, name, least.get(name)) for name in (*least, "calibrated")}
+    return every
 
 
-def _above(rows: Rows, row: dict[str, Any], run: Run, name: str, least: float | None) -> dict[str, Any]:
+def _above(every: Rows, row: dict[str, Any], run: Run, name: str, least: float | None) -> dict[str, Any]:
     """How far a row is above the best of a contender's, whatever the searches were like; nothing where there are none."""
     found = []
-    for other in rows.values():
+    for other in every.values():
         own = _run(other)
         free = {each: getattr(own, each) for each in ("search_epochs", "peer_lr", "peer_reg")}
         if own.contender in (PEERS if name == "peer" else [name]) and own == replace(run.of(own.contender), **free):
@@ -414,8 +406,8 @@ def _show(network: str) -> None:
     others = ("peer", "prune", "decompose", "control", "calibrated")
     for column in ("MACs kept", "before", "after", "original", "epochs", "minutes", *(f"above {name}" for name in others)):
         table.add_column(column, justify="right")
-    rows = _rows(network).items()
-    for key, row in sorted(rows, key=lambda item: (-_run(item[1]).ratio, CONTENDERS.index(_run(item[1]).contender))):
+    found = rows(f"finetune-{network}").items()
+    for key, row in sorted(found, key=lambda item: (-_run(item[1]).ratio, CONTENDERS.index(_run(item[1]).contender))):
         accuracies = (f"{row[figure]:.2f}" for figure in ("before", "after", "original"))
         epochs = f"{row['epochs']['search']} + {row['epochs']['finetune']}"
         verdicts = (_told(row.get("above", {}).get(name)) for name in others)

@@ -34,7 +34,7 @@ import torch
 from compactcli import architectures, resume
 from compactcli.errors import CompactError
 
-from ._common import ROOT, add, images, provenance, read
+from ._common import ROOT, add, images, provenance, rows
 
 CLOCK = {"latency_ms", "latency_ratio", "seconds", "pareto"}  # of a sweep, and what follows from them
 
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the kinds there are")
     options = parser.parse_args(arguments)
     for name in options.only:
-        if not (options.resume and name in read("kills").get("rows", {})):
+        if not (options.resume and name in rows("kills")):
             found = _kind(name, options.kills)
             add("kills", {name: {**provenance(" ".join(["python -m benchmarks kills", *arguments])), **found}})
 
@@ -96,17 +96,17 @@ def _kind(name: str, kills: int) -> dict[str, Any]:
         whole = _folder(root / "whole")
         first, seconds = _run(kind, whole, None)[:2]
         wanted = _written(kind, whole)
-        rows = []
+        told = []
         for number in range(kills):
             moment = chance.uniform(0, seconds - first) if kind.lasts else chance.uniform(0, seconds)
             row = _killed(kind, _folder(root / str(number)), moment, wanted)
-            rows.append(row)
+            told.append(row)
             print(f"{name} {number + 1}: {row}", flush=True)
             shutil.rmtree(root / str(number))
-    found = {key: sum(row[key] for row in rows) for key in ("killed", "equal", "broken_files", "hidden_files")}
+    found = {key: sum(row[key] for row in told) for key in ("killed", "equal", "broken_files", "hidden_files")}
     print(f"{name}: of {kills} runs {found}")
     met = found["equal"] == kills and not found["broken_files"]
-    return {"seconds": seconds, "runs": kills, **found, "met": met, "kills": rows}
+    return {"seconds": seconds, "runs": kills, **found, "met": met, "kills": told}
 
 
 def _folder(path: Path) -> Path:

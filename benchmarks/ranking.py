@@ -14,7 +14,6 @@ predicts anew.
 import argparse
 import copy
 import itertools
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.plan import plan
 
-from ._common import RESULTS, checkpoint, images, write
+from ._common import checkpoint, images, rows, write
 
 RATIOS = (0.7, 0.5)
 CHANCE = 10.0  # percent
@@ -43,13 +42,13 @@ def main(arguments: list[str]) -> None:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
         dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
-        rows = _rows(name) if options.resume else {}
+        found = rows(f"ranking-{name}") if options.resume else {}
         for ratio in RATIOS:
             for method in methods.names():
                 key = f"{method} {ratio:g}"
-                if key not in rows:
-                    rows[key] = _measured(network, dataset, method, ratio, options.images)
-                    write(f"ranking-{name}", {"rows": rows})
+                if key not in found:
+                    found[key] = _measured(network, dataset, method, ratio, options.images)
+                    write(f"ranking-{name}", {"rows": found})
         assert dataset.train is not None
         module = network.module
         graph, channels = plan(module, shape)
@@ -58,11 +57,11 @@ def main(arguments: list[str]) -> None:
         known = predict.moments(network, module, graph, names, sample)
         plain = predict.Plain(module, graph, channels, known)
         for row in predict.predicted(plain, methods.names(), RATIOS, "params", lambda error: None):
-            rows[f"{row['method']} {row['ratio']:g}"]["predicted"] = row["error"]
-        tau = _tau([row for row in rows.values() if abs(row["accuracy"] - CHANCE) > 1])
-        print(f"{name}: tau-b {tau:.3f} of {len(rows)} points")
+            found[f"{row['method']} {row['ratio']:g}"]["predicted"] = row["error"]
+        tau = _tau([row for row in found.values() if abs(row["accuracy"] - CHANCE) > 1])
+        print(f"{name}: tau-b {tau:.3f} of {len(found)} points")
         command = " ".join(["python -m benchmarks ranking", *arguments])
-        write(f"ranking-{name}", {"command": command, "tau_b": tau, "met": tau >= REQUIRED, "rows": rows})
+        write(f"ranking-{name}", {"command": command, "tau_b": tau, "met": tau >= REQUIRED, "rows": found})
 
 
 def _tau(rows: Sequence[Mapping[str, Any]]) -> float:
@@ -93,9 +92,3 @@ def _measured(network: Network, dataset: data.Dataset, method: str, ratio: float
         "error": one.recipe.steps[-1].error,
         "seconds": time.perf_counter() - start,
     }
-
-
-def _rows(name: str) -> dict[str, dict[str, Any]]:
-    path = RESULTS / f"ranking-{name}.json"
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    return rows

@@ -38,7 +38,7 @@ from compactcli.finetune import finetune
 from compactcli.history import Watch
 from compactcli.optim import Settings
 
-from ._common import add, checkpoint, images, provenance, read
+from ._common import Rows, add, checkpoint, images, provenance, rows
 from .oneshot import best_pruned, compressed, macs_kept
 
 RATIO = 0.5
@@ -49,7 +49,6 @@ MOST_BELOW_CONTROL = {"linearconv": 0.7, "csg": 1.5}
 DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "distill_weight": 0.4, "seed": 0, "limit": None}
 KEPT = Path(tempfile.gettempdir()) / "compactcli-recover"  # of runs that have not ended
 
-Rows = dict[str, dict[str, Any]]
 METHODS = {"ours": ("hinge", RATIO), "linearconv": ("linearconv", 0.5), "csg": ("csg", 0.43)}  # by contender, and what it keeps
 CONTENDERS = (*METHODS, "control", "peer")
 
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> None:
         for contender in options.only:
             given = [f"--set {pair}" for pair in options.set if contender in METHODS]
             key = " ".join([contender, *flags, *given])
-            if options.resume and key in _rows(name):
+            if options.resume and key in rows(f"recover-{name}"):
                 continue
             print(f"{name}, {key}", flush=True)
             start = time.perf_counter()
@@ -129,27 +128,21 @@ def _trained(
     }
 
 
-def _rows(name: str) -> Rows:
-    """The rows of every run so far: other processes may be adding those of other contenders."""
-    rows: Rows = read(f"recover-{name}").get("rows", {})
-    return rows
-
-
-def _judged(rows: Rows) -> Rows:
+def _judged(every: Rows) -> Rows:
     """The same; those of ours beside what is required of them, as far as the peer's are there."""
-    for key, row in rows.items():
+    for key, row in every.items():
         if key.startswith("ours"):
-            peer = rows.get(_without_options(key).replace("ours", "peer", 1))
+            peer = every.get(_without_options(key).replace("ours", "peer", 1))
             below, above = row["original"] - row["after"], None if peer is None else row["after"] - peer["after"]
             row["below_original"] = {"points": below, "at_most": MOST_BELOW_ORIGINAL, "met": below <= MOST_BELOW_ORIGINAL}
             met = None if above is None else above >= LEAST_ABOVE_PEER
             row["above_peer"] = {"points": above, "at_least": LEAST_ABOVE_PEER, "met": met}
         for method, most in MOST_BELOW_CONTROL.items():
-            control = rows.get(_without_options(key).replace(method, "control", 1)) if key.startswith(method) else None
+            control = every.get(_without_options(key).replace(method, "control", 1)) if key.startswith(method) else None
             if control is not None:
                 below = control["after"] - row["after"]
                 row["below_control"] = {"points": below, "at_most": most, "met": below <= most}
-    return rows
+    return every
 
 
 def _without_options(key: str) -> str:
@@ -160,7 +153,7 @@ def _show(name: str) -> None:
     table = Table("contender", title=name, title_justify="left")
     for column in ("MACs kept", "before", "after", "original", "above the peer", "below the control", "minutes"):
         table.add_column(column, justify="right")
-    for key, row in _rows(name).items():
+    for key, row in rows(f"recover-{name}").items():
         above, below = (row.get(name, {}).get("points") for name in ("above_peer", "below_control"))
         figures = (f"{row[figure]:.2f}" for figure in ("before", "after", "original"))
         others = (*("" if each is None else f"{each:+.2f}" for each in (above, below)), f"{row['seconds'] / 60:.0f}")

@@ -15,7 +15,6 @@ there are.
 import argparse
 import copy
 from importlib.metadata import version
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,14 +25,12 @@ from compactcli.errors import CompactError
 from compactcli.export import export
 from compactcli.methods import get, names
 
-from ._common import provenance, read, write
+from ._common import Row, add, provenance, rows
 from .export import timed
 
 NETWORKS = ("resnet34", "resnet50", "cifar:vgg16")
 RATIO = 0.5
 BATCHES = (1, 16)
-
-Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
@@ -48,16 +45,11 @@ def main(arguments: list[str]) -> None:
     for network in options.networks:
         for method in options.methods:
             key = f"{network} {method}"
-            if not (options.resume and key in _rows()):
+            if not (options.resume and key in rows("runtimes")):
                 print(key, flush=True)
                 row = {**provenance(command), **_row(network, method, options.repeats)}
-                write("runtimes", {"rows": _rows() | {key: row}})
+                add("runtimes", {key: row})
     _show()
-
-
-def _rows() -> dict[str, Row]:
-    rows: dict[str, Row] = read("runtimes").get("rows", {})
-    return rows
 
 
 def _row(name: str, method: str, repeats: int) -> Row:
@@ -87,7 +79,7 @@ def _row(name: str, method: str, repeats: int) -> Row:
 
 def _show() -> None:
     table = Table("network and method", "MACs kept", "parameters kept", "PyTorch, batch 1", "16", "ONNX Runtime, batch 1", "16")
-    for key, row in _rows().items():
+    for key, row in rows("runtimes").items():
         if "failed" in row:
             table.add_row(key, row["failed"])
             continue

@@ -19,7 +19,6 @@ A row is written to benchmarks/results/starts-NETWORK.json the moment it is ther
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +45,7 @@ from compactcli.methods.csg import Options
 from compactcli.methods.fcf import FCF, _means
 from compactcli.methods.hetconv import Parts, fit
 
-from ._common import RESULTS, checkpoint, images, write
+from ._common import add, checkpoint, images, provenance, rows
 
 IMAGES = 1024  # to calibrate on
 RATIOS = (0.9, 0.7, 0.5, 0.3)
@@ -75,10 +74,10 @@ def main(arguments: list[str]) -> None:
         for method in options.methods:
             for ratio in options.ratios:
                 key = f"{method} {ratio:g}"
-                if options.resume and key in _rows(name):
+                if options.resume and key in rows(f"starts-{name}"):
                     continue
-                row = {"command": command, "original": original, **_row(network, dataset, method, ratio)}
-                write(f"starts-{name}", {"rows": _rows(name) | {key: row | _judged(name, method, ratio, row, original)}})
+                row = {**provenance(command), "original": original, **_row(network, dataset, method, ratio)}
+                add(f"starts-{name}", {key: row | _judged(name, method, ratio, row, original)})
         _show(name)
 
 
@@ -212,17 +211,11 @@ def _with(network: Network, kernels: Kernels) -> Network:
     return one
 
 
-def _rows(name: str) -> dict[str, dict[str, Any]]:
-    path = RESULTS / f"starts-{name}.json"
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    return rows
-
-
 def _show(name: str) -> None:
     table = Table("method, ratio", title=name, title_justify="left")
     for column in ("kept", "accuracy", "seconds", "plain: kept", "accuracy", "original", "required"):
         table.add_column(column, justify="right")
-    for key, row in _rows(name).items():
+    for key, row in rows(f"starts-{name}").items():
         verdict = row.get("required")
         told = (
             ""

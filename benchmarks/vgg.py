@@ -33,7 +33,7 @@ from compactcli.history import Watch
 from compactcli.methods import get, parse_options
 from compactcli.optim import Settings
 
-from ._common import add, images, provenance, read
+from ._common import Row, Rows, add, images, provenance, rows
 
 NETWORK = "cifar:vgg16"
 IMAGES = 1024  # to calibrate on
@@ -42,8 +42,6 @@ MOST_BELOW_CONTROL = 1.0  # points
 MOST_TIME = 0.67  # of the original's
 ROWS = ("trained", "control", "hetconv", "times")
 TRAINED = Path(tempfile.gettempdir()) / "compactcli-vgg" / "trained.safetensors"
-
-Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
@@ -62,7 +60,7 @@ def main(arguments: list[str]) -> None:
     command = " ".join(["python -m benchmarks vgg", *arguments])
     TRAINED.parent.mkdir(exist_ok=True)
     for key in options.only:
-        if options.resume and key in _rows() and (key != "trained" or TRAINED.is_file()):
+        if options.resume and key in rows("vgg") and (key != "trained" or TRAINED.is_file()):
             continue
         print(key, flush=True)
         device = "cpu" if key == "times" else options.device
@@ -127,25 +125,20 @@ def _timed(repeats: int) -> Row:
     return {"repeats": repeats, "times": found, "required": {"at_most": MOST_TIME, "met": met}}
 
 
-def _rows() -> dict[str, Row]:
-    rows: dict[str, Row] = read("vgg").get("rows", {})
-    return rows
-
-
-def _judged(rows: dict[str, Row]) -> dict[str, Row]:
+def _judged(found: Rows) -> Rows:
     """The same; hetconv's accuracy beside what is required of it."""
-    if {"control", "hetconv"} <= rows.keys():
-        below = rows["control"]["after"] - rows["hetconv"]["after"]
-        rows["hetconv"]["below_control"] = {"points": below, "at_most": MOST_BELOW_CONTROL, "met": below <= MOST_BELOW_CONTROL}
-    return rows
+    if {"control", "hetconv"} <= found.keys():
+        below = found["control"]["after"] - found["hetconv"]["after"]
+        found["hetconv"]["below_control"] = {"points": below, "at_most": MOST_BELOW_CONTROL, "met": below <= MOST_BELOW_CONTROL}
+    return found
 
 
 def _show() -> None:
-    rows, table = _rows(), Table("network", "parameters", "MACs", "before", "after", "minutes")
-    for key, row in rows.items():
+    found, table = rows("vgg"), Table("network", "parameters", "MACs", "before", "after", "minutes")
+    for key, row in found.items():
         if key != "times":
             sizes = (f"{row[figure] / 1e6:.2f} M" for figure in ("params", "macs"))
             table.add_row(key, *sizes, f"{row['before']:.2f}", f"{row['after']:.2f}", f"{row['seconds'] / 60:.0f}")
-    times = ", ".join(f"{own['share']:.2f} at batch {own['batch']}" for own in rows.get("times", {}).get("times", []))
+    times = ", ".join(f"{own['share']:.2f} at batch {own['batch']}" for own in found.get("times", {}).get("times", []))
     table.caption = f"time: {times}" if times else None
     Console(width=100).print(table)

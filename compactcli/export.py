@@ -181,7 +181,7 @@ def _by(what: str, network: Network) -> Iterator[None]:
         with silent(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
-    except Exception as problem:
+    except Exception as problem:  # of whatever type a tracer has for what it does not know
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         raise CompactError(f"{network.name}: {what} cannot take this network: {lines[0][:200]}; try another --to") from problem
 

@@ -2,10 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+from compactcli import architectures
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # and in the processes that tests start: the bits depend on it
@@ -22,3 +25,11 @@ def checkpoints() -> Path:
     if not folder.is_dir():
         pytest.skip("there are no real checkpoints beside this clone")
     return folder
+
+
+@pytest.fixture
+def timm() -> Any:
+    """timm, beside a torchvision that may have been built for another torch; skips where it is not installed."""
+    if not architectures.has_timm():
+        pytest.skip("timm is not installed")
+    return architectures.timm()

@@ -7,6 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -272,7 +273,7 @@ def archive(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as original:
             entries = [(name, original.read(name)) for name in original.namelist()]
-    except Exception:  # what other mutations have made of it
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, EOFError, RuntimeError):  # damaged before
         return flip(data, seeds, chance)
     place = chance.randrange(len(entries)) if entries else 0
     compression = zipfile.ZIP_STORED

@@ -160,9 +160,7 @@ def test_a_users_factory_is_never_found_by_name(tmp_path: Path, monkeypatch: pyt
             architectures.get(name)
 
 
-def test_timm_by_name() -> None:
-    if not architectures.has_timm():
-        pytest.skip("timm is not installed")
+def test_timm_by_name(timm: Any) -> None:
     found = architectures.get("timm:resnet18.a1_in1k", {"num_classes": 5, "in_chans": 1})
     assert found.input_shape == (1, 224, 224)
     assert found.preprocessing.interpolation == "bicubic"

@@ -22,13 +22,6 @@ RECOGNISED = [
 ]
 
 
-@pytest.fixture
-def timm() -> Any:
-    if not architectures.has_timm():
-        pytest.skip("timm is not installed")
-    return architectures.timm()
-
-
 def tensors(name: str, **kwargs: Any) -> dict[str, Tensor]:
     return dict(architectures.get(f"timm:{name}", kwargs).build(device="meta").state_dict())
 

@@ -16,7 +16,7 @@ from test_artefact import network
 from test_compress import own
 from torch import Tensor, nn
 
-from compactcli import architectures, artefact, export, kernels
+from compactcli import artefact, export, kernels
 from compactcli.artefact import Network, Wishes
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -202,16 +202,8 @@ def test_weights_of_a_users_own_network_need_its_factory(tmp_path):
         export.export(given, "weights")
 
 
-def timm_or_skip() -> Any:
-    """timm, beside a torchvision that may have been built for another torch."""
-    if not architectures.has_timm():
-        pytest.skip("timm is not installed")
-    return architectures.timm()
-
-
 @pytest.mark.parametrize("name", ["timm:resnet18", "resnet18"])
-def test_timm_loads_what_is_its_own(name, tmp_path):
-    timm = timm_or_skip()
+def test_timm_loads_what_is_its_own(timm, name, tmp_path):
     given = network(name, (3, 32, 32), num_classes=6)
     lines: list[str] = []
     data = export.export(given, "timm", ending=".safetensors", log=lines.append).data
@@ -222,8 +214,7 @@ def test_timm_loads_what_is_its_own(name, tmp_path):
     assert_close(outputs(model, images(given, 2))[0], given, images(given, 2))
 
 
-def test_timm_is_refused_what_it_does_not_have():
-    timm_or_skip()
+def test_timm_is_refused_what_it_does_not_have(timm):
     with pytest.raises(CompactError, match="timm has no cifar:resnet8; use --to onnx or --to pt2"):
         export.export(made(None, "cifar:resnet8"), "timm")
     with pytest.raises(CompactError, match=r"weights alone do not say what this network is: .* in timm's resnet18"):

@@ -11,7 +11,7 @@ from test_artefact import assert_same, image, network
 from test_compress import own
 from torch import Tensor, nn
 
-from compactcli import architectures, surgery
+from compactcli import surgery
 from compactcli.artefact import dumps, open_model
 from compactcli.errors import CompactError
 from compactcli.export import simplify_
@@ -128,10 +128,8 @@ def test_networks_that_normalise_first_keep_what_they_read_together():
     assert 0 < folded(model, (3, 32, 32)) < every
 
 
-def test_the_activation_in_a_batch_norm_of_timm_stays():
-    if not architectures.has_timm():
-        pytest.skip("timm is not installed")
-    model = pair(conv(4, 8), architectures.timm().layers.BatchNormAct2d(8, act_layer=nn.Hardswish))
+def test_the_activation_in_a_batch_norm_of_timm_stays(timm):
+    model = pair(conv(4, 8), timm.layers.BatchNormAct2d(8, act_layer=nn.Hardswish))
     assert folded(model) == 1
     assert any(isinstance(module, nn.Hardswish) for module in model.modules())
 
