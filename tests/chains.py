@@ -15,7 +15,8 @@ from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.methods import get, names
-from compactcli.recipe import Measures, Step
+from compactcli.plain import plain_
+from compactcli.recipe import Measures, Step, without_tensors
 from compactcli.surgery import apply_checked_
 
 LAW = 1e-9  # of the largest output, in float64
@@ -67,8 +68,9 @@ def wished(chance: random.Random) -> Wishes:
 
 
 def _cut_(network: Network, share: float, seed: int) -> None:
-    """Remove about that share of what is free."""
+    """Remove about that share of what is free, of plain layers, which every command makes first."""
     module, shape = network.module, network.input_shape
+    plain = plain_(module, shape)
     found = channels.find(trace(module, shape), module)
     edits = channels.edits(found, networks.removable(found, share, seed), module)
     image = _image(shape, torch.float64)
@@ -77,7 +79,9 @@ def _cut_(network: Network, share: float, seed: int) -> None:
     actual = networks.outputs(copy.deepcopy(module).double(), image)
     assert _difference(actual, expected) < LAW
     measures = Measures(measure.params(module), measure.macs(module, shape))
-    network.recipe = network.recipe.then(Step("compress", "hinge", {}, tuple(edits), measures, error, __version__))
+    network.recipe = network.recipe.then(
+        Step("compress", "hinge", {}, without_tensors([*plain, *edits]), measures, error, __version__)
+    )
 
 
 def _same_from_its_file(network: Network, wishes: Wishes) -> None:
