@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from . import cifar
-from .errors import CompactError
+from .errors import CompactError, brief
 from .recipe import Preprocessing
 from .vision import torchvision
 
@@ -72,7 +72,7 @@ class Architecture:
             else:
                 with _Uninitialised("meta" if device == "meta" else "cpu"):
                     network = self.factory(**self.kwargs)
-        except (AssertionError, TypeError, ValueError, RuntimeError) as problem:
+        except Exception as problem:  # of the user's own code, or of a library for arguments that it does not know
             raise CompactError(f"{title(self.name, self.kwargs)} cannot be built: {brief(str(problem))}") from problem
         if not isinstance(network, nn.Module):
             raise CompactError(f"{self.name} returns a {type(network).__name__}, not a torch.nn.Module")
@@ -246,7 +246,7 @@ def _user_module(source: str) -> ModuleType:
     if not source.endswith(".py"):
         try:
             return importlib.import_module(source)
-        except (ModuleNotFoundError, ValueError) as problem:
+        except Exception as problem:  # the user's own code
             raise CompactError(f"cannot import {source!r}: {brief(str(problem))}") from problem
     if not Path(source).is_file():
         raise CompactError(f"there is no file {source}")
@@ -254,7 +254,10 @@ def _user_module(source: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:  # the user's own code
+        raise CompactError(f"cannot import {source}: {type(problem).__name__}: {brief(str(problem))}") from problem
     return module
 
 
@@ -274,10 +277,3 @@ def title(name: str, kwargs: Kwargs) -> str:
     """The name and the arguments beside it, for a line of text."""
     told = ", ".join(f"{key}={value}" for key, value in kwargs.items())
     return f"{name} ({told})" if told else name
-
-
-def brief(text: str) -> str:
-    """One line of at most 100 printable characters."""
-    line = " ".join(text.split())
-    line = "".join(character if character.isprintable() else "?" for character in line)
-    return line if len(line) <= 100 else f"{line[:99]}…"

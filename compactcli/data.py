@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .distributed import world_size
-from .errors import CompactError
+from .errors import CompactError, brief
 from .recipe import Preprocessing
 from .vision import torchvision
 
@@ -432,17 +432,26 @@ def _from_function(spec: str, form: _Form) -> Dataset:
     function = _import_function(spec)
     splits: dict[str, Split] = {}
     for name in ("train", "test"):
-        result = function(name)
+        try:
+            result = function(name)
+        except Exception as problem:  # the user's own code
+            said = brief(f"{type(problem).__name__}: {problem}")
+            raise CompactError(f"{spec} failed for {name!r}: {said}; --debug shows where") from problem
         if result is not None:
-            images, labels = _checked(spec, *result)
+            images, labels = _checked(spec, result)
             splits[name] = _from_array(images, labels, name, form)
     if not splits:
         raise CompactError(f'{spec} gave None for "train" and for "test"')
     return Dataset(Path(spec).name, False, None, splits.get("train"), splits.get("test"))
 
 
-def _checked(spec: str, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _checked(spec: str, result: Any) -> tuple[Tensor, Tensor | None]:
     """What the user's function gave, as uint8 and int64. Raises CompactError if it is neither images nor labels."""
+    try:
+        images, labels = result
+        images, labels = torch.as_tensor(images), None if labels is None else torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise CompactError(f"{spec} gave no pair of images and labels, as tensors or arrays") from None
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise CompactError(f"{spec} gave images of shape {tuple(images.shape)}; wanted (n, 1 or 3, h, w)")
     if labels is not None and (labels.shape != (len(images),) or int(labels.min()) < 0):
@@ -465,8 +474,9 @@ def _import_function(spec: str) -> Callable[[str], Any]:
         else:
             module = importlib.import_module(where)
         function: Callable[[str], Any] = getattr(module, name)
-    except (ImportError, FileNotFoundError, AttributeError, ValueError) as problem:
-        raise CompactError(f"cannot load {spec}: {problem}; it must be package.module:function or file.py:function") from None
+    except Exception as problem:  # the user's own code
+        said = brief(f"{type(problem).__name__}: {problem}")
+        raise CompactError(f"cannot load {spec}: {said}; it must be package.module:function or file.py:function") from problem
     return function
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import cifar
-from .architectures import LARGEST, Architecture, Kwargs, brief, get, has_timm, parameters, title
-from .errors import CompactError, shape_text
+from .architectures import LARGEST, Architecture, Kwargs, get, has_timm, parameters, title
+from .errors import CompactError, brief, shape_text
 from .signatures import Entry, Shape, count, fingerprint, ours, patterns_of, shapes_of, signature, timms
 from .vision import torchvision
 

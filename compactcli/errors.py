@@ -24,3 +24,10 @@ def shape_text(shape: Sequence[int]) -> str:
 def short(name: str) -> str:
     """A name from a file, fit for a line of text."""
     return name if name.isprintable() and len(name) <= 80 else f"{name[:60]!r}..."
+
+
+def brief(text: str) -> str:
+    """One line of at most 100 printable characters."""
+    line = " ".join(text.split())
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    return line if len(line) <= 100 else f"{line[:99]}…"

@@ -71,6 +71,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Fresh = Annotated[bool, typer.Option("--fresh", help="Take an untrained --arch network and read nothing.")]
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # what torch says of a CPU, of CUDA
+
+
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
     """The command with errors shown as one line on stderr; exit 1 for a bad input, 2 for bad usage, 130 interrupted."""
 
@@ -86,6 +89,8 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             typer.echo(f"{_who()}: {' '.join(str(problem).split())}", err=True)
             raise typer.Exit(problem.exit_code) from None
         except RuntimeError as problem:
+            if any(said in str(problem) for said in OUT_OF_MEMORY):
+                raise _out_of_memory() from None
             if kwargs.get("debug") or _who() == "compactcli":
                 raise
             typer.echo(f"{_who()}: {(str(problem).splitlines() or [''])[0]}", err=True)  # what another's end has cut off
@@ -94,13 +99,17 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             typer.echo(f"compactcli: stdout: {(problem.strerror or str(problem)).lower()}", err=True)
             os._exit(1)  # the interpreter would try to flush once more
         except MemoryError:
-            typer.echo("compactcli: out of memory; try a smaller --batch-size or --limit", err=True)
-            raise typer.Exit(1) from None
+            raise _out_of_memory() from None
         except KeyboardInterrupt as problem:
             typer.echo("; ".join(filter(None, ("compactcli: interrupted", str(problem)))), err=True)
             raise typer.Exit(130) from None
 
     return run
+
+
+def _out_of_memory() -> typer.Exit:
+    typer.echo(f"{_who()}: out of memory; try a smaller --batch-size or --limit", err=True)
+    return typer.Exit(1)
 
 
 def _who() -> str:

@@ -1,0 +1,133 @@
+"""Faults from outside: the old output or the new one is there, whole; one line says what happened, and the exit code is 1."""
+
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import COMMAND, HINGE, net, one_line, run, small  # noqa: F401  # fixtures
+
+from compactcli import report
+
+ROOM = 1000  # bytes that a file may have on a full disk
+OLD = b"what was there before"
+TRAINED = ("--data", "digits", "--limit", "60", "--epochs", "1", "--batch-size", "16")
+WRITERS: dict[str, list[str]] = {
+    "compress": ["compress", "small.safetensors", *HINGE, "0.5", "-o", "out"],
+    "finetune": ["finetune", "small.safetensors", *TRAINED, "--teacher", "none", "-o", "out"],
+    "sweep": ["sweep", "net.pt", "--methods", "hinge", "--ratios", "0.6", "-o", "out"],
+    "weights": ["export", "net.pt", "--to", "weights", "-o", "out"],
+    "half": ["export", "net.pt", "--dtype", "float16", "-o", "out"],
+    "page": ["report", "small.safetensors", "--html", "out"],
+    "table": ["bench", "net.pt", "--threads", "1", "--repeats", "2", "--save", "out"],
+}
+ENDED = WRITERS | {"search": ["compress", "net.pt", *HINGE, "0.6", *TRAINED, "-o", "out"]}
+OWN = {
+    "a syntax error": ("def load(:", r"cannot load own\.py:load: SyntaxError: "),
+    "an error while it is imported": ("1 / 0", r"cannot load own\.py:load: ZeroDivisionError: division by zero; it must be "),
+    "an error in the function": (
+        "def load(split): raise OSError('the disk is\\ngone')",
+        r"own\.py:load failed for 'train': OSError: the disk is gone; --debug shows where",
+    ),
+    "images alone": ("import torch\ndef load(split): return torch.zeros(3, 1, 8, 8)", r"own\.py:load gave no pair of images and"),
+    "a word": ("def load(split): return 'ab'", r"own\.py:load gave no pair of images and labels, as tensors or arrays"),
+}
+
+
+@pytest.fixture(autouse=True)
+def short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LATENCY_SECONDS", 0.0)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may be larger than ROOM, as none can be where there is no room."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_every_file_as_it_was(name, small, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").write_bytes(OLD)
+    before = files(tmp_path)
+    with full_disk():
+        line = one_line(run(*WRITERS[name], "-q"))
+    assert "file too large" in line
+    assert files(tmp_path) == before
+    assert run(*WRITERS[name], "-q").exit_code == 0  # and it is the disk alone
+    assert (tmp_path / "out").read_bytes() != OLD
+
+
+@pytest.mark.parametrize("name", ["compress", "search", "sweep"])
+def test_a_command_that_is_ended_leaves_the_old_output(name, small, tmp_path):  # noqa: F811
+    (tmp_path / "out").write_bytes(OLD)
+    process = subprocess.Popen([*shlex.split(COMMAND), *ENDED[name], "-q"], cwd=tmp_path, stderr=subprocess.PIPE)
+    time.sleep(1.5)  # while it imports, or works
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, 130, 0)
+    assert b"Traceback" not in told
+    if process.returncode:
+        assert (tmp_path / "out").read_bytes() == OLD
+
+
+def test_two_processes_that_write_one_file_leave_one_of_theirs(net, tmp_path):  # noqa: F811
+    ratios = ("0.5", "0.7")
+    wanted = [run("compress", net, *HINGE, ratio).stdout_bytes for ratio in ratios]
+    own = [[*shlex.split(COMMAND), "compress", str(net), *HINGE, ratio, "-q", "-o", "both"] for ratio in ratios]
+    processes = [subprocess.Popen(each, cwd=tmp_path) for each in own]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert (tmp_path / "both").read_bytes() in wanted
+    assert sorted(os.listdir(tmp_path)) == ["both", "net.pt"]
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_code_of_the_users_own_that_fails_is_one_line(case, net, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    body, message = OWN[case]
+    (tmp_path / "own.py").write_text(body)
+    line = one_line(run("evaluate", net, "-q", "--data", "own.py:load"))
+    assert re.search(message, line), line
+
+
+def test_arrays_are_as_good_as_tensors(net, tmp_path):  # noqa: F811
+    path = tmp_path / "own.py"
+    told = []
+    for library, dtype in (("numpy", "uint8"), ("torch", "uint8")):
+        path.write_text(f"import {library} as l\ndef load(split): return l.zeros((9, 1, 8, 8), dtype=l.{dtype}), l.arange(9)")
+        told.append(run("evaluate", net, "--data", f"{path}:load").stdout)
+    assert told[0] == told[1]
+    assert "on 9 test images" in told[0]
+
+
+def too_much(*arguments: Any, **options: Any) -> None:
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("error", [None, MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_no_memory_is_one_line(error, net, monkeypatch):  # noqa: F811
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "evaluate", too_much if error is None else fail)
+    line = one_line(run("evaluate", net, "-q", "--data", "digits"))
+    assert line == "compactcli: out of memory; try a smaller --batch-size or --limit"
