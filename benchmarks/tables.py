@@ -124,13 +124,13 @@ def _coverage() -> str:
 
 
 def _starts() -> str:
-    """What two methods start from."""
-    found, rows = read("starts-resnet20")["rows"], []
+    """What three methods start from."""
+    found, rows = read("starts-resnet56")["rows"], []
     for ratio in (0.9, 0.7, 0.5, 0.3):
-        own = [found[f"{method} {ratio:g}"] for method in ("linearconv", "csg")]
+        own = [found[f"{method} {ratio:g}"] for method in ("linearconv", "csg", "hetconv")]
         pairs = ((f"{row['accuracy']:.2f}", f"{row['plain']['accuracy']:.2f}") for row in own)
         rows.append([_percent(ratio), *(cell for pair in pairs for cell in pair)])
-    return markdown("parameters kept | linearconv | truncated | csg | truncated", rows)
+    return markdown("kept | linearconv | truncated | csg | truncated | hetconv | centres", rows)
 
 
 def _trained() -> str:

@@ -10,13 +10,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_what_the_larger_network_starts_from_is_what_was_found():
+def test_the_times_of_the_starts_are_what_was_found():
     rows = json.loads((RESULTS / "starts-resnet56.json").read_text())["rows"]
-    text = " ".join(README.split())
-    for method, told in (("linearconv", "linearconv keeps {} %"), ("csg", "csg {} %"), ("hetconv", "of its MACs, {} %")):
-        assert told.format(f"{rows[f'{method} 0.7']['accuracy']:.2f}") in text
     seconds = [f"{rows[f'{method} 0.7']['seconds']:.0f}" for method in ("linearconv", "csg", "hetconv")]
-    assert f"in {seconds[0]}, {seconds[1]} and {seconds[2]} s on 2 threads" in text
+    assert f"at 70 % in {seconds[0]}, {seconds[1]} and {seconds[2]} s" in " ".join(README.split())
 
 
 def test_the_figures_of_the_authors_csg_files_are_what_was_found():
