@@ -275,5 +275,5 @@ def _or_none(near: list[str]) -> str:
 
 def title(name: str, kwargs: Kwargs) -> str:
     """The name and the arguments beside it, for a line of text."""
-    told = ", ".join(f"{key}={value}" for key, value in kwargs.items())
+    told = ", ".join(f"{brief(key)}={brief(str(value))}" for key, value in kwargs.items())
     return f"{name} ({told})" if told else name
