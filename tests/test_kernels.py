@@ -471,7 +471,8 @@ def indexed(kind: str) -> nn.Sequential:
 def test_every_kind_of_layer_with_positions_is_known():
     for method in names():
         get(method)
-    assert set(LAYERS) == INDEXED.keys() | WITHOUT
+    own = {kind for kind in LAYERS if kind.partition(".")[0] in (*names(), "plain")}  # other tests make some more
+    assert own == INDEXED.keys() | WITHOUT
     for kind in INDEXED:
         assert any(not tensor.is_floating_point() for tensor in indexed(kind).state_dict().values())
 
