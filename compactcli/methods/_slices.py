@@ -111,11 +111,20 @@ def spectrum(layers: Sequence[Sliced]) -> tuple[Tensor, list[Tensor]]:
 def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(energies, directions as columns) of rows (n, m), descending; min(n, m) of them."""
     if len(rows) >= rows.shape[1]:
-        energy, vectors = torch.linalg.eigh(rows.T @ rows)
+        energy, vectors = _eigh(rows.T @ rows)
         return energy.flip(0), vectors.flip(1)
-    energy, vectors = torch.linalg.eigh(rows @ rows.T)
+    energy, vectors = _eigh(rows @ rows.T)
     energy, vectors = energy.flip(0), vectors.flip(1)
     return energy, torch.linalg.qr(rows.T @ vectors).Q
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues, eigenvectors), ascending; in float64 where float32 does not converge, as of slices that are mostly zeros."""
+    try:
+        energy, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        energy, vectors = torch.linalg.eigh(gram.double())
+    return energy.to(gram.dtype), vectors.to(gram.dtype)
 
 
 def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False) -> tuple[Tensor, list[Tensor]]:
