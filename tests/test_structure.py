@@ -47,6 +47,7 @@ ORDER = [
         "explain",
         "export",
         "sweep",
+        "tables",
         "timing",
     },
     {"cli"},
