@@ -90,8 +90,8 @@ STEP_HEADINGS = ("command", "parameters", "MACs", "accuracy", "output error")
 
 def step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
     """A step of the history as people read it, under STEP_HEADINGS: without the files, and options at their defaults."""
-    error = "-" if step["error"] is None else f"{step['error']:.3f}"
-    return command_line(step), number(step["params"]), number(step["macs"]), percent(step["accuracy"]), error
+    sizes = number(step["params"]), number(step["macs"])
+    return command_line(step), *sizes, percent(step["accuracy"]), error(step["error"])
 
 
 def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
@@ -99,12 +99,16 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("layer", "before", "after", "parameters kept", "MACs kept"):
         table.add_column(name, justify="right" if name.endswith("kept") else "left")
     for layer in layers:
-        before, after = layer["before"], layer["after"]
-        if before != after:
-            ratios = [ratio(after[key], before[key]) for key in ("params", "macs")]
-            shapes = (" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after))
-            table.add_row(Text(layer["name"]), *shapes, *map(share, ratios))
+        if layer["before"] != layer["after"]:
+            table.add_row(Text(layer["name"]), *_change(layer))
     return table
+
+
+def _change(layer: Mapping[str, Any]) -> list[str]:
+    """A layer's weights before and after, and the shares kept of its parameters and MACs."""
+    before, after = layer["before"], layer["after"]
+    shapes = (" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after))
+    return [*shapes, *(share(ratio(after[key], before[key])) for key in ("params", "macs"))]
 
 
 def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> RenderableType:
@@ -193,10 +197,8 @@ def _predictions(rows: Sequence[Mapping[str, Any]]) -> Table:
     for at, row in enumerate(rows):
         if at and row["ratio"] != rows[at - 1]["ratio"]:
             table.add_section()
-        error = "-" if row["error"] is None else f"{row['error']:.3f}"
-        table.add_row(
-            row["method"], f"{100 * row['ratio']:g} % of {row['of']}", error, percent(row["accuracy"]), row["reason"] or ""
-        )
+        figures = error(row["error"]), percent(row["accuracy"])
+        table.add_row(row["method"], f"{100 * row['ratio']:g} % of {row['of']}", *figures, row["reason"] or "")
     return table
 
 
@@ -208,11 +210,7 @@ def plan_table(tree: Mapping[str, Any]) -> RenderableType:
     for name in ("layer", "before", "after", "parameters kept", "MACs kept", "output error", "why"):
         table.add_column(name, justify="left" if name in ("layer", "before", "after", "why") else "right", overflow="fold")
     for layer in tree["layers"]:
-        before, after = layer["before"], layer["after"]
-        ratios = [share(ratio(after[key], before[key])) for key in ("params", "macs")]
-        shapes = [" + ".join(map(shape_text, part["weight_shapes"])) for part in (before, after)]
-        error = "-" if layer["error"] is None else f"{layer['error']:.3f}"
-        table.add_row(Text(layer["name"]), *shapes, *ratios, error, layer["why"])
+        table.add_row(Text(layer["name"]), *_change(layer), error(layer["error"]), layer["why"])
     return table
 
 
@@ -238,6 +236,11 @@ def bench_table(tree: Mapping[str, Any]) -> RenderableType:
 def number(value: float | None, unit: str = "") -> str:
     """A count with commas, or a measure with two decimals."""
     return "-" if value is None else f"{value:,}{unit}" if isinstance(value, int) else f"{value:,.2f}{unit}"
+
+
+def error(value: float | None) -> str:
+    """A relative error of outputs."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def percent(value: float | None) -> str:
