@@ -24,6 +24,7 @@ ORDER = [
         "signatures",
         "detection",
         "checkpoint",
+        "pickles",
         "folding",
         "channels",
         "surgery",
