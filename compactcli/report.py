@@ -322,12 +322,11 @@ def _coupled(plain: predict.Plain) -> list[dict[str, Any]]:
     states = np.stack([one.along() - taken for taken in [np.zeros_like(one.along()), *one.per_set]])
     costs = {of: own.cost(states, np.tile(one.ranks(), (len(states), 1))) for of, own in budgets.items()}
     for number, family in enumerate(one.families, 1):
-        axes = {axis for axis, _ in family.axes}
         result.append(
             {
                 "sets": len(family.sets),
-                "made_by": [layer.name for layer in one.layers if (layer.weight, layer.out_axis) in axes],
-                "read_by": [layer.name for layer in one.layers if (layer.weight, layer.in_axis) in axes],
+                "made_by": [layer.name for layer in one.makers(family)],
+                "read_by": [layer.name for layer in one.readers(family)],
                 **{of: round(float(cost[0] - cost[number])) for of, cost in costs.items()},
             }
         )
