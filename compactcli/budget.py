@@ -311,6 +311,16 @@ class Budget:
         self.per_set = np.concatenate([self.per_set, row])
         return len(self.families) - 1
 
+    def makers(self, family: Family) -> list[Layer]:
+        """The layers that make a family's channels."""
+        axes = {axis for axis, _ in family.axes}
+        return [layer for layer in self.layers if (layer.weight, layer.out_axis) in axes]
+
+    def readers(self, family: Family) -> list[Layer]:
+        """The layers that read a family's channels."""
+        axes = {axis for axis, _ in family.axes}
+        return [layer for layer in self.layers if (layer.weight, layer.in_axis) in axes]
+
     def step(self, width: int, price: Price = "cost") -> int:
         """What a channel count or rank of a layer of that width is a multiple of: `--round`, or what suits the kernels."""
         if self.round_to:
@@ -392,10 +402,8 @@ class Budget:
         """The index of the layer that is changed: of a family the first that makes it; the first that reads it, if none does."""
         if layer is not None or family is None:
             return layer or 0
-        axes = {axis for axis, _ in self.families[family].axes}
-        sides = ("out_axis", "in_axis")
-        found = (n for side in sides for n, layer in enumerate(self.layers) if (layer.weight, getattr(layer, side)) in axes)
-        return next(found, 0)
+        changed = self.makers(self.families[family]) or self.readers(self.families[family])
+        return self.layers.index(changed[0]) if changed else 0
 
     def losses(self, dials: Sequence[Dial], settings: Sequence[int]) -> dict[str, float]:
         """The error of each layer, by name, that the settings change."""

@@ -1,11 +1,7 @@
 """Reads a checkpoint of any common format into named tensors. Nothing from the file is imported or run.
 
-A pickle is read as data. `torch.load(weights_only=True)` runs no foreign code either, but it calls its
-allow-listed constructors with whatever numbers the file holds: `bytearray(2**40)`, a legacy storage of
-2**40 elements, a view larger than its storage. Limits would need a second reader before it, and two
-readers can be made to disagree. So there is one, which calls nothing: a call becomes a `_Call`, a storage
-a `_Storage`, and only the tensors that are wanted are built from them, each checked against the bytes
-that are there. A file may thus hold any class beside its tensors, and optimizer state costs nothing.
+A pickle is read as data (`pickles.py`): only the tensors that are wanted are built from the calls in it, each checked against the
+bytes that are there. A file may thus hold any class beside its tensors, and optimizer state costs nothing.
 """
 
 import functools
@@ -14,13 +10,10 @@ import io
 import json
 import math
 import os
-import pickletools
 import struct
 import sys
-import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,15 +21,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import CompactError, short
+from .errors import CompactError, damage, short
+from .pickles import HARMLESS, Call, Global, Pickle, Storage
 
 # Limits, all far above what a real network needs.
 HEADER_BYTES = 100_000_000  # of a safetensors header; the format's own limit
 CONFIG_BYTES = 16 << 20
 ZIP_ENTRIES = 100_000
-PICKLE_OPERATIONS = 2_000_000  # about 40 per tensor; each costs at most some hundred bytes
 SHARED_RATIO = 256  # bytes named by all tensors together / bytes of the file (23 in a ResNet-56 with CSG)
-NAME_LENGTH = 1000  # of a class
 DIMENSIONS = 8
 ELEMENTS = 1 << 48
 
@@ -67,26 +59,6 @@ _DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}
-_STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-    "_UntypedStorage": torch.uint8,
-    # Known so that their bytes can be skipped; their tensors are refused.
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "QInt8Storage": torch.qint8,
-    "QUInt8Storage": torch.quint8,
-    "QInt32Storage": torch.qint32,
 }
 
 
@@ -194,17 +166,6 @@ def _stranger(head: bytes) -> str:
     return f"not a checkpoint (it begins with {head[:8]!r}); wanted a file of torch.save or safetensors"
 
 
-@contextmanager
-def _damage(part: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turns what a parser raises over broken input into one line."""
-    caught: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, EOFError, *errors)
-    try:
-        yield
-    except caught as problem:
-        detail = " ".join(str(problem).split())[:100]
-        raise CompactError(f"the {part} is damaged or cut short ({detail or type(problem).__name__})") from None
-
-
 def _bytes(stream: io.BufferedIOBase, count: int) -> Tensor:
     """The next `count` bytes of a stream as uint8; the caller knows that the file is as large."""
     data = torch.empty(count, dtype=torch.uint8)
@@ -266,44 +227,11 @@ def _check_shape(name: str, shape: Sequence[Any]) -> None:
 
 
 def _json(text: bytes, part: str) -> dict[str, Any]:
-    with _damage(part):
+    with damage(part):
         value = json.loads(text.decode())
     if not isinstance(value, dict):
         raise CompactError(f"the {part} is not a JSON object")
     return value
-
-
-@dataclass(frozen=True)
-class _Global:
-    """A name of a class or function, as "module.name". Never looked up."""
-
-    name: str
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call that the pickle asks for and nobody makes."""
-
-    function: str
-    arguments: tuple[Any, ...]
-    state: Any = None  # what __setstate__ would get
-
-    @property
-    def is_tensor(self) -> bool:
-        module, _, name = self.function.rpartition(".")
-        return module.split(".")[0] == "torch" and (
-            name.startswith("_rebuild_") or name.endswith("Tensor") or name == "Parameter"
-        )
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A run of elements: `length` of them from `start`, in the bytes that the file keeps under `key`."""
-
-    dtype: torch.dtype
-    key: str
-    start: int
-    length: int
 
 
 @dataclass
@@ -315,196 +243,12 @@ class _Content:
     objects: list[str]  # classes and functions the pickle names and that stay unread
 
 
-# Calls that say no more than their argument, or that people keep beside weights and nobody misses.
-_MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict"})
-_HARMLESS = frozenset(
-    {
-        *("torch.Size", "torch.device", "argparse.Namespace", "collections.Counter", "_codecs.encode", "pathlib.PosixPath"),
-        *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "builtins.set", "__builtin__.set"),
-    }
-)
-_RECONSTRUCTORS = frozenset({"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"})
-
-
-class _Pickle:
-    """One pickle from a stream, interpreted without calling anything. Afterwards the stream is behind it.
-
-    No operation may cost more than its own length, or a small file could take for ever: nothing from
-    the file is hashed, compared, copied or printed but strings and numbers, and names are kept short.
-    """
-
-    def __init__(self, file: _File) -> None:
-        self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []  # the stacks below the marks
-        self.memo: dict[int, Any] = {}
-        self.storages: dict[str, _Storage] = {}
-        self.objects: dict[str, None] = {}  # an ordered set
-        with _damage("pickle"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # pickletools' own, over a backslash in a name
-            for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
-                if count >= PICKLE_OPERATIONS:
-                    raise CompactError(f"the pickle has more than {PICKLE_OPERATIONS} operations; no state_dict is that long")
-                self._do(operation.name, argument)
-            self.tree = self.stack.pop()
-
-    def _do(self, operation: str, argument: Any) -> None:
-        """One operation of the pickle machine; `pickletools` describes each."""
-        stack = self.stack
-        match operation:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "MARK":
-                self.outer.append(stack)
-                self.stack = []
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(operation == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST" | "EMPTY_SET":  # a set would hash what the file gives it
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._pop(int(operation[-1]))))
-            case "TUPLE" | "LIST" | "FROZENSET":
-                items = self._marked()
-                self.stack.append(tuple(items) if operation == "TUPLE" else items)
-            case "DICT":
-                items = self._marked()
-                self.stack.append({})
-                self._put_items(items)
-            case "APPEND":
-                self._extend(self._pop(1))
-            case "APPENDS" | "ADDITEMS":
-                self._extend(self._marked())
-            case "SETITEM":
-                self._put_items(self._pop(2))
-            case "SETITEMS":
-                self._put_items(self._marked())
-            case "POP":
-                self._pop(1)
-            case "POP_MARK":
-                self._marked()
-            case "DUP":
-                stack.append(stack[-1])
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "GLOBAL":
-                stack.append(_name(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_name(*self._pop(2)))
-            case "REDUCE" | "NEWOBJ":
-                self._call(*self._pop(2))
-            case "NEWOBJ_EX":
-                self._call(*self._pop(3)[:2])
-            case "INST":
-                self._call(_name(*argument.split(" ", 1)), tuple(self._marked()))
-            case "OBJ":
-                function, *arguments = self._marked()
-                self._call(function, tuple(arguments))
-            case "BUILD":
-                (state,) = self._pop(1)
-                if isinstance(stack[-1], _Call):  # a dictionary's attributes, such as _metadata, are left out
-                    stack[-1].state = state
-            case "BINPERSID":
-                stack.append(self._persistent(*self._pop(1)))
-            case "PERSID" | "EXT1" | "EXT2" | "EXT4" | "NEXT_BUFFER" | "READONLY_BUFFER":
-                raise ValueError(f"operation {operation} has no place in a checkpoint")
-            case _:  # a number or a string
-                stack.append(argument)
-
-    def _pop(self, count: int) -> list[Any]:
-        if len(self.stack) < count:
-            raise IndexError("stack underflow")
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
-
-    def _marked(self) -> list[Any]:
-        """What was pushed since the last mark."""
-        items, self.stack = self.stack, self.outer.pop()
-        return items
-
-    def _extend(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(items)
-
-    def _put_items(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], dict):
-            self.stack[-1].update(_named(zip(items[::2], items[1::2], strict=True)))
-
-    def _call(self, function: Any, arguments: Any) -> None:
-        if not isinstance(arguments, tuple):
-            raise ValueError("a call without a tuple of arguments")
-        match function:
-            case _Global(name=name) | _Call(function=name):
-                pass
-            case _:
-                raise ValueError("a call of something that has no name")
-        if name in _MAPPINGS:
-            self.stack.append(_mapping(arguments))
-            return
-        if name in _RECONSTRUCTORS and arguments and isinstance(arguments[0], _Global):
-            name = arguments[0].name
-        call = _Call(name, arguments)
-        if name not in _HARMLESS and not call.is_tensor:
-            self.objects[name] = None
-        self.stack.append(call)
-
-    def _persistent(self, identity: Any) -> Any:
-        """What torch put outside the pickle: a storage, or the class of a module (old files add its source)."""
-        match identity if isinstance(identity, tuple) and len(identity) <= 6 else None:
-            case ("module", _Global() as module, *_):
-                return module
-            case ("storage", _Global(name=kind), str() as key, _, int() as length, *view):
-                dtype = _STORAGE_DTYPES.get(kind.rpartition(".")[2])
-            case _:
-                raise ValueError("a persistent id that is no storage")
-        if dtype is None or length < 0:
-            raise ValueError(f"a storage of kind {short(kind)} with {length} elements")
-        whole = _Storage(dtype, key, 0, length)
-        self.storages.setdefault(key, whole)
-        match view:
-            case [(_, int() as start, int() as part)]:  # a part of the storage, in files of torch before 0.4
-                return _Storage(dtype, key, start, part)
-        return whole
-
-
-def _name(module: Any, name: Any) -> _Global:
-    if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > NAME_LENGTH:
-        raise ValueError("a class without a proper name")
-    return _Global(f"{module}.{name}")
-
-
-def _mapping(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """What OrderedDict(*arguments) and its like would hold: nothing yet, a table, or (Python 2) a list of pairs."""
-    match arguments:
-        case (dict() as table,):
-            return table  # not a copy: a thousand calls could share it
-        case (list() as pairs,):
-            table = dict(_named(pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2))
-            pairs.clear()  # for the same reason
-            return table
-    return {}
-
-
-def _named(pairs: Iterable[Any]) -> list[tuple[str, Any]]:
-    """The pairs whose key is a string, the only ones that can name a tensor."""
-    return [(key, value) for key, value in pairs if isinstance(key, str)]
-
-
 def _zip(file: _File, size: int) -> _Content:
     """A file of torch.save since 1.6: a zip archive with data.pkl and data/<key>, nothing compressed."""
     if _count(file, b"PK\x01\x02") > ZIP_ENTRIES:
         raise CompactError(f"the zip archive has more than {ZIP_ENTRIES} entries; no checkpoint has as many")
     broken = (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, OverflowError, OSError)
-    with _damage("zip archive", *broken):
+    with damage("zip archive", *broken):
         archive = zipfile.ZipFile(file)
     entries = {info.filename: info for info in archive.infolist()}
     if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
@@ -523,12 +267,12 @@ def _zip(file: _File, size: int) -> _Content:
     def content(name: str) -> Tensor:
         if name not in entries:
             raise CompactError(f"the zip archive has no {short(name)}, which the pickle refers to; it is damaged")
-        with _damage("zip archive", *broken), archive.open(entries[name]) as stream:
+        with damage("zip archive", *broken), archive.open(entries[name]) as stream:
             return _bytes(cast(zipfile.ZipExtFile, stream), entries[name].file_size)
 
     if f"{root}byteorder" in entries and bytes(content(f"{root}byteorder").numpy()) != b"little":
         raise CompactError("the file was saved on a big-endian machine; load and save it on a little-endian one")
-    pickled = _Pickle(io.BytesIO(content(f"{root}data.pkl").numpy().tobytes()))
+    pickled = Pickle(io.BytesIO(content(f"{root}data.pkl").numpy().tobytes()))
     return _Content(pickled.tree, functools.cache(lambda key: content(f"{root}data/{key}")), list(pickled.objects))
 
 
@@ -545,15 +289,15 @@ def _count(file: _File, mark: bytes) -> int:
 
 def _legacy(file: _File, size: int) -> _Content:
     """A file of torch.save before 1.6: five pickles, then each storage as its length and its elements."""
-    if _Pickle(file).tree != 0x1950A86A20F9469CFC6C:
+    if Pickle(file).tree != 0x1950A86A20F9469CFC6C:
         raise CompactError("a pickle that torch.save did not write; load it and save the state_dict with torch.save")
-    if _Pickle(file).tree != 1001:
+    if Pickle(file).tree != 1001:
         raise CompactError("a format of torch.save that this compactcli does not know; wanted version 1001")
-    system = _Pickle(file).tree
+    system = Pickle(file).tree
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise CompactError("the file was saved on a big-endian machine; load and save it on a little-endian one")
-    pickled = _Pickle(file)
-    keys = _Pickle(file).tree
+    pickled = Pickle(file)
+    keys = Pickle(file).tree
     places: dict[str, tuple[int, int]] = {}
     position = file.tell()
     for key in keys if isinstance(keys, list) else []:
@@ -634,7 +378,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _build(name: str, call: _Call, content: _Content) -> Tensor:
+def _build(name: str, call: Call, content: _Content) -> Tensor:
     """The tensor that a call would make, as a view of its storage."""
     storage, dtype, offset, size, stride = _view(name, call)
     if dtype not in _DTYPES.values():
@@ -657,32 +401,32 @@ def _build(name: str, call: _Call, content: _Content) -> Tensor:
     return typed.as_strided(size, stride, typed.storage_offset() + offset)
 
 
-def _view(name: str, call: _Call, depth: int = 0) -> tuple[_Storage, torch.dtype, Any, tuple[Any, ...], tuple[Any, ...]]:
+def _view(name: str, call: Call, depth: int = 0) -> tuple[Storage, torch.dtype, Any, tuple[Any, ...], tuple[Any, ...]]:
     """Storage, dtype, offset, shape and strides of the tensor that a call would make."""
     if depth > 4 or len(call.arguments) > 16:
         raise _unsupported(name, "wrapped in other tensors too often")
     match call.function.rpartition(".")[2], call.arguments, call.state:
-        case "_rebuild_tensor" | "_rebuild_tensor_v2", (_Storage() as storage, offset, size, stride, *rest), _:
+        case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *rest), _:
             if len(rest) == 3 and rest[2]:
                 raise _unsupported(name, "a conjugated or negated view")
             return storage, storage.dtype, offset, _sizes(size), _sizes(stride)
-        case "_rebuild_tensor_v3", (_Storage() as storage, offset, size, stride, _, _, _Global(name=kind), *_), _:
+        case "_rebuild_tensor_v3", (Storage() as storage, offset, size, stride, _, _, Global(name=kind), *_), _:
             dtype = next((dtype for dtype in _DTYPES.values() if str(dtype) == kind), None)
             if dtype is None:
                 raise _unsupported(name, f"of type {short(kind)}")
             return storage, dtype, offset, _sizes(size), _sizes(stride)
-        case "_rebuild_from_type" | "_rebuild_from_type_v2", (_Global(name=function), _, tuple() as arguments, *_), _:
-            return _view(name, _Call(function, arguments), depth + 1)
+        case "_rebuild_from_type" | "_rebuild_from_type_v2", (Global(name=function), _, tuple() as arguments, *_), _:
+            return _view(name, Call(function, arguments), depth + 1)
         case (
             "_rebuild_parameter" | "_rebuild_parameter_with_state" | "_rebuild_device_tensor_from_cpu_tensor" | "Parameter",
-            (_Call() as inner, *_),
+            (Call() as inner, *_),
             _,
         ):
             return _view(name, inner, depth + 1)
         # torch before 0.4: a tensor's state is its view, a parameter's begins with its tensor.
-        case _, _, (_Storage() as storage, offset, size, stride):
+        case _, _, (Storage() as storage, offset, size, stride):
             return storage, storage.dtype, offset, _sizes(size), _sizes(stride)
-        case _, _, (_Call() as inner, _, _, _, _):
+        case _, _, (Call() as inner, _, _, _, _):
             return _view(name, inner, depth + 1)
         case function, _, _:
             raise _unsupported(name, f"a tensor made by {short(function)}")
@@ -690,7 +434,7 @@ def _view(name: str, call: _Call, depth: int = 0) -> tuple[_Storage, torch.dtype
 
 def _sizes(value: Any) -> tuple[Any, ...]:
     """A shape, which old files wrap in a torch.Size."""
-    if isinstance(value, _Call) and value.function == "torch.Size" and value.arguments:
+    if isinstance(value, Call) and value.function == "torch.Size" and value.arguments:
         value = value.arguments[0]
     return tuple(value) if isinstance(value, (tuple, list)) else (None,)
 
@@ -763,12 +507,12 @@ def _weights(tree: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, _Call) and value.is_tensor)
+    return isinstance(value, Tensor) or (isinstance(value, Call) and value.is_tensor)
 
 
 def _nothing(tree: Any) -> CompactError:
     """Why there are no tensors in a tree."""
-    blocked = next((call.function for call in _calls(tree) if call is tree or call.function not in _HARMLESS), None)
+    blocked = next((call.function for call in _calls(tree) if call is tree or call.function not in HARMLESS), None)
     if blocked is not None:
         return _NeedsTrustError(
             f"holds a pickled object of class {short(blocked)}; only --trust-pickle unpickles it, "
@@ -782,12 +526,12 @@ def _nothing(tree: Any) -> CompactError:
     return CompactError(f"holds a {type(tree).__name__.strip('_').lower()}; wanted a state_dict")
 
 
-def _calls(tree: Any) -> Iterator[_Call]:
+def _calls(tree: Any) -> Iterator[Call]:
     """The objects in a tree that are no tensors, those under a wrapper's name first."""
     waiting, seen = [tree], set()
     while waiting:
         item = waiting.pop()
-        if isinstance(item, _Call) and not item.is_tensor:
+        if isinstance(item, Call) and not item.is_tensor:
             yield item
         elif isinstance(item, dict) and id(item) not in seen:
             seen.add(id(item))

@@ -11,7 +11,7 @@ from . import data, report
 from .artefact import Network
 from .errors import CompactError, shape_text
 from .pareto import optimal
-from .report import number, percent, share
+from .tables import judged_by, number, percent, share
 
 COSTS = {"params": "params", "macs": "macs", "latency": "latency_ms"}  # what a network may be the best at -> its figure
 HEADINGS = ("network", "parameters", "kept", "MACs", "kept", "file", "latency", "accuracy", "Pareto for")
@@ -78,7 +78,7 @@ def caption(tree: Mapping[str, Any]) -> str:
     models = [each["model"] for each in tree["models"]]
     if not _judged_alike(models):
         return UNJUDGED
-    return "; ".join(filter(None, (report.judged_by(models[0]), JUDGED)))
+    return "; ".join(filter(None, (judged_by(models[0]), JUDGED)))
 
 
 def table(tree: Mapping[str, Any]) -> RenderableType:

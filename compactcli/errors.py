@@ -1,6 +1,7 @@
 """Errors a user can cause: one line with what, where, was, wanted, and what to try."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class CompactError(Exception):
@@ -31,3 +32,13 @@ def brief(text: str) -> str:
     line = " ".join(text.split())
     line = "".join(character if character.isprintable() else "?" for character in line)
     return line if len(line) <= 100 else f"{line[:99]}…"
+
+
+@contextmanager
+def damage(part: str, *errors: type[Exception]) -> Iterator[None]:
+    """What a parser raises in the block over broken input, as one line. Raises CompactError."""
+    caught: tuple[type[Exception], ...] = (ValueError, KeyError, IndexError, EOFError, *errors)
+    try:
+        yield
+    except caught as problem:
+        raise CompactError(f"the {part} is damaged or cut short ({brief(str(problem)) or type(problem).__name__})") from None

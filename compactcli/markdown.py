@@ -4,18 +4,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import __version__, compare, report
+from . import __version__, compare, tables
 
 LEFT = {"", "network", "Pareto for", "command"}  # headings of words; under the others are figures
 
 
 def report_markdown(tree: Mapping[str, Any]) -> str:
     """A report: the measures, and the history."""
-    parts = [f"### {_text(report.title(tree['model']))}", _table(report.HEADINGS, report.summary_rows(tree))]
+    parts = [f"### {_text(tables.title(tree['model']))}", _table(tables.HEADINGS, tables.summary_rows(tree))]
     if tree["model"]["evaluated"]:
-        parts.append(_text(report.judged_by(tree["model"])) + ".")
+        parts.append(_text(tables.judged_by(tree["model"])) + ".")
     if tree["steps"]:
-        parts += ["#### History", _table(report.STEP_HEADINGS, list(map(report.step_row, tree["steps"])))]
+        parts += ["#### History", _table(tables.STEP_HEADINGS, list(map(tables.step_row, tree["steps"])))]
     return "\n\n".join([*parts, f"Measured by compactcli {__version__}."]) + "\n"
 
 

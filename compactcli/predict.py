@@ -110,9 +110,8 @@ def sensitivity(plain: Plain, accuracy: Accuracies) -> dict[str, dict[str, Any]]
     budget = plain.budget(0.5, "macs")
     widths: dict[str, Floats] = {}
     for family, _, errors in removable(plain.module, plain.channels, budget, plain.moments, shared=True):
-        axes = {axis for axis, _ in budget.families[family].axes}
-        for layer in budget.layers:
-            if layer.groups == 1 and (layer.weight, layer.out_axis) in axes and _mostly(plain, layer, budget, family):
+        for layer in budget.makers(budget.families[family]):
+            if layer.groups == 1 and _mostly(plain, layer, budget, family):
                 widths[layer.name] = errors
     ranks = {
         budget.layers[index].name: errors

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from compactcli import checkpoint
+from compactcli import checkpoint, pickles
 from compactcli.checkpoint import Checkpoint, read
 from compactcli.errors import CompactError
 
@@ -714,12 +714,12 @@ def test_operations_that_share_an_argument_do_not_copy_it():
     """A thousand OrderedDicts made of one table of a thousand entries would be a million entries."""
     table = b"}(" + b"".join(b"X\x04\x00\x00\x00%04dN" % i for i in range(5000)) + b"u\x85q\x00"
     body = b"\x80\x02" + table + b"ccollections\nOrderedDict\nh\x00R" * 5000 + b"."
-    content = checkpoint._Pickle(io.BytesIO(body))
+    content = pickles.Pickle(io.BytesIO(body))
     assert content.tree is content.memo[0][0]
 
 
 def test_a_pickle_without_end(monkeypatch):
-    monkeypatch.setattr(checkpoint, "PICKLE_OPERATIONS", 1000)
+    monkeypatch.setattr(pickles, "OPERATIONS", 1000)
     refused(LEGACY + b"\x80\x02" + b"N0" * 1000 + b"N.", "more than 1000 operations")
 
 

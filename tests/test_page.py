@@ -18,7 +18,7 @@ from test_cli import one_line, run
 from test_report import text_of
 from test_schemas import SCHEMAS
 
-from compactcli import compare, measure, page, report
+from compactcli import compare, measure, page, report, tables
 from compactcli.artefact import open_model
 from compactcli.commands import command_line
 from compactcli.markdown import comparison_markdown, report_markdown
@@ -257,7 +257,7 @@ def test_nothing_in_a_file_becomes_markdown(made, compared):
 
 
 def test_nothing_in_a_file_becomes_the_markup_of_tables(made, compared):
-    for table in (report.report_tables(hostile(made[0]), layers=True), compare.table(hostile(compared[0]))):
+    for table in (tables.report_tables(hostile(made[0]), layers=True), compare.table(hostile(compared[0]))):
         assert "[/red]" in text_of(table)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from test_artefact import network, smaller
 from test_compress import own
 
-from compactcli import artefact, counters, data, kernels, measure, methods, report
+from compactcli import artefact, counters, data, kernels, measure, methods, report, tables
 from compactcli.artefact import Wishes, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -174,7 +174,7 @@ def test_the_last_recorded_accuracy_is_shown_without_data(pair):
     tree = report.report(recorded, None, None)
     check_report(tree)
     assert (tree["model"]["accuracy"], tree["model"]["evaluated"]) == (91.5, seen)
-    assert "91.50 %" in text_of(report.report_tables(tree))
+    assert "91.50 %" in text_of(tables.report_tables(tree))
 
 
 def test_the_history_knows_the_accuracy_of_the_baseline_that_it_began_with(pair):
@@ -194,7 +194,7 @@ def test_the_history_knows_the_accuracy_of_the_baseline_that_it_began_with(pair)
 
 def test_tables_show_a_dash_for_what_is_not_known(pair):
     original, small = pair
-    text = text_of(report.report_tables(report.report(small, None, None), layers=True))
+    text = text_of(tables.report_tables(report.report(small, None, None), layers=True))
     for word in (
         "Parameters",
         "MACs",
@@ -212,7 +212,7 @@ def test_tables_show_a_dash_for_what_is_not_known(pair):
     accuracy = next(line for line in text.splitlines() if "Accuracy" in line)
     assert accuracy.count("-") == 3
     assert f"{sum(p.numel() for p in original.module.parameters()):,}" in text
-    assert "None" not in text_of(report.report_tables(report.report(network(width=4), None, None), layers=True))
+    assert "None" not in text_of(tables.report_tables(report.report(network(width=4), None, None), layers=True))
 
 
 def test_a_papers_own_count_is_there_when_asked_for(pair):
@@ -222,7 +222,7 @@ def test_a_papers_own_count_is_there_when_asked_for(pair):
     before, now = (counters.fcf(each.module, (1, 32, 32)) for each in pair)
     assert tree["counter"] == {"name": "fcf", "count": now, "baseline": before}
     assert now < before
-    row = next(line for line in text_of(report.report_tables(tree)).splitlines() if "By fcf's counter" in line)
+    row = next(line for line in text_of(tables.report_tables(tree)).splitlines() if "By fcf's counter" in line)
     assert all(figure in row for figure in (f"{before:,}", f"{now:,}", f"{100 * now / before:.1f} %"))
 
 
@@ -230,7 +230,7 @@ def test_a_papers_own_count_of_the_first_network_needs_its_file(pair):
     _, small = pair
     tree = report.report(small, None, None, counter="hinge")
     assert tree["counter"] == {"name": "hinge", "count": counters.hinge(small.module, (1, 32, 32)), "baseline": None}
-    row = next(line for line in text_of(report.report_tables(tree)).splitlines() if "By hinge's counter" in line)
+    row = next(line for line in text_of(tables.report_tables(tree)).splitlines() if "By hinge's counter" in line)
     assert row.count("-") == 2
 
 
@@ -303,20 +303,20 @@ def test_layers_that_make_their_kernels_add_up(kerneled):
         assert layers[name]["before"]["params"] == weight.numel()
         assert layers[name]["params"] == sum(p.numel() for p in layer.parameters()) < weight.numel()
     assert {name for name, layer in layers.items() if layer["before"] != layer["after"]} == set(changed)
-    text = text_of(report.report_tables(tree, layers=True))
+    text = text_of(tables.report_tables(tree, layers=True))
     assert all(name in text for name in changed)
 
 
 def test_tables_show_what_kernels_are_made_of_where_they_are(kerneled, pair):
     original, made = kerneled
-    text = text_of(report.report_tables(report.report(made, None, None)))
+    text = text_of(tables.report_tables(report.report(made, None, None)))
     assert f"{measure.params(original.module):,}" in next(
         line for line in text.splitlines() if "Parameters, kernels made" in line
     )
     assert f"{synthesis(original, made):,}" in next(line for line in text.splitlines() if "MACs to make kernels, once" in line)
     assert ("Parameters, but for shared ones" in text) == bool(kernels.shared(made.module))
     assert "None" not in text
-    text = text_of(report.report_tables(report.report(pair[1], None, None, counter="hinge")))
+    text = text_of(tables.report_tables(report.report(pair[1], None, None, counter="hinge")))
     assert not any(word in text for word in ("kernels", "shared"))
     labels = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
     assert labels[:7] == ["Parameters", "MACs", "FLOPs", "By hinge's counter", "File", "Latency", "Accuracy"]
@@ -406,7 +406,7 @@ def test_the_suggestion_works():
 
 def test_tables_of_an_analysis_say_why():
     given = own(randomise_(networks.rolled()))
-    text = text_of(report.analysis_tables(report.analysis(given)))
+    text = text_of(tables.analysis_tables(report.analysis(given)))
     assert "channels shifted by a number in code" in text
     assert "the network's output" in text
     assert "try: compactcli compress own --method hinge --ratio" in text
@@ -418,7 +418,7 @@ def test_a_network_of_linear_layers_only():
     )
     tree = report.analysis(given)
     assert [layer["redundancy"] for layer in tree["layers"]] == [None, None]
-    text_of(report.analysis_tables(tree))
+    text_of(tables.analysis_tables(tree))
 
 
 # Evaluation
@@ -512,15 +512,15 @@ def test_a_bench_of_networks_that_cannot_be_compared_names_the_way_out(pair):
 
 def test_a_table_has_a_row_for_every_model_and_setting(pair):
     tree = report.bench([*pair], batches=[1, 3], repeats=2)
-    text = text_of(report.bench_table(tree))
+    text = text_of(tables.bench_table(tree))
     assert all(text.count(f"│ {each.name} ") == 2 for each in pair)
     assert "memory" not in text
     assert "input 1x32x32" in text
     tree["models"][0]["name"] = "[red]net.pt"  # a file's name is no markup
-    assert text_of(report.bench_table(tree)).count("[red]net.pt") == 2
+    assert text_of(tables.bench_table(tree)).count("[red]net.pt") == 2
     tree["models"][0]["latency"][0]["peak_memory_bytes"] = 12_345
-    assert "12,345 B" in text_of(report.bench_table(tree))
-    assert "None" not in text_of(report.bench_table(tree))
+    assert "12,345 B" in text_of(tables.bench_table(tree))
+    assert "None" not in text_of(tables.bench_table(tree))
 
 
 def test_a_file_of_someone_elses_factory_can_be_reported_on(tmp_path):

@@ -58,7 +58,7 @@ def command(
         model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
         trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
     )  # fmt: skip
-    from .. import artefact, report
+    from .. import artefact, report, tables
     from ..explain import explanation, explanation_tables
     from ..methods import names
 
@@ -93,4 +93,4 @@ def command(
     if json:
         common.write_json(tree)
     else:
-        common.show(report.analysis_tables(tree, verbose=verbose) if explain is None else explanation_tables(tree))
+        common.show(tables.analysis_tables(tree, verbose=verbose) if explain is None else explanation_tables(tree))

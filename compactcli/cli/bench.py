@@ -67,7 +67,7 @@ def command(
             network.name = model  # as given: bare names may be alike
         networks.append(network)
     common.check_device(device)
-    from .. import report, streams, timing
+    from .. import report, streams, tables, timing
 
     tree = report.bench(networks, input_shape=shape, batches=batches, threads=counts, repeats=repeats, device=device)
     if save is not None:
@@ -77,7 +77,7 @@ def command(
     if json:
         common.write_json(tree)
     else:
-        common.show(report.bench_table(tree))
+        common.show(tables.bench_table(tree))
 
 
 def _counts(flag: str, text: str) -> list[int]:

@@ -110,7 +110,7 @@ def command(
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
-    from .. import distributed, optim, report, timing
+    from .. import distributed, optim, tables, timing
     from ..compress import Search, Target, compress, planned
     from ..finetune import finetune
     from ..history import Watch
@@ -158,7 +158,7 @@ def command(
         identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
         if dry_run:
             tree = planned(network, method, chosen, target, calibration=_calibration(dataset, limit, seed), seed=seed, log=say)
-            common.show(report.plan_table(tree), err=True)
+            common.show(tables.plan_table(tree), err=True)
             if json:
                 common.write_json(tree)
             return

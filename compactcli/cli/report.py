@@ -80,7 +80,7 @@ def command(
     if len({network.name for network in networks}) < len(networks):
         for network, model in zip(networks, sources, strict=True):
             network.name = str(model)  # as given, for bare names are alike
-    from .. import artefact, compare, page, report
+    from .. import artefact, compare, page, report, tables
     from ..markdown import comparison_markdown, report_markdown
 
     other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch)
@@ -89,11 +89,11 @@ def command(
     )
     if len(networks) == 1:
         tree = report.report(networks[0], other, datasets[0], counter=counter)
-        tables, text = report.report_tables(tree, layers=verbose), report_markdown(tree)
+        shown, text = tables.report_tables(tree, layers=verbose), report_markdown(tree)
         whole = html and page.report_page(page.document(tree, networks[0], other, epochs))
     else:
         tree = compare.comparison(networks, other, datasets, counter=counter)
-        tables, text = compare.table(tree), comparison_markdown(tree)
+        shown, text = compare.table(tree), comparison_markdown(tree)
         whole = html and page.comparison_page(tree)
     if html and whole:
         streams.write(whole.encode(), html)
@@ -103,7 +103,7 @@ def command(
     elif markdown:
         typer.echo(text, nl=False)
     elif html is None:
-        common.show(tables)
+        common.show(shown)
 
 
 def _check_page(html: str, others: Sequence[str | Path | None]) -> None:

@@ -180,9 +180,7 @@ def attach_(
     eligible = [index for index in eligible if holders[id(model.get_parameter(budget.layers[index].weight))] == 1]  # none is tied
     decomposable = {budget.layers[index].name for index in eligible}
     for index, family in enumerate(budget.families if mode != "decompose" else ()):
-        axes = {axis for axis, _ in family.axes}
-        makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
-        readers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
+        makers, readers = budget.makers(family), [layer for layer in budget.readers(family) if layer.groups == 1]
         single = [layer for layer in makers if layer.groups == 1]
         if len(single) != 1 or len(family.sets) < 2:
             continue

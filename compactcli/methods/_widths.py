@@ -31,16 +31,15 @@ def removable(
     result = []
     worth = worths(model, channels, budget) if moments is None else {}
     for index, family in enumerate(budget.families):
-        axes = {axis for axis, _ in family.axes}
-        makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
+        makers = budget.makers(family)
         producers = [layer for layer in makers if layer.groups == 1]
-        consumers = [layer for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
+        consumers = [layer for layer in budget.readers(family) if layer.groups == 1]
         if not producers or len(family.sets) < 2 or (len(producers) > 1 and not shared):
             continue
         if moments is not None and consumers and all(layer.name in moments for layer in consumers):
             order, lost = _eliminate(model, channels, family.sets, consumers, moments)
         else:
-            power = _power(model, channels, family.sets, axes, makers)
+            power = _power(model, channels, family.sets, {axis for axis, _ in family.axes}, makers)
             counts, shares = np.ones(1), power[None] / max(float(power.sum()), 1e-30)
             if consumers:
                 counts = np.array([worth.get(layer.name, 1.0) for layer in consumers])

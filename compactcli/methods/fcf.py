@@ -429,7 +429,7 @@ class FCF(Method):
         """Which sets of a family (n,) bool those that read it can do without."""
         own = budget.families[family]
         ranked = np.argsort(_ranks(order, own.sets))
-        readers = [layer for layer, _ in _readers(budget, own)]
+        readers = [layer for layer in budget.readers(own) if layer.groups == 1]
         if family in self.sides and self.sides[family][1] == 0:
             layer = self.sides[family][0]
             costs = moments.get(layer.name) if moments is not None else None
@@ -467,31 +467,20 @@ def _pays(model: nn.Module, layer: Layer, side: int, count: int) -> NDArray[np.b
 
 def _producers(budget: Budget, family: Family) -> list[Layer]:
     """The layers that make a family's channels, not each of its own."""
-    return [layer for layer in _makers(budget, family) if layer.groups == 1]
+    return [layer for layer in budget.makers(family) if layer.groups == 1]
 
 
 def _means(model: nn.Module, channels: Channels, budget: Budget, family: Family) -> Floats:
     """Mean |w| of the filters that make each set of a family; of the kernels that read it, where none do."""
     total = np.zeros((2, len(family.sets)))
-    for layer, axis in [(layer, layer.out_axis) for layer in _makers(budget, family)] or _readers(budget, family):
+    made = [(layer, layer.out_axis) for layer in budget.makers(family)]
+    for layer, axis in made or [(layer, layer.in_axis) for layer in budget.readers(family) if layer.groups == 1]:
         weight = model.get_parameter(layer.weight).detach().transpose(0, axis).flatten(1).abs().double()
         positions = channels.axes[layer.weight, axis]
         for place, values in enumerate((weight.sum(1).numpy(), np.full(len(weight), float(weight.shape[1])))):
             total[place] += per_set(values, positions, family.sets)
     means: Floats = total[0] / total[1]
     return means
-
-
-def _makers(budget: Budget, family: Family) -> list[Layer]:
-    """The layers that make a family's channels."""
-    axes = {axis for axis, _ in family.axes}
-    return [layer for layer in budget.layers if (layer.weight, layer.out_axis) in axes]
-
-
-def _readers(budget: Budget, family: Family) -> list[tuple[Layer, int]]:
-    """The layers that read a family's channels, and the axis along which they do."""
-    axes = {axis for axis, _ in family.axes}
-    return [(layer, layer.in_axis) for layer in budget.layers if layer.groups == 1 and (layer.weight, layer.in_axis) in axes]
 
 
 def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
@@ -507,8 +496,8 @@ def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
         for tensor, axis in axes
         if tensor in parameters and isinstance(model.get_submodule(inside[tensor]), _BatchNorm)
     ]
-    again = [layer for layer in budget.layers if layer.groups > 1 and (layer.weight, layer.in_axis) in axes]  # transposed
-    bare = [layer for layer in [*_makers(budget, family), *again] if not (layer.normed and norms)]
+    again = [layer for layer in budget.readers(family) if layer.groups > 1]  # transposed
+    bare = [layer for layer in [*budget.makers(family), *again] if not (layer.normed and norms)]
     weights = {(layer.weight, layer.out_axis) for layer in bare}
     biases = {(tensor, 0) for tensor, _ in axes if tensor in parameters and parameters[tensor].ndim == 1}
     biases = {(tensor, 0) for tensor, _ in biases if inside[tensor] in {layer.name for layer in bare}}

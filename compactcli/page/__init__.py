@@ -11,7 +11,7 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
-from .. import __version__, compare, report
+from .. import __version__, compare, report, tables
 from ..artefact import Network
 from ..errors import shape_text
 from . import charts, figures
@@ -45,7 +45,7 @@ def report_page(tree: Mapping[str, Any]) -> str:
     """The page of a document that `document` made."""
     shown = tree["report"]
     model = shown["model"]
-    head = [report.judged_by(model), f"sha256 {model['sha256'][:12]}" if model["sha256"] else ""]
+    head = [tables.judged_by(model), f"sha256 {model['sha256'][:12]}" if model["sha256"] else ""]
     sections = [_cards(shown), _costs(shown["layers"]), _likeness(tree), _norms(tree), _training(tree["epochs"])]
     sections += [_history(shown["steps"]), _figures(shown)]
     return _page(model["arch"], [f"input {shape_text(model['input_shape'])}", *head], sections, tree)
@@ -102,12 +102,12 @@ def _cards(shown: Mapping[str, Any]) -> Markup:
     for label, key, unit in CARDS:
         now, before = model[key], first.get(key)
         end = f" {unit}" if unit else ""
-        exact = report.number(now, end), report.number(before, end)
+        exact = tables.number(now, end), tables.number(before, end)
         cards.append(_card(label, _brief(now, unit), exact[0], exact[1], report.ratio(now, before)))
-    times = (report.number(each.get("latency_ms"), " ms") for each in (model, first))
+    times = (tables.number(each.get("latency_ms"), " ms") for each in (model, first))
     cards.append(_card("Latency", next(times), "for one image", next(times), shown["ratios"]["latency"]))
-    accuracies, judged = (report.percent(each.get("accuracy")) for each in (model, first)), model["evaluated"]
-    what = f"of {report.number(judged['images'])} {judged['split']} images" if judged else "top-1"
+    accuracies, judged = (tables.percent(each.get("accuracy")) for each in (model, first)), model["evaluated"]
+    what = f"of {tables.number(judged['images'])} {judged['split']} images" if judged else "top-1"
     change = None if shown["accuracy_delta"] is None else f"{shown['accuracy_delta']:+.2f} points"
     cards.append(_card("Accuracy", next(accuracies), what, next(accuracies), None, change))
     return tag("section", *cards, class_="cards", aria_label="Headline figures")
@@ -122,7 +122,7 @@ def _brief(value: float | None, unit: str) -> str:
 
 def _card(label: str, now: str, told: str, before: str, kept: float | None, change: str | None = None) -> Markup:
     if kept is not None:
-        change = f"{report.share(kept)} kept"
+        change = f"{tables.share(kept)} kept"
     lines = [tag("p", now, class_="now"), tag("p", told, class_="was")]
     lines.append(tag("p", "was not measured" if before[0] == "-" else f"was {before}", class_="was"))
     lines += [charts.kept(kept)] if kept is not None else []
@@ -137,7 +137,7 @@ def _costs(layers: Sequence[Mapping[str, Any]]) -> Markup:
     for title, key in (("MACs", "macs"), ("Parameters", "params")):
         before, after = ([layer[side][key] for layer in layers] for side in ("before", "after"))
         labels = [
-            f"{name}: {was:,} {title} before, {now:,} after ({report.share(report.ratio(now, was))} kept)"
+            f"{name}: {was:,} {title} before, {now:,} after ({tables.share(report.ratio(now, was))} kept)"
             for name, was, now in zip(names, before, after, strict=True)
         ]
         plots.append(_plot(f"{title} of each layer", charts.bars(title, labels, before, after), charts.groups(names)))
@@ -151,7 +151,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Markup:
     rows = []
     for layer in layers:
         shapes = [" + ".join(map(shape_text, layer[side]["weight_shapes"])) or "-" for side in ("before", "after")]
-        figures = [report.number(layer[side][key]) for key in ("params", "macs") for side in ("before", "after")]
+        figures = [tables.number(layer[side][key]) for key in ("params", "macs") for side in ("before", "after")]
         rows.append((layer["name"], *shapes, *figures))
     return _details("All layers in figures", _table(headings, rows))
 
@@ -242,8 +242,8 @@ def _history(steps: Sequence[Mapping[str, Any]], name: str | None = None) -> Mar
 
 
 def _step(step: Mapping[str, Any]) -> Markup:
-    line, *figures = report.step_row(step)
-    told = zip(report.STEP_HEADINGS[1:], figures, strict=True)
+    line, *figures = tables.step_row(step)
+    told = zip(tables.STEP_HEADINGS[1:], figures, strict=True)
     options = " ".join(f"{key}={value}" for key, value in step["options"].items() if value is not None)
     return tag(
         "li",
@@ -254,7 +254,7 @@ def _step(step: Mapping[str, Any]) -> Markup:
 
 
 def _figures(shown: Mapping[str, Any]) -> Markup:
-    return _section("In figures", report.judged_by(shown["model"]), _table(report.HEADINGS, report.summary_rows(shown)))
+    return _section("In figures", tables.judged_by(shown["model"]), _table(tables.HEADINGS, tables.summary_rows(shown)))
 
 
 def _pareto(models: Sequence[Mapping[str, Any]]) -> Markup:
@@ -274,7 +274,7 @@ def _pareto(models: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _point(name: str, each: Mapping[str, Any], cost: str, key: str) -> charts.Point:
     model, best = each["model"], cost in each["pareto"]
-    told = f"{report.percent(model['accuracy'])} at {report.number(model[key])} {COST_NAMES[cost]}"
+    told = f"{tables.percent(model['accuracy'])} at {tables.number(model[key])} {COST_NAMES[cost]}"
     mark = "no other is better at no more" if best else "dominated"
     return charts.Point(name, f"{name}: {each['name']}, {told}; {mark}", model[key], model["accuracy"], best)
 
