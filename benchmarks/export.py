@@ -5,7 +5,7 @@ ResNet-20 by each of the five methods at half its MACs (hinge, fcf, hetconv) or 
 as ONNX, checked by onnx.checker and run in ONNX Runtime, and by torch.export, batch norms folded in both; `difference` is
 the largest of an output at batch 1 and 3, relative to the largest output. Original and compressed network are then timed in
 ONNX Runtime, in turn, at batch 1 and 16: by the clock, and by the processor's time, which other work on the machine leaves alone.
-Required: what `export` itself asks of the difference, else it writes nothing; of the times nothing.
+Required: what `export` itself asks of the difference, else it writes nothing; and that MACs saved are time saved.
 
     python -m benchmarks export [--networks resnet18 linearconv] [--rounds 15] [--resume]
 """

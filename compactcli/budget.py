@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from .channels import Axis, Channels, Ids
 from .errors import CompactError
 from .graph import Graph, operation, per_image
+from .kernels import VECTOR
 
 Of = Literal["macs", "params", "latency"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
@@ -31,7 +32,6 @@ Price = Literal["cost", "time"]  # what error is weighed against: what the budge
 SCALED = ("cat", "relu", "relu_", "avg_pool2d", "max_pool2d_with_indices")  # what scales as its inputs do
 LANDING = 0.01  # of the original's cost: so near to the target rounding may be, where nobody asked for it
 SEVERE = 0.1  # error, of the outputs' mean square deviation, from which on layers make good what went wrong before them
-VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
 
 # The time of a layer beside its multiply-accumulates, in as many of them (measured on a CPU in float32, 1 and 16 images):
 OUTPUT_TIME = (100, 1200)  # to write one output and take it through normalisation and activation, where ...
@@ -321,10 +321,15 @@ class Budget:
         axes = {axis for axis, _ in family.axes}
         return [layer for layer in self.layers if (layer.weight, layer.in_axis) in axes]
 
-    def step(self, width: int, price: Price = "cost") -> int:
-        """What a channel count or rank of a layer of that width is a multiple of: `--round`, or what suits the kernels."""
+    def step(self, width: int, price: Price = "cost", family: int | None = None) -> int:
+        """What a rank, or the width of a family, is a multiple of: `--round`, or what suits the kernels of a CPU.
+
+        A depthwise layer is many times slower in ONNX Runtime where its channels do not fill vectors.
+        """
         if self.round_to:
             return self.round_to
+        if family is not None and any(layer.groups == layer.shape[0] > 1 for layer in self.makers(self.families[family])):
+            return {"cost": VECTOR if width > 64 else 1, "time": VECTOR}[price]
         return {"cost": 8 if width > 64 else 1, "time": VECTOR if width >= 64 else 1}[price]
 
     def along(self) -> Floats:
@@ -419,7 +424,8 @@ class Budget:
         With `refitted`, of what is left of the errors when the layers are refitted to images, one after another (`left`).
 
         Among candidates of equal cost, `price` "time" takes faster ones, at more error. A layer is
-        decomposed only where that makes it faster (`most_rank`).
+        decomposed only where that makes it faster (`most_rank`). Where the steps that suit the kernels leave the
+        target out of reach, any setting will do.
 
         Raises CompactError naming the nearest reachable ratio where even the least that the dials
         allow costs more (unless `nearest`), and where there are none.
@@ -429,6 +435,8 @@ class Budget:
         smallest = _State(self, dials, self.cost)
         least = smallest.settle(np.inf)
         if least > self.target:
+            if self.round_to is None and any(dial.step > 1 for dial in dials):
+                return self.solve([replace(dial, step=1) for dial in dials], price, refitted=refitted)
             if self.nearest:
                 return smallest.values
             raise self.out_of_reach(least)

@@ -219,7 +219,7 @@ def refit_(
     changed = {edit.module for edit in edits if not isinstance(edit, Share)}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        plain = kernels.folded(model, dense=True)  # a kernel that is made is put there when its layer has been refitted
+        plain = kernels.folded(model, dense="always")  # a kernel that is made is put there when its layer has been refitted
         theirs, ours = (_Stream(trace(network, shape, batch=size), network) for network in (target, plain))
         streams = _Streams(theirs, ours, batches)
         sites = _sites(streams, kinds)

@@ -76,7 +76,7 @@ def export(
     images = [_images(batch, network.input_shape) for batch in BATCHES]
     expected = [_run(network.module, image) for image in images]
     module = copied(network.module).eval().requires_grad_(False)
-    kernels.fold_(module, dense=to in ("weights", "timm"))
+    kernels.fold_(module, dense=_DENSE[to])
     if fold_bn:
         _fold_bn_(module, network.input_shape, log)
     _zero_subnormals_(module, log)
@@ -313,4 +313,6 @@ def _read_state(data: bytes, ending: str) -> dict[str, Tensor]:
     return state
 
 
+# ONNX Runtime computes groups that do not fill the vectors of a CPU without its fast kernels, in several times as long.
+_DENSE: dict[str, kernels.Dense] = {"onnx": "narrow", "pt2": "never", "weights": "always", "timm": "always"}
 _WRITERS: dict[str, Callable[[_Job], _Result]] = {"onnx": _onnx, "pt2": _pt2, "weights": _weights, "timm": _timm}

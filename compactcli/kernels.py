@@ -6,7 +6,7 @@ cost before; what several layers make their kernels from lies once, at the netwo
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from .errors import CompactError
 from .graph import copied
 
 SHARED = "compactcli_shared"  # the child of the root that holds what layers share
+VECTOR = 16  # channels that the kernels of a CPU compute at once: fewer take as long
+
+Dense = Literal["never", "narrow", "always"]  # which layers that are run as several become the one that each is equal to
 
 
 class Shared(nn.ModuleDict):
@@ -73,6 +76,11 @@ class KernelLayer(Indexed):
     def executed(self) -> int | Fraction:
         """Multiply-accumulates for one output, as the layer is run."""
         return self.reads
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a group of what the layer is run as leaves vectors of a CPU (`VECTOR`) in part empty."""
+        return False
 
     @property
     def synthesis_macs(self) -> int:
@@ -167,21 +175,16 @@ def drop_unused_(model: nn.Module) -> None:
         delattr(model, SHARED)
 
 
-def fold_(model: nn.Module, *, hollow: bool = False, dense: bool = False) -> None:
-    """Put the plain layers that they are run as in the places of compact ones; only of the right shapes if `hollow`.
-
-    With `dense`, the one convolution that each is equal to.
-    """
+def fold_(model: nn.Module, *, hollow: bool = False, dense: Dense = "never") -> None:
+    """Put the plain layers that they are run as in the places of compact ones; only of the right shapes if `hollow`."""
     for name, layer in layers(model).items():
-        model.set_submodule(name, layer.dense() if dense else layer.folded(hollow=hollow))
+        whole = dense == "always" or (dense == "narrow" and layer.narrow)
+        model.set_submodule(name, layer.dense() if whole else layer.folded(hollow=hollow))
     drop_unused_(model)
 
 
-def folded(model: nn.Module, *, dense: bool = False) -> nn.Module:
-    """The network as it is run: itself, or a copy with plain layers for compact ones, and every other tensor shared.
-
-    With `dense` each of them is the one convolution that it is equal to, even where it is run as several.
-    """
+def folded(model: nn.Module, *, dense: Dense = "never") -> nn.Module:
+    """The network as it is run: itself, or a copy with plain layers for compact ones, and every other tensor shared."""
     if not layers(model):
         return model
     result = copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})

@@ -91,7 +91,7 @@ def _same_from_its_file(network: Network, wishes: Wishes) -> None:
     pairs = zip(networks.outputs(network.module, image), networks.outputs(again.module, image), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert artefact.dumps(again) == content
-    plain = kernels.folded(again.module, dense=True)
+    plain = kernels.folded(again.module, dense="always")
     assert _difference(networks.outputs(plain, image), networks.outputs(again.module, image)) < ROUNDING
 
 

@@ -199,6 +199,20 @@ def test_the_search_lands_within_one_step_below_the_target(ratio, of, round_to):
                     assert cost_of(task, dials, [*values[:index], int(larger), *values[index + 1 :]]) > ratio * task.original
 
 
+@pytest.mark.parametrize("step", [5, 8, 64])
+def test_steps_that_leave_the_target_out_of_reach_are_given_up(step):
+    model = nn.Sequential(networks.conv(3, 12), nn.ReLU(), networks.conv(12, 10), *networks.head(10))
+    task, _ = plan(model, SHAPE, ratio=0.2)
+    dials = [Dial(np.arange(len(f.sets), -1, -1.0), step, 1, family=i) for i, f in enumerate(task.families)]
+    smallest = [int(dial.settings[0]) for dial in dials]
+    assert cost_of(task, dials, smallest) > task.target
+    values = task.solve(dials)
+    assert task.target / 2 < cost_of(task, dials, values) <= task.target
+    rounded, _ = plan(model, SHAPE, ratio=0.2, round_to=step)
+    with pytest.raises(CompactError, match="out of reach"):
+        rounded.solve(dials)
+
+
 def test_the_search_builds_nothing(monkeypatch):
     task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
     dials = dials_of(task, 0)

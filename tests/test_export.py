@@ -21,12 +21,13 @@ from compactcli.artefact import Network, Wishes
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.export import TOLERANCE, simplify_
-from compactcli.methods import get
+from compactcli.kernels import VECTOR
+from compactcli.methods import get, names
 
-METHODS = ("hinge", "fcf", "linearconv", "csg", "hetconv")
+METHODS = tuple(names())
 # Two known networks, and two small ones with what is awkward to export.
 ARCHITECTURES = ("cifar:resnet8", "squeezenet1_1", "shuffle_module", "depthwise")
-FORMS = [*(("hinge", name) for name in ARCHITECTURES), *((method, "cifar:resnet8") for method in METHODS[1:])]
+FORMS = [*(("hinge", name) for name in ARCHITECTURES), *((method, "cifar:resnet8") for method in METHODS if method != "hinge")]
 IDS = ["-".join(form) for form in FORMS]
 
 
@@ -101,11 +102,8 @@ def test_pt2_computes_the_same(method, name):
 
 def test_some_of_the_forms_are_no_plain_networks():
     """Else folding ours would be tested on nothing."""
-    assert [method for method in METHODS if kernels.layers(made(method, "cifar:resnet8").module)] == [
-        "linearconv",
-        "csg",
-        "hetconv",
-    ]
+    made_anew = {method for method in METHODS if kernels.layers(made(method, "cifar:resnet8").module)}
+    assert made_anew == {"linearconv", "csg", "hetconv"}
 
 
 def test_folded_batch_norms_are_gone():
@@ -136,6 +134,26 @@ def test_nothing_in_the_files_is_of_this_machine():
     assert all(Path(torch.__file__).parents[1].name.encode() not in data for data in (onnx, pt2))
     assert all(each.data_location == 0 for each in onnx_model(onnx).graph.initializer)  # none is external
     assert export.export(made("hinge", "cifar:resnet8"), "pt2", fold_bn=True).data == pt2
+
+
+@pytest.mark.parametrize(("width", "parts"), [(8, 2), (16, 2), (16, 4), (32, 2), (32, 8)])
+def test_onnx_has_no_groups_that_leave_vectors_empty(width, parts):
+    pytest.importorskip("onnxruntime")
+    given = network("cifar:resnet8", width=width)
+    small = compress(given, "hetconv", get("hetconv")(get("hetconv").Options(parts=parts)), Target(0.95))
+    divided = {name: layer for name, layer in kernels.layers(small.module).items() if layer.parts == parts}
+    assert divided
+    model = onnx_model(export.export(small, "onnx").data)
+    weights = {each.name: list(each.dims) for each in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        groups = next((each.i for each in node.attribute if each.name == "group"), 1)
+        if groups > 1:
+            outputs, inputs, *_ = weights[node.input[1]]
+            found.append((groups, outputs // groups, inputs))
+    assert all(outputs % VECTOR == 0 == inputs % VECTOR for _, outputs, inputs in found)
+    fills = [layer for layer in divided.values() if all(size // parts % VECTOR == 0 for size in layer.shape[:2])]
+    assert len([groups for groups, *_ in found if groups == parts]) == len(fills) * (2 if parts == 2 else 1)
 
 
 def test_index_buffers_stay_integer():

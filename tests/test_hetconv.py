@@ -128,7 +128,7 @@ def test_a_network_is_folded_and_all_else_is_shared():
     plain, x = kernels.folded(model), torch.randn(2, *SHAPE)
     assert not kernels.layers(plain)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kernels.folded(model, dense=True)(x), model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.folded(model, dense="always")(x), model(x), rtol=1e-5, atol=1e-5)
     assert plain[0].weight is model[0].weight
     assert plain[1].grouped.bias is model[1].bias
     assert not any(module.training for module in plain.modules())

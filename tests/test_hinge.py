@@ -14,6 +14,7 @@ from compactcli import channels, surgery
 from compactcli.budget import Budget, Dial
 from compactcli.errors import CompactError, UsageError
 from compactcli.graph import trace
+from compactcli.kernels import VECTOR
 from compactcli.methods import get, parse_options
 from compactcli.methods._errors import worths
 from compactcli.recipe import Edit, Keep, Replace, Set
@@ -40,6 +41,12 @@ def macs(model: nn.Module, shape: tuple[int, ...] = CIFAR_SHAPE) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, *shape))
     return counter.get_total_flops() // 2
+
+
+def depthwise(model: nn.Module) -> dict[str, int]:
+    """The channels of depthwise layers, by path."""
+    found = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    return {path: layer.groups for path, layer in found.items() if layer.groups == layer.out_channels > 1}
 
 
 def low_rank_(layer: nn.Conv2d | nn.Linear, rank: int) -> None:
@@ -139,6 +146,21 @@ def captured(monkeypatch: pytest.MonkeyPatch, model: nn.Module, shape: tuple[int
     task, sets = plan(model, 0.5, shape)
     assert Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None) == []
     return task, dials
+
+
+@pytest.mark.parametrize("method", ["hinge", "fcf"])
+@pytest.mark.parametrize("name", ["mnasnet0_5", "shufflenet_v2_x0_5", "mobilenet_v3_small"])
+def test_depthwise_layers_keep_whole_vectors_of_channels(name, method):
+    model, shape = randomise_(named(name)), (3, 64, 64)
+    small, full = copy.deepcopy(model), depthwise(model)
+    task, sets = plan(model, 0.5, shape)
+    own = get(method)()
+    surgery.apply_(small, [*own.start(model, sets, task), *own.finish(model, sets, task, None)])
+    cut = {path: groups for path, groups in depthwise(small).items() if groups != full[path]}
+    least = 0 if method == "hinge" else 64  # hinge goes by time, without images
+    assert any(full[path] > least for path in cut)
+    for path, groups in cut.items():
+        assert groups % VECTOR == 0 or full[path] <= least, path
 
 
 def test_the_error_of_a_rank_is_minus_the_logarithm_of_the_share_of_energy_that_it_keeps(monkeypatch):

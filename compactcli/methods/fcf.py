@@ -231,7 +231,8 @@ class FCF(Method):
     def _dials(self, budget: Budget) -> list[Dial]:
         """How many of its filters each layer keeps."""
         return [
-            Dial(errors, budget.step(len(order)), self._least(len(order)), family=family) for family, order, errors in self.widths
+            Dial(errors, budget.step(len(order), family=family), self._least(len(order)), family=family)
+            for family, order, errors in self.widths
         ]
 
     def _least(self, full: int) -> int:

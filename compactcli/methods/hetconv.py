@@ -22,7 +22,7 @@ from ..allocate import Choice
 from ..budget import Budget, Layer, Of
 from ..channels import Channels
 from ..errors import CompactError
-from ..kernels import KernelLayer
+from ..kernels import VECTOR, KernelLayer
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method
@@ -202,6 +202,10 @@ class Parts(KernelLayer):
     @property
     def executed(self) -> int:
         return self.grouped.numel() // self.outputs + (self.in_channels // 2 if self.parts == 2 else self.in_channels)
+
+    @property
+    def narrow(self) -> bool:
+        return any(channels // self.parts % VECTOR for channels in self.shape[:2])
 
     @property
     def synthesis_macs(self) -> int:

@@ -233,7 +233,7 @@ class Hinge(Method):
 
     def _dial(self, budget: Budget, price: Price, errors: Floats, *, family: int | None = None, layer: int | None = None) -> Dial:
         full = len(errors) - 1
-        return Dial(errors, budget.step(full, price), int(np.ceil(self.options.floor * full)), family, layer)
+        return Dial(errors, budget.step(full, price, family), int(np.ceil(self.options.floor * full)), family, layer)
 
 
 def rank_errors(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
