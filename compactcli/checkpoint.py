@@ -109,9 +109,14 @@ def _read_path(path: Path, trust_pickle: bool) -> Checkpoint:
     absolute = Path(os.path.abspath(path))  # "." has no name; symbolic links stay as the user named them
     weights, config = _folder(path) if path.is_dir() else (path, None)
     with weights.open("rb") as file:
-        # A process substitution, <(curl ...), cannot seek.
-        seekable = file if file.seekable() else io.BytesIO(file.read())
-        return _read_file(seekable, absolute.name, absolute.parent, config, trust_pickle)
+        if not file.seekable():  # a process substitution, <(curl ...)
+            return _read_file(io.BytesIO(file.read()), absolute.name, absolute.parent, config, trust_pickle)
+        before = os.fstat(file.fileno())
+        found = _read_file(file, absolute.name, absolute.parent, config, trust_pickle)
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise CompactError("was written to while it was read; try again once it is whole")
+        return found
 
 
 def _folder(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -43,11 +43,15 @@ def check_folder(target: str) -> None:
     """Raise CompactError unless a file can be made at the path: better before the work than after."""
     folder = Path(target).resolve().parent
     if not folder.is_dir():
-        raise CompactError(f"{target}: the folder {folder.name!r} does not exist; make it, or give another -o FILE")
+        raise CompactError(f"{target}: the folder {folder.name!r} does not exist; make it, or write elsewhere")
     if Path(target).is_dir():
-        raise CompactError(f"{target}: is a folder; give -o FILE")
-    if not os.access(folder, os.W_OK):
-        raise CompactError(f"{target}: the folder {folder.name!r} cannot be written to; give another -o FILE")
+        raise CompactError(f"{target}: is a folder; give a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        reason = (problem.strerror or str(problem)).lower()
+        raise CompactError(f"{target}: the folder {folder.name!r} cannot be written to ({reason}); write elsewhere") from None
 
 
 def write(data: bytes, target: str) -> None:
@@ -60,7 +64,7 @@ def write(data: bytes, target: str) -> None:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         except OSError as problem:
-            raise CompactError(f"stdout: {problem.strerror}") from None
+            raise CompactError(f"stdout: {(problem.strerror or str(problem)).lower()}") from None
         return
     path = Path(target)
     temporary = None
@@ -71,7 +75,9 @@ def write(data: bytes, target: str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        mode = path.stat().st_mode if path.exists() else 0o666 & ~_umask()
+        mode = 0o666 & ~_umask()
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.stat().st_mode
         temporary.chmod(mode & 0o777)
         temporary.replace(path)
     except OSError as problem:

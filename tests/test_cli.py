@@ -277,7 +277,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(net, tmp_path, monk
     monkeypatch.setattr(artefact, "open_model", no_work)
     for command in (("compress", net, *HINGE, "0.5"), ("finetune", net, "--data", "digits")):
         line = one_line(run(*command, "-o", tmp_path / "nowhere" / "out.safetensors"))
-        assert "the folder 'nowhere' does not exist; make it, or give another -o FILE" in line
+        assert "the folder 'nowhere' does not exist; make it, or write elsewhere" in line
     assert os.listdir(tmp_path) == ["net.pt"]
 
 

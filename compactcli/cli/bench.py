@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .. import streams
 from ..errors import UsageError
 from . import common
 from .common import guarded, open_network
@@ -55,6 +56,8 @@ def command(
         raise UsageError("stdin holds one model; give - once, and files for the others")
     if save is not None and (len(models or [""]) > 1 or len(batches) > 1 or len(counts) > 1):
         raise UsageError("--save: a table is of one model, at one batch size and number of threads")
+    if save is not None:
+        streams.check_folder(str(save))
     shape = common.parse_shape(input_shape)
     networks = []
     sources: Sequence[str | None] = models or [None]
@@ -67,7 +70,7 @@ def command(
             network.name = model  # as given: bare names may be alike
         networks.append(network)
     common.check_device(device)
-    from .. import report, streams, tables, timing
+    from .. import report, tables, timing
 
     tree = report.bench(networks, input_shape=shape, batches=batches, threads=counts, repeats=repeats, device=device)
     if save is not None:

@@ -1,11 +1,11 @@
 """What the commands share: their flags, how errors are shown, how a model is opened."""
 
+import contextlib
 import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -71,7 +71,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Fresh = Annotated[bool, typer.Option("--fresh", help="Take an untrained --arch network and read nothing.")]
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # what torch says of a CPU, of CUDA
+# What libraries say of memory that they do not get, whatever they raise: torch of a CPU and of CUDA, C++, the loader, Python.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to map segment", "can't start new thread")
 
 
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
@@ -83,33 +84,42 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             result = function(*args, **kwargs)
             sys.stdout.flush()
             return result
-        except CompactError as problem:
-            if kwargs.get("debug"):
-                raise
-            typer.echo(f"{_who()}: {' '.join(str(problem).split())}", err=True)
-            raise typer.Exit(problem.exit_code) from None
-        except RuntimeError as problem:
-            if any(said in str(problem) for said in OUT_OF_MEMORY):
-                raise _out_of_memory() from None
-            if kwargs.get("debug") or _who() == "compactcli":
-                raise
-            typer.echo(f"{_who()}: {(str(problem).splitlines() or [''])[0]}", err=True)  # what another's end has cut off
-            raise typer.Exit(1) from None
-        except OSError as problem:  # of stdout: what the library reads and writes has its own message
-            typer.echo(f"compactcli: stdout: {(problem.strerror or str(problem)).lower()}", err=True)
-            os._exit(1)  # the interpreter would try to flush once more
-        except MemoryError:
-            raise _out_of_memory() from None
         except KeyboardInterrupt as problem:
-            typer.echo("; ".join(filter(None, ("compactcli: interrupted", str(problem)))), err=True)
+            note("; ".join(filter(None, ("compactcli: interrupted", str(problem)))))
             raise typer.Exit(130) from None
+        except Exception as problem:
+            line = _line(problem)
+            if line is None or kwargs.get("debug"):
+                raise
+            note(f"{_who()}: {line}")
+            if isinstance(problem, OSError):
+                os._exit(1)  # the interpreter would try to flush stdout once more
+            raise typer.Exit(problem.exit_code if isinstance(problem, CompactError) else 1) from None
 
     return run
 
 
-def _out_of_memory() -> typer.Exit:
-    typer.echo(f"{_who()}: out of memory; try a smaller --batch-size or --limit", err=True)
-    return typer.Exit(1)
+def _line(problem: Exception) -> str | None:
+    """What a user is told of an error; None where it is a mistake of ours."""
+    if _lacks_memory(problem):
+        return "out of memory; try a smaller --batch-size or --limit"
+    if isinstance(problem, CompactError):
+        return " ".join(str(problem).split())
+    if isinstance(problem, OSError):  # what the library reads and writes has its own message: stdout's has no name
+        return f"{problem.filename or 'stdout'}: {(problem.strerror or str(problem)).lower()}"
+    if isinstance(problem, RuntimeError) and _who() != "compactcli":
+        return (str(problem).splitlines() or [""])[0]  # what another's end has cut off
+    return None
+
+
+def _lacks_memory(problem: BaseException | None) -> bool:
+    """Whether an error, or the one that it was raised for, is that of an allocation."""
+    while problem is not None:
+        told = isinstance(problem, RuntimeError | ImportError) and any(said in str(problem) for said in OUT_OF_MEMORY)
+        if told or isinstance(problem, MemoryError):
+            return True
+        problem = problem.__cause__ or (None if problem.__suppress_context__ else problem.__context__)
+    return False
 
 
 def _who() -> str:
@@ -121,7 +131,8 @@ def _who() -> str:
 def note(line: str, quiet: bool = False) -> None:
     """A line for people, on stderr."""
     if not quiet:
-        typer.echo(line, err=True)
+        with contextlib.suppress(OSError):  # notes that find no room are no reason to end
+            typer.echo(line, err=True)
 
 
 def show(renderable: "RenderableType", *, err: bool = False) -> None:
@@ -132,7 +143,7 @@ def show(renderable: "RenderableType", *, err: bool = False) -> None:
     Console(file=stream, width=None if stream.isatty() else 160).print(renderable)
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar(quiet: bool, unit: str = "steps") -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr while the block runs; nothing where stderr is no terminal. Yields (done, total) -> None.
 

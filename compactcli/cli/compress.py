@@ -106,6 +106,7 @@ def command(
     if dry_run and (epochs or finetune_epochs):
         raise UsageError("--dry-run plans from weights or images, not from training; leave --epochs and --finetune-epochs out")
     training.check_keep(keep)
+    training.check_history(history)
     common.check_dtype(dtype)
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):

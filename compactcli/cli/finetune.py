@@ -76,6 +76,7 @@ def command(
     torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
     training.check_keep(keep)
+    training.check_history(history)
     common.check_dtype(dtype)
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")

@@ -43,6 +43,12 @@ def check_keep(keep: str) -> None:
         raise UsageError(f"--keep {keep}: it is best or last")
 
 
+def check_history(history: Path | None) -> None:
+    """Raise CompactError if --history cannot be written."""
+    if history is not None:
+        streams.check_folder(str(history))
+
+
 def left_run(model: str | None, output: str | None, state: Path | None) -> Path | None:
     """What an interrupted run left, where no model is given and it is there."""
     kept = state or (None if output in (None, "-") else _beside(str(output)))
