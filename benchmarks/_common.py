@@ -59,11 +59,6 @@ def provenance(command: str, device: str = "cpu") -> dict[str, Any]:
     return {"command": command, "machine": machine(device), "n": 1}
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def rows(name: str) -> Rows:
     """Those of benchmarks/results/NAME.json, by their keys; other processes may be adding to them."""
     found: Rows = read(name).get("rows", {})

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import cifar
+from . import cifar, usercode
 from .errors import CompactError, brief
 from .recipe import Preprocessing
 from .vision import torchvision
@@ -136,9 +136,9 @@ def user(spec: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, i
     if input_shape is None:
         raise CompactError(f"{spec} does not say what its input looks like; give --input-shape")
     source, _, function = spec.rpartition(":")
-    factory = getattr(_user_module(source), function, None)
+    factory = usercode.named(spec)
     if not callable(factory):
-        raise CompactError(f"{source} has no factory {function!r}")
+        raise CompactError(f"{spec} is no factory; wanted a function or class that builds the network")
     bare = f"{Path(source).name}:{function}" if source.endswith(".py") else spec  # files hold no paths
     return _with_input(Architecture(bare, dict(kwargs or {}), (3, *input_shape[1:]), IMAGENET, factory), input_shape)
 
@@ -240,25 +240,6 @@ def timm() -> ModuleType:
     """timm, where it is installed."""
     torchvision()  # timm imports it, without the cure
     return importlib.import_module("timm")
-
-
-def _user_module(source: str) -> ModuleType:
-    if not source.endswith(".py"):
-        try:
-            return importlib.import_module(source)
-        except Exception as problem:  # the user's own code
-            raise CompactError(f"cannot import {source!r}: {brief(str(problem))}") from problem
-    if not Path(source).is_file():
-        raise CompactError(f"there is no file {source}")
-    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as problem:  # the user's own code
-        raise CompactError(f"cannot import {source}: {type(problem).__name__}: {brief(str(problem))}") from problem
-    return module
 
 
 def _suggestion(name: str) -> str:

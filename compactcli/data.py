@@ -5,8 +5,6 @@ Shapes: n images, c channels, h x w pixels. Images are uint8 (n, c, h, w), alrea
 """
 
 import contextlib
-import importlib
-import importlib.machinery
 import os
 import sys
 from collections import deque
@@ -16,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from . import usercode
 from .distributed import world_size
 from .errors import CompactError, brief
 from .recipe import Preprocessing
@@ -429,7 +427,9 @@ def _from_class_folders(root: Path, name: str, classes: tuple[str, ...], form: _
 
 
 def _from_function(spec: str, form: _Form) -> Dataset:
-    function = _import_function(spec)
+    function = usercode.named(spec)
+    if not callable(function):
+        raise CompactError(f"{spec} is no function; wanted one of 'train' or 'test' that gives images and labels")
     splits: dict[str, Split] = {}
     for name in ("train", "test"):
         try:
@@ -461,23 +461,6 @@ def _checked(spec: str, result: Any) -> tuple[Tensor, Tensor | None]:
             raise CompactError(f"{spec} gave floats outside 0 to 1; wanted images before normalisation")
         images = images.mul(255).round()
     return images.to(torch.uint8), None if labels is None else labels.to(torch.int64)
-
-
-def _import_function(spec: str) -> Callable[[str], Any]:
-    """What `package.module:function` or `file.py:function` names. The user's code runs here, because the user named it."""
-    where, _, name = spec.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            loader = importlib.machinery.SourceFileLoader(Path(where).stem, where)
-            module = ModuleType(loader.name)
-            loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        function: Callable[[str], Any] = getattr(module, name)
-    except Exception as problem:  # the user's own code
-        said = brief(f"{type(problem).__name__}: {problem}")
-        raise CompactError(f"cannot load {spec}: {said}; it must be package.module:function or file.py:function") from problem
-    return function
 
 
 def _cache_dir() -> Path:

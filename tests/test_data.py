@@ -320,9 +320,18 @@ def test_what_a_function_gives_is_checked(tmp_path: Path, body: str, message: st
         data.open_dataset(own(tmp_path, body), input_shape=(1, 2, 2), preprocessing=GREY)
 
 
-@pytest.mark.parametrize("spec", ["no_such_module:load", "no_such_file.py:load", "compactcli.data:no_such_function", ":load"])
-def test_a_function_that_cannot_be_loaded_is_one_line(spec: str) -> None:
-    with pytest.raises(CompactError, match=r"cannot load .*; it must be package\.module:function or file\.py:function"):
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no_such_module:load", r"cannot load .*: ModuleNotFoundError.*; it must be file\.py:name or package\.module:name"),
+        (":load", "cannot load :load: ValueError"),
+        ("no_such_file.py:load", r"there is no file no_such_file\.py"),
+        ("compactcli.data:no_such_function", r"there is no 'no_such_function' in compactcli\.data"),
+        ("compactcli.data:SUFFIXES", r"compactcli\.data:SUFFIXES is no function"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_one_line(spec: str, message: str) -> None:
+    with pytest.raises(CompactError, match=message):
         data.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
 
 

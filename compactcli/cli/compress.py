@@ -154,7 +154,7 @@ def command(
             network, spec, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=None, seed=seed, quiet=quiet
         )
         say = partial(note, quiet=quiet)
-        guide = None if not trains or (fresh and teacher is None) else _teacher(network, teacher, arch)
+        guide = None if not trains or (fresh and teacher is None) else training.teacher(network, teacher, arch)
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
         identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
         if dry_run:
@@ -207,17 +207,6 @@ def _compressed(kept: Path, network: "Network", arch: str | None) -> "Network | 
 
     recipe = Recipe.loads(resume.check(kept)[artefact.KEY])
     return artefact.open_interrupted(kept, artefact.Wishes(arch)) if len(recipe.steps) > len(network.recipe.steps) else None
-
-
-def _teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
-    """The network to learn from: the file given, or the network as it is before it is compressed."""
-    from copy import deepcopy
-
-    from ..artefact import open_beside
-
-    if wanted == "none":
-        return None
-    return deepcopy(network) if wanted is None else open_beside(wanted, network, arch)
 
 
 def _rounding(text: str | None) -> int | None:

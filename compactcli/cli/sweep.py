@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from .. import streams
 from ..errors import CompactError, UsageError
 from . import common, training
 from .common import guarded, note, open_data, open_network
-
-if TYPE_CHECKING:
-    from ..artefact import Network
 
 
 @guarded
@@ -107,7 +104,7 @@ def command(
         split = dataset.train or dataset.test
         assert split is not None
         calibration = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
-    guide = _teacher(network, teacher, arch) if epochs else None
+    guide = training.teacher(network, teacher, arch) if epochs else None
     terms = Terms(calibration, dataset, settings, guide, keep)  # type: ignore[arg-type]
 
     def save(tree: dict[str, Any]) -> None:
@@ -152,17 +149,6 @@ def _chosen(names: str | None, pairs: Sequence[str]) -> dict[str, Any]:
 def _searches(option: Any) -> bool:
     """Whether an option of a method is for its search alone."""
     return bool(option.help.startswith("search: "))
-
-
-def _teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
-    """The network to learn from: the file given, or the one that is compressed."""
-    from copy import deepcopy
-
-    from ..artefact import open_beside
-
-    if wanted == "none":
-        return None
-    return deepcopy(network) if wanted is None else open_beside(wanted, network, arch)  # training lays it out anew
 
 
 def _check_output(output: str, others: Sequence[str | None]) -> None:

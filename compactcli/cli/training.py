@@ -49,6 +49,17 @@ def check_history(history: Path | None) -> None:
         streams.check_folder(str(history))
 
 
+def teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
+    """The network to learn from: the file given, or the network as it is before it is compressed."""
+    from copy import deepcopy
+
+    from ..artefact import open_beside
+
+    if wanted == "none":
+        return None
+    return deepcopy(network) if wanted is None else open_beside(wanted, network, arch)  # training lays it out anew
+
+
 def left_run(model: str | None, output: str | None, state: Path | None) -> Path | None:
     """What an interrupted run left, where no model is given and it is there."""
     kept = state or (None if output in (None, "-") else _beside(str(output)))

@@ -1,0 +1,37 @@
+"""Code of the user's own, which runs because the command line names it; never what a file names."""
+
+import importlib
+import importlib.machinery
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .errors import CompactError, brief
+
+
+def named(spec: str) -> Any:
+    """What `file.py:name` or `package.module:name` names.
+
+    Raises CompactError, with the user's own error as its cause, where there is no such thing or importing it fails.
+    """
+    source, _, name = spec.rpartition(":")
+    module = _module(source, spec)
+    if not hasattr(module, name):
+        raise CompactError(f"there is no {name!r} in {source}")
+    return getattr(module, name)
+
+
+def _module(source: str, spec: str) -> ModuleType:
+    if source.endswith(".py") and not Path(source).is_file():
+        raise CompactError(f"there is no file {source}")
+    try:
+        if not source.endswith(".py"):
+            return importlib.import_module(source)
+        loader = importlib.machinery.SourceFileLoader(Path(source).stem, source)
+        module = ModuleType(loader.name)
+        module.__file__ = source
+        loader.exec_module(module)
+        return module
+    except Exception as problem:  # the user's own code
+        said = brief(f"{type(problem).__name__}: {problem}")
+        raise CompactError(f"cannot load {spec}: {said}; it must be file.py:name or package.module:name") from problem
