@@ -59,6 +59,30 @@ def test_a_shortcut_ties_its_ends():
     assert len(sets.free()) == 8 + 4
 
 
+@pytest.mark.parametrize(
+    ("shift", "free"),
+    [
+        (lambda x: x.roll(1, 1), 0),  # channels
+        (lambda x: x.roll(1), 0),  # all in one row
+        (lambda x: x.roll((1, 2), (0, -3)), 0),
+        (lambda x: x.roll(1, 2), 6),  # rows
+        (lambda x: x.roll((1, 2), (-1, 0)), 6),
+        (lambda x: x.flip(1), 6),
+        (lambda x: x.flip(2), 6),
+        (lambda x: x.flip(-1, -3), 6),
+    ],
+)
+def test_only_channels_that_are_shifted_are_locked(shift, free):
+    model = nn.Sequential(networks.conv(3, 6), networks.Code(lambda s, x: shift(x)), *networks.head(6))
+    sets = found(model)
+    assert len(sets.free()) == free
+    ids, read = sets.axes["0.weight", 0].tolist(), sets.axes["4.weight", 1].tolist()
+    assert sorted(ids) == sorted(read) or not free
+    small = networks.conv(3, 6)(torch.ones(1, 3, 8, 8))  # a channel alone shows where it goes
+    moved = shift(torch.arange(6.0).view(1, 6, 1, 1).expand(small.shape))[0, :, 0, 0].tolist()
+    assert not free or [ids[int(number)] for number in moved] == read
+
+
 def test_branches_of_a_concatenation_are_free_of_each_other():
     sets = found(networks.concatenation())
     a, b, x = (sets.axes[f"{layer}.weight", 0].tolist() for layer in ("2.a", "2.b", "0"))
