@@ -463,7 +463,10 @@ class Budget:
         """What to raise where the least that a method can do costs more than the target."""
         reachable = math.ceil(1000 * least / self.original) / 1000
         if reachable >= 1:
-            return CompactError(f"--ratio {self.ratio:g} of {self.of} is out of reach: this method makes nothing smaller here")
+            return CompactError(
+                f"--ratio {self.ratio:g} of {self.of} is out of reach: this method makes nothing smaller here; try another "
+                "--method, or `compactcli analyze`, which says why"
+            )
         return CompactError(
             f"--ratio {self.ratio:g} of {self.of} is out of reach: this method can keep no less than {reachable:g} here; "
             f"try --ratio {reachable:g}, or --nearest"

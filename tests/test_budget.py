@@ -199,6 +199,12 @@ def test_the_search_lands_within_one_step_below_the_target(ratio, of, round_to):
                     assert cost_of(task, dials, [*values[:index], int(larger), *values[index + 1 :]]) > ratio * task.original
 
 
+@pytest.mark.parametrize(("least", "way"), [(1.0, "makes nothing smaller here; try another --method"), (0.62, "--ratio 0.62")])
+def test_what_is_out_of_reach_names_a_way_out(least, way):
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, ratio=0.5)
+    assert way in str(task.out_of_reach(least * task.original))
+
+
 @pytest.mark.parametrize("step", [5, 8, 64])
 def test_steps_that_leave_the_target_out_of_reach_are_given_up(step):
     model = nn.Sequential(networks.conv(3, 12), nn.ReLU(), networks.conv(12, 10), *networks.head(10))
