@@ -199,6 +199,23 @@ def test_the_search_lands_within_one_step_below_the_target(ratio, of, round_to):
                     assert cost_of(task, dials, [*values[:index], int(larger), *values[index + 1 :]]) > ratio * task.original
 
 
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("ratio", [0.35, 0.45, 0.55, 0.65, 0.75, 0.85])
+def test_between_coarse_steps_the_search_takes_the_dearest_state_it_finds(ratio, step):
+    """Of layers so narrow that no channel count comes near to the target."""
+    model = nn.Sequential(networks.conv(3, 8), nn.ReLU(), networks.conv(8, 8), nn.ReLU(), networks.conv(8, 8), *networks.head(8))
+    task, _ = plan(model, SHAPE, ratio=ratio)
+    dials = [Dial(np.linspace(1, 0, len(f.sets) + 1) ** 2, step, 1, family=i) for i, f in enumerate(task.families)]
+    values = task.solve(dials)
+    assert cost_of(task, dials, values) <= task.target
+    loose = [index for index, value in enumerate(values) if value % step]
+    assert len(loose) <= 1
+    for index in loose or range(len(dials)):
+        if values[index] < 8:
+            more = [*values[:index], values[index] + 1, *values[index + 1 :]]
+            assert cost_of(task, dials, more) > task.target
+
+
 @pytest.mark.parametrize(("least", "way"), [(1.0, "makes nothing smaller here; try another --method"), (0.62, "--ratio 0.62")])
 def test_what_is_out_of_reach_names_a_way_out(least, way):
     task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, ratio=0.5)

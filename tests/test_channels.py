@@ -3,6 +3,7 @@
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import AWKWARD, SHAPE, named, removable
 from torch import nn
 
@@ -81,6 +82,31 @@ def test_only_channels_that_are_shifted_are_locked(shift, free):
     small = networks.conv(3, 6)(torch.ones(1, 3, 8, 8))  # a channel alone shows where it goes
     moved = shift(torch.arange(6.0).view(1, 6, 1, 1).expand(small.shape))[0, :, 0, 0].tolist()
     assert not free or [ids[int(number)] for number in moved] == read
+
+
+ROWS = torch.tensor([4, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("pick", "free"),
+    [
+        (lambda s, x: x[:, :, s.rows], 6),  # a vector along the rows
+        (lambda s, x: x[:, s.rows], 0),  # along the channels
+        (lambda s, x: x[:, :, s.rows[None]].flatten(2, 3), 0),  # more than a vector
+        (lambda s, x: x[:, :, s.rows, s.rows, None], 0),  # more than one
+        (lambda s, x: F.pad(x, (1, 1, 0, -2)), 6),  # rows cropped
+        (lambda s, x: F.pad(x, (0, 0, 0, 0, -1, -2)), 0),  # channels cropped
+        (lambda s, x: F.pad(x, (0, 0, 0, 0, -1, 2)), 0),
+    ],
+)
+def test_channels_are_locked_where_code_picks_some(pick, free):
+    model = nn.Sequential(networks.conv(3, 6), networks.Code(pick, rows=nn.Parameter(ROWS, requires_grad=False)), nn.Flatten())
+    with torch.no_grad():
+        width = model.eval()(torch.zeros(2, *SHAPE)).shape[1]
+    sets = found(nn.Sequential(*model, nn.Linear(width, 5)))
+    assert len([number for number in set(sets.axes["0.weight", 0].tolist()) if number not in sets.locked]) == free
+    if not free:
+        assert sets.reason(("0.weight", 0)) == BY_NUMBERS
 
 
 def test_branches_of_a_concatenation_are_free_of_each_other():
