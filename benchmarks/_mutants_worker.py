@@ -27,10 +27,10 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         folder, start = Path(job["folder"]), time.perf_counter()
-        answer = {"ended": "passed", "test": None}
         for tests in job["tests"]:  # a fork for each, for none of them is collected in vain
-            left = job["seconds"] - (time.perf_counter() - start)
-            answer = _ended(folder, tests, left) if answer["ended"] == "passed" else answer
+            answer = _ended(folder, tests, job["seconds"] - (time.perf_counter() - start))
+            if answer["ended"] != "passed":
+                break
         print(json.dumps({**answer, "seconds": round(time.perf_counter() - start, 1)}), file=answers, flush=True)
 
 

@@ -143,3 +143,6 @@ def _show(rows: dict[str, Row]) -> None:
         differences = [f"{row[target]['difference']:.1e}" for target in ("onnx", "pt2")]
         table.add_row(name, row["method"], f"{row['macs_kept']:.3f}", *differences, *times)
     Console(width=120).print(table)
+    told = [name for name, row in rows.items() if row.get("macs_kept", 1) < 1]
+    slow = [name for name in told if any(time["share_cpu_ms"] >= 1 for time in rows[name]["latency"])]
+    print(f"{len(told) - len(slow)} of {len(told)} with fewer MACs take less time" + (f"; not {', '.join(slow)}" if slow else ""))

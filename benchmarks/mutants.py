@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep the rows there are")
     options = parser.parse_args(arguments)
-    made = {path: provenance(" ".join(["python -m benchmarks mutants", *arguments])) for path in PARTS}
+    made = provenance(" ".join(["python -m benchmarks mutants", *arguments]))
     wanted = drawn(options.count, options.seed)
     left = [each for each in wanted if not (options.resume and _key(*each) in rows("mutants"))]
     workers: Queue[_Worker] = Queue()
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
             path, number = each
             source, line, text = mutated(path, number)
             answer = _run(workers, path, source, 10 + 2 * whole[PARTS[path]]["seconds"])
-            add("mutants", {_key(path, number): {**made[path], "line": line, "change": text, **answer}}, _judged)
+            add("mutants", {_key(path, number): {**made, "line": line, "change": text, **answer}}, _judged)
             print(f"{path}:{line}: {text}: {answer['ended']} {answer['test'] or ''}", flush=True)
 
         list(pool.map(one, left))
