@@ -85,8 +85,10 @@ def test_a_command_that_is_ended_leaves_the_old_output(name, small, tmp_path):  
     time.sleep(1.5)  # while it imports, or works
     process.terminate()
     _, told = process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGTERM, 130, 0)  # the first: Python itself was still starting
-    if process.returncode == 130:
+    # SIGTERM: Python itself was still starting. SIGINT: `python -m` ends so once an interrupt has passed through exec(),
+    # which dataclasses call while torch is imported; to a shell that is 130 as well.
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGINT, 130, 0)
+    if process.returncode in (-signal.SIGINT, 130):
         assert re.fullmatch("compactcli: interrupted(; --resume goes on from there)?\n", told)
     if process.returncode:
         assert (tmp_path / "out").read_bytes() == OLD
