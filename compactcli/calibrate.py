@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import budget, data, kernels
+from . import budget, data, kernels, measure
+from .errors import CompactError
 from .graph import Graph, trace
 from .recipe import Edit, Keep, Preprocessing, Replace, Share
 from .surgery import LAYERS, Regression, outputs
@@ -89,10 +90,14 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
             image = batch.detach().requires_grad_().clone()  # no leaf: the network may work in place
             logits = outputs(model(image))[0]
             values = logits.detach().double()
+            if not values.isfinite().all():
+                break
             images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
             (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
             if images >= MOMENT_IMAGES:
                 break
+    if not values.isfinite().all():
+        raise measure.not_finite(model, batch, "these images")
     _trim()
     deviation = float(square - total.square().sum() / images)
     return {name: own.moments(deviation) for name, own in sums.items() if own.count}
@@ -418,6 +423,8 @@ def _refit_site_(
             missing = _shortcut_error(site, theirs, ours, at, outputs_kept, output.shape, scale)
             rows = (_sampled(output, at, outputs_kept) + missing).transpose(1, 2)  # (n, p, o)
         sums.add(patches(old, image, at).flatten(0, 1), rows.reshape(-1, len(start)))
+    if not sums.ready():
+        raise CompactError(f"{site.name}: its inputs for these images are too large to be squared; try --no-calibrate")
     regression, shift = sums.solve(scale.abs())
     if kind is None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
@@ -513,14 +520,18 @@ class _RegressionSums:
         self.x += x.sum(0)
         self.r += residual.sum(0)
 
+    def ready(self) -> bool:
+        """Add what waits; whether all sums are finite."""
+        if self.waiting:
+            self._flush()
+        return all(bool(sums.isfinite().all()) for sums in (self.xx, self.rx, self.x, self.r))
+
     def solve(self, scale: Tensor) -> tuple[Regression, Callable[[Tensor], Tensor]]:
         """The regression, and the shift (o,) of the mean that a weight then still needs.
 
         Its ridge pulls towards the weight that is there. It is the mean power of the inputs times
         unknowns per equation, so that a few images do not talk a layer out of what it knows.
         """
-        if self.waiting:
-            self._flush()
         self.xx.triu_().add_(self.xx.triu(1).T)
         xx, rx, x, r = (sums.div_(self.count) for sums in (self.xx, self.rx, self.x, self.r))
         if self.centred:

@@ -1,7 +1,7 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def compress(
     From its weights alone; calibrated on images; or, with those as well, after a search that trains it with the method's
     hooks: what is then made smaller, and refitted to, is the network that the search ends with.
 
-    Raises CompactError if a weight is not finite, the target is out of reach or the law is broken.
+    Raises CompactError if a weight or an output is not finite, the target is out of reach or the law is broken.
     """
     job = _job(network, name, method, target, calibration, seed, log)
     module, shape, channels, budget, of = network.module, network.input_shape, job.channels, job.budget, job.budget.of
@@ -90,14 +90,15 @@ def compress(
         check(network, search.dataset, search.teacher)
     known = job.moments()
     begun = method.start(module, channels, budget, known, trains=search is not None)
-    error = _made_(module, method, begun, channels, shape, job.batches, seed, progress) if begun else None
+    error = _made_(job, module, method, begun, shape, seed, progress) if begun else None
     if search is not None:
         method.attach(module, begun)
         _searched_(network, method, budget, search, log)
         known = None if begun else job.moments()  # of what a method made at the start it knows all it needs
     ended = method.finish(module, channels, budget, known)
     if error is None:
-        error = _made_(module, method, ended, channels, shape, job.batches, seed, progress)
+        searched = job if search is None or job.before is None else replace(job, before=measure.probed(module, shape))
+        error = _made_(searched, module, method, ended, shape, seed, progress)
     else:
         surgery.apply_checked_(module, ended, channels.consumed, shape)
     if calibration is None:
@@ -199,6 +200,7 @@ class _Job:
     budget: Budget
     batches: calibrate.Batches | None
     moments: Callable[[], dict[str, calibrate.Moments] | None]
+    before: Tensor | None  # the outputs for random images, where there are no real ones
 
 
 def _job(
@@ -245,15 +247,17 @@ def _job(
         raise CompactError(
             f"{network.name}: the network's code depends on the values of tensors, so it cannot be calibrated; leave out --data"
         )
-    batches = None
-    if calibration is not None:
+    batches = before = None
+    if calibration is None:
+        before = measure.probed(module, shape, finite=True)
+    else:
         batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
     names = [layer.name for layer in budget.layers]
 
     def moments() -> dict[str, calibrate.Moments] | None:
         return None if batches is None else calibrate.moments(module, names, batches, seed=seed)
 
-    return _Job(plain, channels, budget, batches, moments)
+    return _Job(plain, channels, budget, batches, moments, before)
 
 
 def _searched_(
@@ -290,23 +294,21 @@ def _searched_(
 
 
 def _made_(
+    job: _Job,
     module: nn.Module,
     method: Method,
     edits: Sequence[Edit],
-    channels: Channels,
     shape: Sequence[int],
-    batches: calibrate.Batches | None,
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> float:
     """Apply the edits, and refit to images where there are; the relative change of the outputs on them, else on random ones."""
-    if batches is not None:
-        original = copied(module)
-        surgery.apply_checked_(module, edits, channels.consumed, shape)
-        return calibrate.refit_(module, original, edits, batches, seed=seed, progress=progress)
-    before = measure.probed(module, shape)
-    surgery.apply_checked_(module, edits, channels.consumed, shape)
-    return _mended_(module, method.mended(), shape, before)
+    original = None if job.batches is None else copied(module)
+    surgery.apply_checked_(module, edits, job.channels.consumed, shape)
+    if job.batches is not None and original is not None:
+        return calibrate.refit_(module, original, edits, job.batches, seed=seed, progress=progress)
+    assert job.before is not None
+    return _mended_(module, method.mended(), shape, job.before)
 
 
 def _mended_(module: nn.Module, values: Mapping[str, Tensor], shape: Sequence[int], before: Tensor) -> float:

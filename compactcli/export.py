@@ -75,6 +75,8 @@ def export(
     artefact.check_finite(network)
     images = [_images(batch, network.input_shape) for batch in BATCHES]
     expected = [_run(network.module, image) for image in images]
+    if not all(output.isfinite().all() for outputs in expected for output in outputs):
+        raise measure.not_finite(network.module, images[0], "random images")
     module = copied(network.module).eval().requires_grad_(False)
     kernels.fold_(module, dense=_DENSE[to])
     if fold_bn:
@@ -95,13 +97,13 @@ def export(
 def simplify_(network: Network, *, fold_bn: bool, log: Log = lambda line: None) -> Network:
     """Zero subnormal numbers in place and, if `fold_bn`, fold batch norms, which is a step of the history; the same network.
 
-    Raises CompactError if a weight is not finite, or an output changes by more than float64 rounds.
+    Raises CompactError if a weight or an output is not finite, or an output changes by more than float64 rounds.
     """
     artefact.check_finite(network)
     _zero_subnormals_(network.module, log)
     if fold_bn:
         uncast_(network, log)
-        shape, before = network.input_shape, measure.probed(network.module, network.input_shape)
+        shape, before = network.input_shape, measure.probed(network.module, network.input_shape, finite=True)
         edits = without_tensors(_fold_bn_(network.module, shape, log))
         error = measure.relative_change(measure.probed(network.module, shape), before)
         measures = Measures(measure.params(network.module), measure.macs(network.module, shape))

@@ -266,11 +266,43 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, images)
 
 
-def probed(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """The first output (PROBES, ...) in eval mode for random images, always the same."""
+def probed(model: nn.Module, input_shape: Sequence[int], *, finite: bool = False) -> Tensor:
+    """The first output (PROBES, ...) in eval mode for random images, always the same.
+
+    Raises CompactError if it must be `finite` and holds NaN or Inf.
+    """
     images = torch.randn(PROBES, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return surgery.outputs(model.eval()(images))[0]
+        found = surgery.outputs(model.eval()(images))[0]
+    if finite and not found.isfinite().all():
+        raise not_finite(model, images, "random images")
+    return found
+
+
+def not_finite(model: nn.Module, images: Tensor, which: str) -> CompactError:
+    """What is wrong with a network whose outputs for images (n, c, h, w) hold NaN or Inf: where that begins.
+
+    `which` says what images they are.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    inner = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in inner]
+    try:
+        with torch.inference_mode():
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f", from {found[0]} on" if found else ""
+    return CompactError(f"the network's outputs for {which} hold NaN or Inf{where}: nothing can be derived from them; retrain it")
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:

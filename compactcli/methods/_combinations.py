@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Floats
-from ._errors import Metric, root
+from ._errors import Metric, ridged, root
 
 Variant = Literal["full", "lowrank", "sparse"]
 
@@ -154,15 +154,14 @@ def _truncated(weight: Tensor, metric: Metric, primary: int) -> Combination:
     rows = metric.outputs.diagonal().double().sqrt()[:, None] * spread @ core
     chosen = pivots(metric.read(rows) @ rows.T, primary).sort().values
     inside = spread[chosen]
-    coefficients = torch.linalg.solve(inside.T, spread[_others(chosen, len(weight))].T).T
+    coefficients = spread[_others(chosen, len(weight))] @ torch.linalg.pinv(inside)  # of less than rank p where filters are alike
     return Combination(chosen, inside @ core, coefficients)
 
 
 def _refined(weight: Tensor, metric: Metric, form: Form, chosen: Tensor) -> Iterator[Combination]:
     """Coefficients for the primary filters, then filters for the coefficients, again and again."""
     others = _others(chosen, len(weight))
-    outputs = metric.outputs.double()
-    outputs = outputs + RIDGE * outputs.diagonal().mean() * torch.eye(len(outputs), dtype=torch.float64)
+    outputs = ridged(metric.outputs.double(), RIDGE)
     within, across = outputs[others][:, others], outputs[others][:, chosen]
     primary = weight[chosen].clone()
     coefficients: Tensor | None = None
@@ -219,8 +218,7 @@ def _of_count(wanted: Tensor, outer: Tensor, inner: Tensor, count: int, before: 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix^-1 right, with a small ridge."""
-    ridge = RIDGE * float(matrix.diagonal().mean()) or 1e-30
-    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype)))
+    return torch.cholesky_solve(right, torch.linalg.cholesky(ridged(matrix, RIDGE)))
 
 
 def _others(chosen: Tensor, count: int) -> Tensor:

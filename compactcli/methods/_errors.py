@@ -14,6 +14,9 @@ from ..channels import Channels
 if TYPE_CHECKING:
     from ..calibrate import Moments
 
+LEAST = 1e-30  # what is added to a matrix of nothing
+WEAKEST = 1e-15  # power of a layer's outputs from which on it counts less: its inverse, cubed, stays within float32
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -50,7 +53,7 @@ class Metrics:
         weight = self.model.get_parameter(layer.weight).detach().transpose(0, layer.out_axis).flatten(1).double()
         square = row_scale(self.model, layer).square()
         power = float((square[:, None] * weight.square()).sum())
-        return Metric(torch.diag(square * (self.worth.get(layer.name, 1.0) / max(power, 1e-30))), None)
+        return Metric(torch.diag(square * (self.worth.get(layer.name, 1.0) / max(power, WEAKEST))), None)
 
 
 def multiplied(lost: Floats) -> Floats:
@@ -106,9 +109,15 @@ def norm_of(model: nn.Module, layer: Layer) -> nn.BatchNorm2d | None:
     return norm if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats else None
 
 
+def ridged(matrix: Tensor, share: float) -> Tensor:
+    """The matrix with that share of its mean diagonal added to it, so that it can be inverted, even where it is nothing."""
+    ridge = max(share * float(matrix.diagonal().mean()), LEAST)
+    return matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
 def root(matrix: Tensor) -> Tensor:
     """R in float64 with R^T R the positive semidefinite matrix, to a millionth of its trace, in which rounding is lost."""
     matrix = matrix.to(torch.float64, copy=True)
-    matrix.diagonal().add_(1e-6 * float(matrix.diagonal().sum()) or 1e-30)
+    matrix.diagonal().add_(max(1e-6 * float(matrix.diagonal().sum()), LEAST))
     root: Tensor = torch.linalg.cholesky(matrix).T
     return root

@@ -35,6 +35,7 @@ NOISE = 0.05  # of the disturbed starts
 MOMENTUM = 0.9  # of the running ratio of gradients
 MOST = 9 / 5  # that ratio, and the inverse of the least
 EXPONENT = 1.35  # of that ratio in the learning rate
+SHORTEST = 0.1  # spectral norm of a factor from which on its other learns no faster: it may grow while the paces stay
 
 Constants = dict[str, float | str | bool]
 
@@ -230,7 +231,7 @@ def detach_(model: nn.Module, layers: Sequence[str]) -> None:
 def paces(matrix: Tensor, filters: Tensor) -> tuple[float, float]:
     """Learning rates of A (o, r) and W' (r, i, k, k) at which a step moves A W' about as far as it would a plain kernel."""
     one, other = (float(torch.linalg.matrix_norm(factor.detach().flatten(1).float(), 2)) for factor in (matrix, filters))
-    return 1 / max(other, 1e-3) ** 2, 1 / max(one, 1e-3) ** 2
+    return 1 / max(other, SHORTEST) ** 2, 1 / max(one, SHORTEST) ** 2
 
 
 def factors(layer: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import shape_text
-from ._errors import Metric
+from ._errors import LEAST, Metric, ridged
 
 ROUNDS = 6  # of codes, then generator, at most
 HELPS = 0.01  # of the error: a round that saves less is the last
@@ -151,9 +151,7 @@ def _inverse(generator: Tensor) -> Tensor:
     Not by torch.linalg.lstsq, which does not give the same bits every time.
     """
     wide = generator.double()
-    gram = wide.T @ wide
-    gram.diagonal().add_(1e-10 * float(gram.diagonal().mean()) or 1e-30)
-    inverse: Tensor = wide @ torch.linalg.inv(gram)
+    inverse: Tensor = wide @ torch.linalg.inv(ridged(wide.T @ wide, 1e-10))
     return inverse
 
 
@@ -165,7 +163,7 @@ def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:
 def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> Tensor:
     """The codes (slices, d) of one layer that cost least, nearer by some steps of conjugate gradients."""
     gram = (generator.T @ generator).double()  # of a generator from a file, as near to singular as may be
-    inverse = torch.linalg.inv(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)).to(codes.dtype)
+    inverse = torch.linalg.inv(ridged(gram, 1e-4)).to(codes.dtype)
 
     def gradient(error: Tensor) -> Tensor:
         return layer.weighed(error) @ generator
@@ -178,7 +176,7 @@ def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequenc
     """The generator (numbers, d) that costs least for the codes, nearer by some steps of conjugate gradients."""
     every = [layer.weights().sqrt()[:, None] * own for layer, own in zip(layers, codes, strict=True)]
     gram = sum((own.T @ own for own in every), torch.zeros(()))
-    inverse = torch.linalg.inv(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)))
+    inverse = torch.linalg.inv(ridged(gram, 1e-4))
 
     def gradient(errors: Iterator[Tensor]) -> Tensor:
         return sum(
@@ -204,7 +202,7 @@ def _conjugate(
             break
         moved = operator(direction)
         curve = float((direction * moved).sum())
-        if curve <= 0:
+        if curve <= LEAST:  # of weights that are all but nothing there is only rounding left
             break
         step = power / curve
         point, residual = point + step * direction, residual - step * moved
