@@ -33,6 +33,7 @@ BATCH_BYTES = 64 << 20  # of all values of one batch
 ROWS_BYTES = 32 << 20  # of a layer's inputs and residuals that wait to enter its Gram matrix
 COLUMNS = 128  # of a Gram matrix at once, in float32 before they are added up in float64, from its diagonal on
 BATCH = 64
+LEAST = 1e-30  # of a sum of squares in float32
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Moments:
     covariances of inputs and gradients they know that errors at neighbouring positions add up.
     """
 
-    inputs: Tensor  # (i*k*k, i*k*k) float32, of trace 1
+    inputs: Tensor  # (i*k*k, i*k*k) float32, of trace 1; zeros where the layer reads nothing, or nothing comes of it
     worth: Tensor  # (o, o) float32
 
 
@@ -140,8 +141,9 @@ class _Sums:
         return torch.randn(SKETCH, width, generator=self.generator).div_(SKETCH**0.5)
 
     def moments(self, deviation: float) -> Moments:
-        scale = max(float(self.inputs.diagonal().sum()), 1e-30)
-        return Moments(self.inputs.div_(scale), self.worth.div_(max(deviation, 1e-30)))
+        total = float(self.inputs.diagonal().sum())
+        inputs = self.inputs.div_(total) if total > LEAST else self.inputs.zero_()  # else there is only rounding
+        return Moments(inputs, self.worth.div_(max(deviation, LEAST**0.5)))
 
 
 @contextmanager

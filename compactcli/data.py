@@ -197,7 +197,7 @@ def check_classes(dataset: Dataset, num_classes: int) -> None:
     found = max((int(own.max()) + 1 for own in labels), default=0) if dataset.classes is None else len(dataset.classes)
     # Where classes have no names, the last ones may just have no images.
     if found > num_classes or (dataset.classes is not None and found < num_classes):
-        raise CompactError(f"the data {dataset.name} has {found} classes, the network {num_classes}")
+        raise CompactError(f"the data {dataset.name} has {found} class{'es' if found != 1 else ''}, the network {num_classes}")
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:

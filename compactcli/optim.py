@@ -5,7 +5,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import CompactError, UsageError
 from .graph import run_fake
+from .kernels import KernelLayer
 from .methods import Method
 
 
@@ -198,6 +199,34 @@ def autocast(settings: Settings) -> AbstractContextManager[Any]:
     device = torch.device(settings.device)
     enabled = settings.precision == "bfloat16" or (settings.precision == "auto" and _computes_bfloat16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def settled(settings: Settings, model: nn.Module, input_shape: Sequence[int]) -> Settings:
+    """The same, or in float32 where `auto` would be bfloat16 and that goes wrong for inputs of that shape (c, h, w).
+
+    It does on a CPU where a convolution's input is narrower than its stride: there oneDNN's gradients of the weight hold what
+    was in memory before (torch 2.13).
+    """
+    device = torch.device(settings.device)
+    if settings.precision != "auto" or device.type != "cpu" or not _computes_bfloat16(device):
+        return settings
+    return replace(settings, precision="float32") if _reads_less_than_its_stride(model, input_shape) else settings
+
+
+def _reads_less_than_its_stride(model: nn.Module, input_shape: Sequence[int]) -> bool:
+    found: list[bool] = []
+
+    def look(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        stride: Any = layer.stride
+        found.append(any(size < step for size, step in zip(arguments[0].shape[-2:], stride, strict=True)))
+
+    def watch(shadow: nn.Module) -> None:
+        for layer in shadow.modules():
+            if isinstance(layer, nn.Conv2d | KernelLayer):
+                layer.register_forward_pre_hook(look)
+
+    run_fake(model, input_shape, train=True, change=watch)
+    return any(found)
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

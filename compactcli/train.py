@@ -98,7 +98,8 @@ class _Run:
         store: Store | None,
         watch: Watch | None,
     ) -> None:
-        self.model, self.teacher, self.hooks, self.settings, self.preprocessing = model, teacher, hooks, settings, preprocessing
+        self.model, self.teacher, self.hooks, self.preprocessing = model, teacher, hooks, preprocessing
+        self.settings = optim.settled(settings, model, training.shape)
         self.dataset, self.training, self.validation = dataset, training, validation
         self.labels = data.labels_of(training)
         mine = torch.arange(distributed.rank(), len(validation), distributed.world_size())

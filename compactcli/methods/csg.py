@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..calibrate import Moments
 
 SIZES = 48  # of codes that are tried
+SHORTEST = 0.01  # squared spectral norm of a factor from which on the other learns no faster: it may grow while the paces stay
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,8 @@ class CSG(Method):
                 lengths = [
                     float(torch.linalg.matrix_norm(each.float(), 2)) for each in (generator.weight.T @ generator.weight, gram)
                 ]
-            groups.append({"params": [layer.code for layer in own], "pace": 1 / max(lengths[0], 1e-6)})
-            groups.append({"params": [generator.weight], "pace": 1 / max(lengths[1], 1e-6)})
+            groups.append({"params": [layer.code for layer in own], "pace": 1 / max(lengths[0], SHORTEST)})
+            groups.append({"params": [generator.weight], "pace": 1 / max(lengths[1], SHORTEST)})
         return groups
 
 
