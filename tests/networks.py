@@ -536,6 +536,42 @@ def written_to_out() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.SiLU(), layers, conv(7, 6), nn.ReLU(), conv(6, 6), *head(6))
 
 
+def sampled() -> nn.Module:
+    """Positions that channels tell: those channels may not go."""
+    run = Code(lambda s, x: F.grid_sample(s.a(x), s.b(x).permute(0, 2, 3, 1), align_corners=False), a=conv(8, 6), b=conv(8, 2))
+    return nn.Sequential(conv(3, 8), nn.Tanh(), run, conv(6, 5), *head(5))
+
+
+def groups_of_the_input() -> nn.Module:
+    return nn.Sequential(nn.GroupNorm(3, 3), conv(3, 8), nn.ReLU(), conv(8, 5), *head(5))
+
+
+def folded() -> nn.Module:
+    run = Code(lambda s, x: F.fold(x.flatten(2), (16, 16), 2, stride=2))
+    return nn.Sequential(conv(3, 32), nn.Sigmoid(), run, conv(8, 5), *head(5))
+
+
+def uneven_groups() -> nn.Module:
+    """Groups narrow where they read and wide where they write."""
+    return nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 32, groups=4), nn.ReLU(), conv(32, 5), *head(5))
+
+
+def padded_tokens() -> nn.Module:
+    """A token before the others."""
+    run = Code(lambda s, x: s.layer(F.pad(x.flatten(2).transpose(1, 2), (0, 0, 1, 0))).mean(1), layer=nn.Linear(8, 6))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, nn.ReLU(), nn.Linear(6, 4))
+
+
+def computed_linear() -> nn.Module:
+    """A linear layer that reads the image, of rows that are made equally long first."""
+    run = Code(
+        lambda s, x: F.linear(x.flatten(1), F.normalize(s.layer.weight) * s.gain),
+        layer=nn.Linear(192, 12, bias=False),
+        gain=parameter(12, 1),
+    )
+    return nn.Sequential(run, nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4))
+
+
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
     function.__name__: function
     for function in (
@@ -547,7 +583,8 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(chunked, split_by_width, split_by_half, split_unevenly, split_by_number, first_channels, reversed_channels),
         *(layer_norm, layer_norm_of_positions, group_norm_of_all, wide_groups, transposed_depthwise, standardised, neighbours),
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
-        *(unfolded, taken_apart, picked),
+        *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
+        *(padded_tokens, computed_linear),
         *(
             encoded_positions,
             log_sigmoid,

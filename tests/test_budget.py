@@ -360,6 +360,21 @@ def test_time_is_priced_in_whole_vectors(width, step):
     assert task.step(width, "time") == step
 
 
+@pytest.mark.parametrize(("side", "each"), [(64, 100), (160, 100 + 1100 * 9 / 16), (256, 1200)])
+def test_the_time_of_an_output_grows_with_the_memory_that_all_of_them_take(side, each):
+    """In multiply-accumulates: 100 up to 2^24 bytes for 16 images, 1,200 from 2^25 on, and 120 for a weight."""
+    network = nn.Sequential(networks.conv(3, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    task, _ = plan(network, (3, side, side))
+    convolution = side**2 * (3 * 9 * 16 + each * 16) + 120 * 3 * 9 * 16
+    linear = 10 * 16 + 100 * 10 + 120 * 10 * 16
+    assert float(task.time(task.along(), task.ranks())) == pytest.approx(convolution + linear)
+
+
+def test_a_layer_whose_weight_is_computed_is_none_that_another_may_replace():
+    task, _ = plan(networks.standardised(), SHAPE)
+    assert {layer.name: layer.called for layer in task.layers} == {"0": True, "2": True, "3": False, "5": True, "8": True}
+
+
 @pytest.mark.parametrize(("round_to", "width", "step"), [(None, 64, 1), (None, 65, 8), (1, 512, 1), (4, 16, 4), (16, 100, 16)])
 def test_small_layers_are_not_rounded(round_to, width, step):
     task, _ = plan(networks.concatenation(), SHAPE, round_to=round_to)

@@ -268,7 +268,8 @@ FREE_IN_AWKWARD = {
     **{"edges": 8 + 6, "linear_unit": 4 + 6, "unfolded": 8 + 6 + 5, "taken_apart": 8 + 6, "picked": 8 + 5},
     **{"log_sigmoid": 8 + 6, "condition": 8 + 6 + 5 + 4, "in_place": 8 + 6 + 5 + 2, "copied": 8 + 6 + 5 + 2},
     **{"written_through_views": 8 + 6 + 5 + 5, "written_in_pieces": 8 + 6, "written_into_zeros": 7 + 6},
-    **{"written_to_out": 7 + 6 + 6},
+    **{"written_to_out": 7 + 6 + 6, "sampled": 8 + 6 + 5, "groups_of_the_input": 8 + 5, "folded": 8 + 5},
+    **{"uneven_groups": 4 + 5, "padded_tokens": 8 + 6, "computed_linear": 12 + 6 + 1},
 }
 
 
