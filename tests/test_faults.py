@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from test_cli import COMMAND, HINGE, net, one_line, run, small  # noqa: F401  # fixtures
+from test_numbers import images
 
-from compactcli import artefact, checkpoint, export, report
+from compactcli import artefact, checkpoint, data, export, report, train
 from compactcli.errors import CompactError
 
 ROOM = 1000  # bytes that a file may have on a full disk
@@ -209,3 +210,30 @@ def test_debug_shows_where_it_was(error, net, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(report, "evaluate", fail)
     assert run("evaluate", net, "-q", "--data", "digits", "--debug").exception is error
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no image")], ids=["gone", "damaged"])
+def test_an_image_that_is_lost_in_mid_epoch_ends_in_one_line_and_the_run_goes_on(damage, net, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 20_000)  # bytes: images are decoded when it is their turn
+    images(tmp_path, "ten", 10, 8)
+    lost = tmp_path / "ten" / "3" / "5.png"
+    pixels, whole = lost.read_bytes(), train._Run.train_batch
+    command = ["finetune", net, "--data", "ten", "--epochs", "2", "--batch-size", "8", "--save-every", "1", "-q", "-o"]
+    result = run(*command, "unbroken")
+    assert result.exit_code == 0, result.output
+
+    def losing(self: Any, *arguments: Any) -> tuple[bool, bool]:
+        if self.step == 11:  # in the second epoch
+            damage(lost)
+        return whole(self, *arguments)
+
+    (tmp_path / "out").write_bytes(OLD)
+    with monkeypatch.context() as patched:
+        patched.setattr(train._Run, "train_batch", losing)
+        line = one_line(run(*command, "out"))
+    assert "ten/3/5.png" in line.replace(os.sep, "/")
+    assert (tmp_path / "out").read_bytes() == OLD
+    lost.write_bytes(pixels)
+    assert run(*command, "out", "--resume").exit_code == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "unbroken").read_bytes()
