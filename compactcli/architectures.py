@@ -153,7 +153,10 @@ def _cifar(name: str, kwargs: dict[str, Any]) -> Architecture:
         kwargs.setdefault("shortcut", cifar.DEFAULT_SHORTCUT.get(keys))
         preprocessing = IMAGENET if keys == "akamaster" else CIFAR
     architecture = Architecture(f"cifar:{name}", kwargs, (3, 32, 32), preprocessing, factory)
-    return _with_input(architecture, (kwargs.get("in_channels", 3), 32, 32))
+    channels = kwargs.get("in_channels", 3)
+    if type(channels) is not int:
+        raise CompactError(f"cifar:{name} cannot take in_channels={brief(repr(channels))}")
+    return _with_input(architecture, (channels, 32, 32))
 
 
 def _torchvision(name: str, kwargs: dict[str, Any]) -> Architecture:

@@ -296,7 +296,7 @@ def batches(
     labels = labels_of(split)
     if len(split) * prod(split.shape) <= KEEP_LIMIT:
         split.images()
-    for index in torch.split(torch.arange(len(split)), batch_size):
+    for index in torch.split(torch.arange(len(split)), min(batch_size, len(split))):
         images = split.images(index).to(device).contiguous(memory_format=torch.channels_last)
         yield normalise(images, preprocessing), labels[index].to(device)
 

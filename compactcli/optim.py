@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import CompactError, UsageError
 from .graph import run_fake
 from .kernels import KernelLayer
-from .methods import Method
+from .methods import LARGEST, Method
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Settings:
     workers: int | None = None  # threads that decode images while others are trained on; None: where they fill the memory
 
     def __post_init__(self) -> None:
+        numbers = {name: value for name, value in asdict(self).items() if isinstance(value, int | float) and name != "seed"}
         for name, good, wanted in (
+            *((name, -LARGEST <= value <= LARGEST, f"a number of at most {LARGEST:,}") for name, value in numbers.items()),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
             ("epochs", self.epochs >= 0, "0 or more"),
             ("lr", self.lr is None or self.lr >= 0, "0 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),

@@ -98,13 +98,12 @@ class _Run:
         store: Store | None,
         watch: Watch | None,
     ) -> None:
-        self.model, self.teacher, self.hooks, self.preprocessing = model, teacher, hooks, preprocessing
-        self.settings = optim.settled(settings, model, training.shape)
+        self.model, self.teacher, self.hooks, self.store = model, teacher, hooks, store
+        self.settings, self.preprocessing = optim.settled(settings, model, training.shape), preprocessing
         self.dataset, self.training, self.validation = dataset, training, validation
         self.labels = data.labels_of(training)
         mine = torch.arange(distributed.rank(), len(validation), distributed.world_size())
         self.validation_part = validation.subset(mine)  # this process's, which are decoded once
-        self.store = store
         self.watch = watch if watch is not None and distributed.is_main() else Watch()
         self.device = torch.device(settings.device)
         self.started = time.perf_counter()

@@ -1,8 +1,9 @@
 """Odd numbers: weights, layers and images that say nothing are compressed or refused in one line, and nothing is spoilt."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from test_cli import one_line, run
 from torch import Tensor, nn
 
-from compactcli import methods, optim
+from compactcli import methods, optim, report
 from compactcli.artefact import Wishes, open_model
 from compactcli.optim import Settings
 
@@ -264,3 +265,39 @@ def test_gradients_are_right_where_a_convolution_reads_less_than_its_stride(size
     wanted = gradient(image.double(), exact=True)
     for _ in range(5):
         assert float((gradient(image, exact=False) - wanted).abs().max()) <= 0.05 * float(wanted.abs().max())
+
+
+# Flags: numbers that are none
+
+GIVEN: dict[str, tuple[str, ...]] = {
+    "analyze": ("net.pt",),
+    "bench": ("net.pt", "--repeats", "2", "--threads", "1"),
+    "compress": ("net.pt", "--method", "hinge", "--ratio", "0.6", "--data", "ten", *TRAINED, "-o", "out"),
+    "evaluate": ("net.pt", "--data", "ten"),
+    "export": ("net.pt", "--dtype", "float16", "-o", "out"),
+    "finetune": ("net.pt", "--data", "ten", *TRAINED, "-o", "out"),
+    "report": ("net.pt",),
+    "sweep": ("net.pt", "--methods", "hinge", "--ratios", "0.6", "-o", "out"),
+}
+TEXTS = ("mean", "std", "milestones", "ratios", "set")  # that hold numbers
+NUMBERS = [
+    (name, f"--{parameter.replace('_', '-')}")
+    for name in GIVEN
+    for parameter, kind in get_type_hints(import_module(f"compactcli.cli.{name}").command).items()
+    if kind in (int, float, int | None, float | None) or parameter in TEXTS
+    if parameter != "repeats"  # as many as one likes
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308", str(10**20)])
+@pytest.mark.parametrize(("name", "flag"), NUMBERS)
+def test_numbers_that_are_none_are_served_or_refused_in_one_line(name, flag, value, folder, monkeypatch):
+    monkeypatch.setattr(report, "LATENCY_SECONDS", 0.0)
+    checkpoint(folder, lambda model: None)
+    images(folder, "ten", 10, 3)
+    result = run(name, *GIVEN[name], flag, f"factor={value}" if flag == "--set" else value)
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert result.exit_code in (0, 2)
+    if result.exit_code:
+        assert flag.rpartition("-")[2] in result.stderr
+        assert not (folder / "out").exists()

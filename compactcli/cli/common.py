@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
+def _seed(given: int) -> int:
+    if not 0 <= given < 2**63:
+        raise typer.BadParameter("a seed is from 0 to 2^63 - 1")
+    return given
+
+
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Checkpoint file or folder; - or nothing reads stdin.")]
 Output = Annotated[
     str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write the model. [default: stdout into a pipe]")
@@ -63,7 +70,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", envvar="COMP
 Dtype = Annotated[
     str | None, typer.Option(metavar="float16|bfloat16", help="Store numbers so in the file: half the bytes. [default: float32]")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of all that is random.", envvar="COMPACTCLI_SEED")]
+Seed = Annotated[int, typer.Option(help="Seed of all that is random.", envvar="COMPACTCLI_SEED", callback=_seed)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", envvar="COMPACTCLI_JSON")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes on stderr.", envvar="COMPACTCLI_QUIET")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More detail.", envvar="COMPACTCLI_VERBOSE")]
@@ -274,8 +281,11 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
 
 
 def floats(flag: str, text: str) -> tuple[float, ...]:
-    """The numbers of a flag. Raises UsageError if they are none."""
+    """The numbers of a flag, up to a million. Raises UsageError if they are none."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{flag} {text}: give it as numbers with commas, e.g. 0.5,0.5,0.5") from None
+        found = (float("nan"),)
+    if not all(-1e6 <= number <= 1e6 for number in found):
+        raise UsageError(f"{flag} {text}: give it as numbers with commas, e.g. 0.5,0.5,0.5")
+    return found

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..channels import Channels
     from ..detection import Detection
 
+LARGEST = 10**9  # of a number that a user gives: beyond it are mistakes, and NaN
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -252,6 +254,9 @@ def _value(option: Option, text: str) -> Any:
             raise UsageError(f"--set {option.name}={text}: it is true or false")
         return text == "true"
     try:
-        return option.kind(text)
+        number = option.kind(text)
     except ValueError:
         raise UsageError(f"--set {option.name}={text}: it is a number") from None
+    if isinstance(number, int | float) and not -LARGEST <= number <= LARGEST:
+        raise UsageError(f"--set {option.name}={text}: it is a number of at most {LARGEST:,}")
+    return number
