@@ -572,6 +572,41 @@ def computed_linear() -> nn.Module:
     return nn.Sequential(run, nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 4))
 
 
+def largest_positions() -> nn.Module:
+    run = Code(lambda s, x: x.flatten(2).topk(16)[0].view(len(x), -1, 4, 4))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
+
+
+def largest_channels() -> nn.Module:
+    """Which channels are handed on depends on their values."""
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), Code(lambda s, x: x.topk(6, 1)[0]), conv(6, 5), *head(5))
+
+
+def pooled_channels() -> nn.Module:
+    run = Code(lambda s, x: F.avg_pool2d(x.flatten(2)[:, None], (2, 1)).view(len(x), 4, 8, 8))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(4, 6), *head(6))
+
+
+def squeezed() -> nn.Module:
+    """Axes of one position are left out, one by one and together."""
+
+    def run(s: Code, x: Tensor) -> Tensor:
+        means = x.mean((2, 3), keepdim=True)
+        return s.a(means.squeeze(-1).squeeze(2)) + s.b(means.squeeze((2, 3)))
+
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), Code(run, a=nn.Linear(8, 5), b=nn.Linear(8, 5)), nn.ReLU(), nn.Linear(5, 4))
+
+
+def one_channel_repeated() -> nn.Module:
+    """One channel, over more positions."""
+    return nn.Sequential(conv(3, 1), nn.Sigmoid(), Code(lambda s, x: x.repeat(1, 1, 2, 2)), conv(1, 5), *head(5))
+
+
+def normalised_with_constants() -> nn.Module:
+    run = Code(lambda s, x: F.batch_norm(x, torch.zeros(8, dtype=x.dtype), torch.ones(8, dtype=x.dtype)))
+    return nn.Sequential(conv(3, 8), run, nn.ReLU(), conv(8, 5), *head(5))
+
+
 AWKWARD: dict[str, Callable[[], nn.Module]] = {
     function.__name__: function
     for function in (
@@ -584,7 +619,8 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(layer_norm, layer_norm_of_positions, group_norm_of_all, wide_groups, transposed_depthwise, standardised, neighbours),
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
         *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
-        *(padded_tokens, computed_linear),
+        *(padded_tokens, computed_linear, largest_positions, largest_channels, pooled_channels, squeezed),
+        *(one_channel_repeated, normalised_with_constants),
         *(
             encoded_positions,
             log_sigmoid,

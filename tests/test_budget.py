@@ -236,6 +236,19 @@ def test_steps_that_leave_the_target_out_of_reach_are_given_up(step):
         rounded.solve(dials)
 
 
+@pytest.mark.parametrize("threshold", [1e-9, 1e-8, 1e-7])
+def test_where_a_threshold_settles_no_dial_would_rather_have_another_setting(threshold):
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
+    for seed in range(4):
+        dials = dials_of(task, seed)
+        state = budget._State(task, dials, task.cost)
+        state.settle(threshold)
+        for index, dial in enumerate(dials):
+            values = [[*state.values[:index], int(other), *state.values[index + 1 :]] for other in dial.settings]
+            scores = [state.error(each) + threshold * cost_of(task, dials, each) for each in values]
+            assert scores[dial.settings.tolist().index(state.values[index])] == pytest.approx(min(scores), rel=1e-9)
+
+
 def test_the_search_builds_nothing(monkeypatch):
     task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
     dials = dials_of(task, 0)

@@ -91,9 +91,12 @@ ROWS = torch.tensor([4, 0, 2])
     ("pick", "free"),
     [
         (lambda s, x: x[:, :, s.rows], 6),  # a vector along the rows
+        (lambda s, x: x.mean((2, 3), keepdim=True).squeeze(), 6),  # all axes of one position
         (lambda s, x: x[:, s.rows], 0),  # along the channels
         (lambda s, x: x[:, :, s.rows[None]].flatten(2, 3), 0),  # more than a vector
         (lambda s, x: x[:, :, s.rows, s.rows, None], 0),  # more than one
+        (lambda s, x: x.split([6], 1)[0], 0),  # one piece, of so many
+        (lambda s, x: x.split(4, 1)[0], 0),  # the first of two, unlike the second
         (lambda s, x: F.pad(x, (1, 1, 0, -2)), 6),  # rows cropped
         (lambda s, x: F.pad(x, (0, 0, 0, 0, -1, -2)), 0),  # channels cropped
         (lambda s, x: F.pad(x, (0, 0, 0, 0, -1, 2)), 0),
@@ -269,7 +272,9 @@ FREE_IN_AWKWARD = {
     **{"log_sigmoid": 8 + 6, "condition": 8 + 6 + 5 + 4, "in_place": 8 + 6 + 5 + 2, "copied": 8 + 6 + 5 + 2},
     **{"written_through_views": 8 + 6 + 5 + 5, "written_in_pieces": 8 + 6, "written_into_zeros": 7 + 6},
     **{"written_to_out": 7 + 6 + 6, "sampled": 8 + 6 + 5, "groups_of_the_input": 8 + 5, "folded": 8 + 5},
-    **{"uneven_groups": 4 + 5, "padded_tokens": 8 + 6, "computed_linear": 12 + 6 + 1},
+    **{"uneven_groups": 4 + 5, "padded_tokens": 8 + 6, "computed_linear": 12 + 6 + 1, "largest_positions": 8 + 6},
+    **{"largest_channels": 5, "pooled_channels": 6, "squeezed": 8 + 5, "one_channel_repeated": 1 + 5},
+    **{"normalised_with_constants": 5},
 }
 
 

@@ -271,6 +271,26 @@ def test_an_input_is_an_image(shape):
     refused({**tree(), "input_shape": shape}, "the recipe in this file is damaged")
 
 
+def test_numbers_up_to_their_limits_are_read():
+    assert Recipe.loads(json.dumps({**tree(), "input_shape": [3, 1 << 16, 32]})).input_shape == (3, 1 << 16, 32)
+    refused({**tree(), "input_shape": [3, (1 << 16) + 1, 32]}, "the recipe in this file is damaged")
+    assert Recipe.loads(json.dumps(tree(Set("conv", "groups", 1 << 31)))).edits == (Set("conv", "groups", 1 << 31),)
+    refused(tree(Set("conv", "groups", (1 << 31) + 1)), "the recipe in this file is damaged")
+    refused(tree(Keep("conv", 2, (0, 1))), "the recipe in this file is damaged")
+
+
+def test_what_a_file_of_a_methods_authors_begins_with_is_its_first_network():
+    one, two = (Set("conv", "groups", number) for number in (2, 4))
+    bare = Recipe("cifar:resnet8", {}, (3, 32, 32), Preprocessing((0.5,) * 3, (0.25,) * 3))
+    opened, step = Step("open", "csg", {}, (one,), Measures(1, 2), None, "0.1.0"), recipe(two).steps[0]
+    assert [made.opened for made in (bare, bare.then(step), bare.then(opened), bare.then(opened).then(step))] == [
+        (),
+        (),
+        (one,),
+        (one,),
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"recipe"', "{}", '{"format": 1}', "\0", "[" * 100_000])
 def test_damaged_text_is_refused(text):
     refused(text, "the recipe in this file is damaged|no format version")

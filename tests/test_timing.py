@@ -70,6 +70,23 @@ def test_where_time_is_macs_latency_is_macs():
         assert np.allclose(latency.most_ranks(along), out * into / (out + into), rtol=1e-3)  # where both take as long
 
 
+def test_at_its_most_rank_a_layer_takes_as_long_decomposed_as_whole():
+    """Of layers that take any time to begin, to read, to write and to compute."""
+    model = named("cifar:resnet8", width=16)
+    graph = trace(model, (3, 32, 32))
+    channels, found, chance = find(graph, model), budget.layers(graph), np.random.default_rng(0)
+    terms = [budget.LayerTime(chance.uniform(1, 2, 4), chance.uniform(0, 0.1, 4), chance.uniform(0, 0.1, 4)) for _ in found]
+    times = budget.Times(dict(zip((layer.name for layer in found), terms, strict=True)), 1e6)
+    task = Budget(graph, channels, model, ratio=0.5, of="latency", times=times)
+    along, whole = task.along(), float(task.cost(task.along(), task.ranks()))
+    for index, most in enumerate(task.most_ranks(along)):
+        ranks = task.ranks()
+        ranks[index] = most
+        assert task.cost(along, ranks) == pytest.approx(whole, rel=1e-12)
+        ranks[index] = 0.9 * most
+        assert task.cost(along, ranks) < whole - 1e-6
+
+
 def test_what_layers_do_not_take_goes_by_their_outputs():
     model = named("cifar:resnet8", width=16)
     graph = trace(model, (3, 32, 32))

@@ -258,8 +258,13 @@ def _compared(walk: Walk, node: fx.Node) -> list[Label]:
     walk.lock(
         (label for label in walk.of(source) if label.axis == axis), f"compared across channels by {operation(node).strip('_')}"
     )
-    walk.pieces[node] = [walk.of(source)] * 2
-    return walk.of(source)
+    kept = shape_of(source)[axis]
+    if operation(node) == "topk":
+        arguments: Any = node.args
+        kept = arguments[1]
+    labels = [Label(label.axis, label.ids[:kept] if label.axis == axis else label.ids) for label in walk.of(source)]
+    walk.pieces[node] = [labels, labels]
+    return labels
 
 
 @rule("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
