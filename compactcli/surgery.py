@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from . import kernels
 from .channels import Axis
@@ -157,8 +159,8 @@ def run_double(model: nn.Module, image: Tensor, masks: Mapping[Axis, Tensor] | N
     try:
         with torch.no_grad(), _double(model, masks or {}):
             return outputs(model(image))
-    except RuntimeError:  # a module reads the tensors of another: all must be cast at once
-        with torch.no_grad():
+    except RuntimeError:  # a module reads the tensors of another, or names a dtype: all must be cast at once
+        with torch.no_grad(), _AllDouble():
             return outputs(_doubled(model, masks or {})(image))
     finally:
         for module, mode in training.items():
@@ -206,6 +208,31 @@ def _doubled(model: nn.Module, masks: Mapping[Axis, Tensor]) -> nn.Module:
     for (name, axis), gone in masks.items():
         tensors[name].index_fill_(axis, gone, 0)
     return result
+
+
+class _AllDouble(TorchFunctionMode):
+    """Whatever is computed is in float64: what code casts to another floating dtype as well, and tensors that it makes."""
+
+    def __enter__(self) -> Self:
+        self.usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        torch.set_default_dtype(self.usual)
+        super().__exit__(*problem)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        return func(*tree_map(_to_double, args), **tree_map(_to_double, kwargs or {}))
+
+
+def _to_double(value: Any) -> Any:
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:

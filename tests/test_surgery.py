@@ -5,6 +5,7 @@ import copy
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import AWKWARD, SHAPE, masked, named, outputs, random_network, randomise_, removable
@@ -213,6 +214,37 @@ def test_run_double_is_the_network_in_float64(name):
     image = torch.randn(2, *SHAPE, dtype=torch.float64)
     expected = outputs(copy.deepcopy(model).double(), image)
     assert largest_difference(run_double(model, image), expected) < 1e-15
+
+
+SINGLE = torch.linspace(0, 1, 8 * 8).view(8, 8)
+
+
+@pytest.mark.parametrize(
+    "named_dtype",
+    [
+        lambda x: x.float(),
+        lambda x: x.half().float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.to(dtype=torch.bfloat16).float(),
+        lambda x: x.argmax(2, keepdim=True).float().expand_as(x),
+        lambda x: F.prelu(x, torch.ones(1)),
+        lambda x: x @ SINGLE,
+        lambda x: x * torch.arange(8, dtype=torch.float32),
+        lambda x: F.grid_sample(x, torch.zeros(len(x), 8, 8, 2), align_corners=False),
+    ],
+)
+def test_code_that_names_another_dtype_is_held_to_the_law_in_float64(named_dtype):
+    model = nn.Sequential(networks.conv(3, 8), nn.Sigmoid(), networks.Code(lambda s, x: named_dtype(x)), networks.conv(8, 6))
+    model, shape, default = randomise_(nn.Sequential(*model, *networks.head(6))), SHAPE, torch.get_default_dtype()
+    sets = found(model, shape)
+    edits = channels.edits(sets, removable(sets, 0.4), model)
+    assert apply_checked_(model, edits, sets.consumed, shape) < 1e-12
+    assert torch.get_default_dtype() == default
+    assert model.eval()(torch.rand(2, *shape)).dtype == torch.float32
+    image = torch.rand(2, *shape, dtype=torch.float64)
+    (double,), single = run_double(model, image), model(image.float())
+    assert double.dtype == torch.float64
+    assert torch.allclose(double.float(), single, rtol=0.02, atol=1e-2)  # half types round
 
 
 def test_run_double_leaves_no_trace():
