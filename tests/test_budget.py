@@ -249,6 +249,33 @@ def test_where_a_threshold_settles_no_dial_would_rather_have_another_setting(thr
             assert scores[dial.settings.tolist().index(state.values[index])] == pytest.approx(min(scores), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_left_of_the_budget_goes_where_it_saves_most_error_for_its_cost(seed):
+    """Of each dial the next setting, or all that there is, where that may be cheaper."""
+    task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, round_to=4)
+    dials = dials_of(task, seed)
+    state = budget._State(task, dials, task.cost)
+    chance = np.random.default_rng(seed)
+    state.set([int(chance.choice(dial.settings)) for dial in dials])
+    start, before = list(state.values), float(task.cost(state.along, state.ranks))
+    moves = []
+    for index, dial in enumerate(dials):
+        for other in {*dial.settings[dial.settings > start[index]][:1].tolist(), dial.full} - {start[index]}:
+            values = [*start[:index], int(other), *start[index + 1 :]]
+            extra, saved = cost_of(task, dials, values) - before, state.error(start) - state.error(values)
+            if saved > 0 and not (
+                dial.layer is not None and other < dial.full and other > task.most_rank(dial.layer, state.along)
+            ):
+                moves.append((saved / max(extra, 1e-9), extra, values))
+    best, extra, values = max(moves)
+    found = [move for index in range(len(dials)) if (move := state.raise_(index, np.inf)) is not None]
+    assert max(found)[0] == pytest.approx(best)
+    task.target, made, move = before + max(extra, 0.0) + 1e-6, [], state.move
+    state.move = lambda index, value: made.append((index, value)) or move(index, value)
+    state.fill()
+    assert made[0] == next((index, now) for index, (old, now) in enumerate(zip(start, values, strict=True)) if now != old)
+
+
 def test_the_search_builds_nothing(monkeypatch):
     task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
     dials = dials_of(task, 0)
