@@ -16,7 +16,8 @@ say how it was trained, where these are not the defaults. Until then the run is 
 --resume keeps the rows that there are and goes on with the run that was broken off.
 
     python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume] [--set NAME=VALUE ...]
-                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--cutout 8] [--seed 0] [--limit 1000] [--device cuda]
+                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--cutout 8] [--seed 0] [--limit 1000]
+                                 [--device cuda]
 """
 
 import argparse
