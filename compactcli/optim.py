@@ -221,7 +221,8 @@ def _reads_less_than_its_stride(model: nn.Module, input_shape: Sequence[int]) ->
 
     def look(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         stride: Any = layer.stride
-        found.append(any(size < step for size, step in zip(arguments[0].shape[-2:], stride, strict=True)))
+        for image in arguments[:1]:  # none where it is given by name
+            found.append(any(size < step for size, step in zip(image.shape[-2:], stride, strict=True)))
 
     def watch(shadow: nn.Module) -> None:
         for layer in shadow.modules():
