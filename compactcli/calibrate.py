@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import budget, data, kernels, measure
+from . import budget, data, kernels
 from .errors import CompactError
-from .graph import Graph, trace
+from .graph import Graph, not_finite, trace
 from .recipe import Edit, Keep, Preprocessing, Replace, Share
 from .surgery import LAYERS, Regression, outputs
 
@@ -98,7 +98,7 @@ def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *
             if images >= MOMENT_IMAGES:
                 break
     if not values.isfinite().all():
-        raise measure.not_finite(model, batch, "these images")
+        raise not_finite(model, batch, "these images")
     _trim()
     deviation = float(square - total.square().sum() / images)
     return {name: own.moments(deviation) for name, own in sums.items() if own.count}

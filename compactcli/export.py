@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from . import __version__, architectures, artefact, folding, kernels, measure, surgery
 from .artefact import Network
 from .errors import CompactError, shape_text
-from .graph import BATCH, copied, silent
+from .graph import BATCH, copied, not_finite, silent
 from .precision import uncast_
 from .recipe import Measures, Step, without_tensors
 
@@ -76,7 +76,7 @@ def export(
     images = [_images(batch, network.input_shape) for batch in BATCHES]
     expected = [_run(network.module, image) for image in images]
     if not all(output.isfinite().all() for outputs in expected for output in outputs):
-        raise measure.not_finite(network.module, images[0], "random images")
+        raise not_finite(network.module, images[0], "random images")
     module = copied(network.module).eval().requires_grad_(False)
     kernels.fold_(module, dense=_DENSE[to])
     if fold_bn:

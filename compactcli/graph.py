@@ -127,6 +127,32 @@ def _run(
                 shadow(_image(batch, input_shape, mode))
 
 
+def not_finite(model: nn.Module, images: Tensor, which: str) -> CompactError:
+    """What is wrong with a network whose outputs for images (n, c, h, w) hold NaN or Inf: where that begins.
+
+    `which` says what images they are.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    inner = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in inner]
+    try:
+        with torch.inference_mode():
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f", from {found[0]} on" if found else ""
+    return CompactError(f"the network's outputs for {which} hold NaN or Inf{where}: nothing can be derived from them; retrain it")
+
+
 @contextmanager
 def named_failure(where: str) -> Iterator[None]:
     """Whatever the network's code raises in the block, as one line. Raises CompactError."""

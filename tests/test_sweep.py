@@ -381,7 +381,7 @@ def test_all_methods_at_three_ratios_are_the_default(folder, monkeypatch):
         (("--methods", "hing"), "no method 'hing'; did you mean hinge?"),
         (("--methods", ""), "no method ''; there are "),
         (("--ratios", "0.5,1"), "--ratios 0.5,1: each is the share to keep, between 0 and 1"),
-        (("--ratios", "nan"), "--ratios nan: each is the share"),
+        (("--ratios", "nan"), "--ratios nan: give it as numbers with commas"),
         (("--ratios", "half"), "--ratios half: give it as numbers with commas"),
         (("--epochs", "1"), "--epochs needs images: give --data"),
         (("--resume",), "--resume: say with -o FILE which document to go on with"),
