@@ -303,12 +303,13 @@ def _made_(
     progress: Callable[[int, int], None] | None,
 ) -> float:
     """Apply the edits, and refit to images where there are; the relative change of the outputs on them, else on random ones."""
-    original = None if job.batches is None else copied(module)
+    if job.batches is None:
+        assert job.before is not None
+        surgery.apply_checked_(module, edits, job.channels.consumed, shape)
+        return _mended_(module, method.mended(), shape, job.before)
+    original = copied(module)
     surgery.apply_checked_(module, edits, job.channels.consumed, shape)
-    if job.batches is not None and original is not None:
-        return calibrate.refit_(module, original, edits, job.batches, seed=seed, progress=progress)
-    assert job.before is not None
-    return _mended_(module, method.mended(), shape, job.before)
+    return calibrate.refit_(module, original, edits, job.batches, seed=seed, progress=progress)
 
 
 def _mended_(module: nn.Module, values: Mapping[str, Tensor], shape: Sequence[int], before: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Floats
-from ._errors import Metric, ridged, root
+from ._errors import Metric, ridge_, root
 
 Variant = Literal["full", "lowrank", "sparse"]
 
@@ -161,7 +161,7 @@ def _truncated(weight: Tensor, metric: Metric, primary: int) -> Combination:
 def _refined(weight: Tensor, metric: Metric, form: Form, chosen: Tensor) -> Iterator[Combination]:
     """Coefficients for the primary filters, then filters for the coefficients, again and again."""
     others = _others(chosen, len(weight))
-    outputs = ridged(metric.outputs.double(), RIDGE)
+    outputs = ridge_(metric.outputs.to(torch.float64, copy=True), RIDGE / len(weight))
     within, across = outputs[others][:, others], outputs[others][:, chosen]
     primary = weight[chosen].clone()
     coefficients: Tensor | None = None
@@ -218,7 +218,7 @@ def _of_count(wanted: Tensor, outer: Tensor, inner: Tensor, count: int, before: 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix^-1 right, with a small ridge."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(ridged(matrix, RIDGE)))
+    return torch.cholesky_solve(right, torch.linalg.cholesky(ridge_(matrix.clone(), RIDGE / len(matrix))))
 
 
 def _others(chosen: Tensor, count: int) -> Tensor:

@@ -109,15 +109,13 @@ def norm_of(model: nn.Module, layer: Layer) -> nn.BatchNorm2d | None:
     return norm if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats else None
 
 
-def ridged(matrix: Tensor, share: float) -> Tensor:
-    """The matrix with that share of its mean diagonal added to it, so that it can be inverted, even where it is nothing."""
-    ridge = max(share * float(matrix.diagonal().mean()), LEAST)
-    return matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+def ridge_(matrix: Tensor, share: float) -> Tensor:
+    """Add that share of its trace to the diagonal, in place, so that it can be inverted, even where it is nothing."""
+    matrix.diagonal().add_(max(share * float(matrix.diagonal().sum()), LEAST))
+    return matrix
 
 
 def root(matrix: Tensor) -> Tensor:
     """R in float64 with R^T R the positive semidefinite matrix, to a millionth of its trace, in which rounding is lost."""
-    matrix = matrix.to(torch.float64, copy=True)
-    matrix.diagonal().add_(max(1e-6 * float(matrix.diagonal().sum()), LEAST))
-    root: Tensor = torch.linalg.cholesky(matrix).T
+    root: Tensor = torch.linalg.cholesky(ridge_(matrix.to(torch.float64, copy=True), 1e-6)).T
     return root

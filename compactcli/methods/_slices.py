@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import shape_text
-from ._errors import LEAST, Metric, ridged
+from ._errors import LEAST, Metric, ridge_
 
 ROUNDS = 6  # of codes, then generator, at most
 HELPS = 0.01  # of the error: a round that saves less is the last
@@ -151,7 +151,7 @@ def _inverse(generator: Tensor) -> Tensor:
     Not by torch.linalg.lstsq, which does not give the same bits every time.
     """
     wide = generator.double()
-    inverse: Tensor = wide @ torch.linalg.inv(ridged(wide.T @ wide, 1e-10))
+    inverse: Tensor = wide @ torch.linalg.inv(ridge_(wide.T @ wide, 1e-10 / wide.shape[1]))
     return inverse
 
 
@@ -163,7 +163,7 @@ def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:
 def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> Tensor:
     """The codes (slices, d) of one layer that cost least, nearer by some steps of conjugate gradients."""
     gram = (generator.T @ generator).double()  # of a generator from a file, as near to singular as may be
-    inverse = torch.linalg.inv(ridged(gram, 1e-4)).to(codes.dtype)
+    inverse = torch.linalg.inv(ridge_(gram, 1e-4 / len(gram))).to(codes.dtype)
 
     def gradient(error: Tensor) -> Tensor:
         return layer.weighed(error) @ generator
@@ -176,7 +176,7 @@ def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequenc
     """The generator (numbers, d) that costs least for the codes, nearer by some steps of conjugate gradients."""
     every = [layer.weights().sqrt()[:, None] * own for layer, own in zip(layers, codes, strict=True)]
     gram = sum((own.T @ own for own in every), torch.zeros(()))
-    inverse = torch.linalg.inv(ridged(gram, 1e-4))
+    inverse = torch.linalg.inv(ridge_(gram, 1e-4 / len(gram)))
 
     def gradient(errors: Iterator[Tensor]) -> Tensor:
         return sum(

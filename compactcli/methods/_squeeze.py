@@ -15,7 +15,7 @@ from ..errors import CompactError
 from ..kernels import KernelLayer, check_places
 from ..recipe import Replace
 from ..surgery import LAYERS, LayerKind, Regression
-from ._errors import LEAST
+from ._errors import ridge_
 from ._layers import dense, like
 
 RIDGE = 1e-6  # of the power of all that a layer reads, in which rounding is lost
@@ -161,8 +161,7 @@ def _on(weight: Tensor, read: Tensor, inputs: Tensor) -> Tensor:
     """The kernel (p, q, k, k) on the inputs `read` (q,) nearest to one on all (p, i, k, k), of moments (i*k*k, i*k*k)."""
     size = weight.shape[2:].numel()
     columns = (read[:, None] * size + torch.arange(size)).flatten()
-    gram = inputs.to(torch.float64, copy=True)
-    gram.diagonal().add_(max(RIDGE * float(gram.diagonal().sum()), LEAST))
+    gram = ridge_(inputs.to(torch.float64, copy=True), RIDGE)
     wanted = weight.flatten(1).double() @ gram[:, columns]
     solved = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(gram[columns][:, columns])).T
     return solved.view(len(weight), len(read), *weight.shape[2:])

@@ -27,7 +27,7 @@ from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method
 from ._arrange import arrange_
-from ._errors import LEAST, Metrics
+from ._errors import Metrics, ridge_
 from ._layers import dense, eligible, like, meet
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def fit(weight: Tensor, inputs: Tensor | None, parts: int) -> Tensor:
     kept = _support(weight.shape, parts)
     if inputs is None:
         return torch.where(kept, weight, 0.0)
-    gram = inputs.to(torch.float64, copy=True)
-    gram.diagonal().add_(max(RIDGE * float(gram.diagonal().sum()), LEAST))
+    gram = ridge_(inputs.to(torch.float64, copy=True), RIDGE)
     wanted = weight.flatten(1) @ gram  # (o, i*k*k)
     result = torch.zeros_like(wanted)
     for rows, target, support in zip(wanted.chunk(parts), result.chunk(parts), kept.flatten(1).chunk(parts), strict=True):
