@@ -153,7 +153,7 @@ class Made:
     network: Network
     options: dict[str, Any]
     search: list[dict[str, Any]] = field(default_factory=list)  # its epochs
-    norms: Floats | None = None  # of the groups that the search ended with, as shares of their means at its start
+    norms: Floats | None = None  # of the groups that the search ended with, in their units
     scalars: dict[str, float] | None = None  # of fcf, what `Watched` tells
 
 

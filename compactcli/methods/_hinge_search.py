@@ -8,6 +8,7 @@ that makes and reads them is one group, and of the channels of a bottleneck's 3x
 Li et al., CVPR 2020 (Hinge), section 3.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -257,10 +258,14 @@ def _price(budget: Budget, group: Groups) -> float:
     return float(all_of_them - less)
 
 
-def _units(norms: Sequence[Tensor], errors: Sequence[Floats | None], prices: Sequence[float]) -> list[Tensor]:
+def _units(
+    norms: Sequence[Tensor], errors: Sequence[Floats | None], prices: Sequence[float], kept: Sequence[int] | None
+) -> list[Tensor]:
     """What norms are divided by, so that at the start their squares are the error of giving up a group, by what it costs.
 
     In the mean over all groups they are then 1. Those of groups whose errors are not known stand to each other as the norms do.
+    What a group costs depends on what else goes. With `kept`, how many of each family and layer the budget's search keeps, they
+    are instead above 1 for as many, and below for those that go, so that one threshold leaves the network that it chose.
     """
     begun = [
         None if own is None else torch.from_numpy(own).clamp_min(0).sqrt() / price**0.5
@@ -269,26 +274,50 @@ def _units(norms: Sequence[Tensor], errors: Sequence[Floats | None], prices: Seq
     known = torch.cat([own for own in begun if own is not None] or [torch.ones(1, dtype=torch.float64)])
     mean = float(known.mean()) or 1.0
     relative = [n / n.mean().clamp_min(TINY) if own is None else own / mean for n, own in zip(norms, begun, strict=True)]
+    if kept is not None:
+        relative = [own / _boundary(own, count) for own, count in zip(relative, kept, strict=True)]
     return [torch.where((n > 0) & (u > 0), n / u, n.mean().clamp_min(TINY)) for n, u in zip(norms, relative, strict=True)]
+
+
+def _boundary(relative: Tensor, kept: int) -> float:
+    """What lies between the least relative norm that stays and the largest that goes; half the least where all stay."""
+    falling = relative.sort(descending=True).values.tolist()
+    stays = falling[kept - 1]
+    goes = falling[kept] if kept < len(falling) else 0.0
+    return max(math.sqrt(stays * goes) if goes > 0 else stays / 2, TINY)
+
+
+def _mean_of_largest(norms: Tensor, count: int) -> float:
+    return max(float(norms.topk(count).values.mean()), TINY)
 
 
 class Search:
     """Where a search stands: how hard it draws, and how far it is from its target."""
 
     def __init__(
-        self, model: nn.Module, found: Sequence[Groups], budget: Budget, options: "Options", errors: Sequence[Floats | None]
+        self,
+        model: nn.Module,
+        found: Sequence[Groups],
+        budget: Budget,
+        options: "Options",
+        errors: Sequence[Floats | None],
+        kept: Sequence[int] | None = None,
     ) -> None:
-        """`errors` are what giving up each group would cost in error at the start, (count,) for each of those found, if known."""
+        """`errors` are what giving up each group would cost in error at the start, (count,) for each of those found, if known;
+        `kept` how many of each stay in the network that the budget chooses at the start, if it is to be drawn to that.
+        """
         self.found, self.budget, self.options = list(found), budget, options
         self.operator, self.least = OPERATORS[options.regularizer], STEPS[options.regularizer]
         norms = [each.norms(model).double().cpu() for each in found]
         self.means = torch.stack([own.mean() for own in norms]).clamp_min(TINY)
         self.prices = [_price(budget, each) if options.balance == "error" else 1.0 for each in found]
+        self.kept = kept
+        self.begun = [] if kept is None else [_mean_of_largest(own, count) for own, count in zip(norms, kept, strict=True)]
         self.units = [mean.expand_as(own) for mean, own in zip(self.means, norms, strict=True)]
         if options.balance == "none":
             self.units = [self.means.mean().expand_as(own) for own in norms]
         if options.balance == "error":
-            self.units = _units(norms, errors, self.prices)
+            self.units = _units(norms, errors, self.prices, kept)
         self.reach = torch.inf  # the relative norm up to which groups must go for the target
         self.ratio = 0.0  # of inner matrices' gradients to the outer ones'; 0: not known yet
         self.speed = 0.0  # of the relative norms, per step
@@ -335,12 +364,13 @@ class Search:
         level = self.reach
         if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
             level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
-        for each, own, mean, units in zip(self.found, norms, self.means.tolist(), self.units, strict=True):
+        columns = (self.found, norms, self.means.tolist(), self.units, self.drifts(norms))
+        for each, own, mean, units, drift in zip(*columns, strict=True):
             if factor:
                 t = factor * (1.0 if self.options.balance == "none" else mean) * progress.learning_rates[0]
                 each.scale_(model, self.operator(own, t))
             elif self.speed > 0:
-                scales = self.operator(own / units.to(own), self.least(level, self.speed))
+                scales = self.operator(own / (units * drift).to(own), self.least(level, self.speed))
                 each.scale_(model, scales, each.regrown(own, scales))
 
     def annealed(self, norms: Sequence[Tensor]) -> float:
@@ -370,7 +400,18 @@ class Search:
 
     def relative(self, norms: Sequence[Tensor]) -> list[Floats]:
         """The norms of every family's and layer's groups in their units."""
-        return [(own.double().cpu() / units).numpy() for own, units in zip(norms, self.units, strict=True)]
+        drifts = self.drifts(norms)
+        return [(n.double().cpu() / (u * drift)).numpy() for n, u, drift in zip(norms, self.units, drifts, strict=True)]
+
+    def drifts(self, norms: Sequence[Tensor]) -> list[float]:
+        """By what the norms of every family and layer have grown since the start, in the mean over those that are to stay.
+
+        Training makes all norms of a layer grow or fall, which says nothing of what its groups are worth beside another's.
+        """
+        if self.kept is None:
+            return [1.0] * len(norms)
+        now = [_mean_of_largest(own, count) for own, count in zip(norms, self.kept, strict=True)]
+        return [max(one / begun, TINY) for one, begun in zip(now, self.begun, strict=True)]
 
     def norms(self, model: nn.Module) -> list[Floats]:
         """The same, as they are now."""

@@ -50,10 +50,10 @@ class Options:
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
     ] = "l0"
     factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
-    speed: Annotated[float, "search: most that a norm loses in a step, as a share of the mean at the start"] = 1e-3
+    speed: Annotated[float, "search: most that a norm loses in a step, in the unit that `balance` gives it"] = 1e-3
     balance: Annotated[
         Literal["error", "norm", "none"],
-        "search: measure norms by the error per cost of giving the group up at the start, by their mean in the matrix, or alike",
+        "search: the unit of norms: the one below which the budget would give groups up at the start, their mean, or one for all",
     ] = "error"
     others: Annotated[float, "search: learning rate of all but the matrices, as a share of theirs"] = 1.0
     pace: Annotated[bool, "search: let each factor of a kernel learn as fast as keeps the kernel's own pace"] = True
@@ -84,6 +84,7 @@ class Options:
 
 
 Ranks = list[tuple[int, Floats]]  # (layer, error by rank)
+Place = tuple[int | None, int | None]  # of a dial: (family, layer)
 
 
 class Hinge(Method):
@@ -111,17 +112,20 @@ class Hinge(Method):
         if not trains:
             return []
         widths: Widths = []
+        kept: Mapping[Place, int] = {}
         if "error" in (self.options.by, self.options.balance):
             widths, ranks = self._candidates(model, channels, budget, moments, searches=True)
         if self.options.by == "error":
-            self._chosen(budget, widths, ranks, searches=True)
+            dials, settings = self._solved(budget, widths, ranks, searches=True, refitted=moments is not None)
+            kept = {(dial.family, dial.layer): n for dial, n in zip(dials, settings, strict=True)}
         eligible = [index for index, _ in _decomposable(model, channels, budget)]
         self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
         if not found:
             raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
         left = budget.left()  # for what is trained makes good all it can
         losses = [_losses(model, budget, each, widths, moments, left) for each in found]
-        self.search = _hinge_search.Search(model, found, budget, self.options, losses)
+        ends = [kept.get((each.family, each.layer), each.count) for each in found] if kept else None
+        self.search = _hinge_search.Search(model, found, budget, self.options, losses, ends)
         if self.options.by == "norm":
             self._chosen(budget, *self._by_norm(self.search.norms(model)), searches=True)
         return []
@@ -202,15 +206,21 @@ class Hinge(Method):
         self, budget: Budget, widths: Widths, ranks: Ranks, *, searches: bool, refitted: bool = False
     ) -> tuple[list[int], list[tuple[Layer, int]]]:
         """The sets to remove, and the ranks of the layers to decompose."""
-        price = self._price(images=searches)
-        dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
-        dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
-        settings = budget.solve(dials, price, refitted=refitted)
+        dials, settings = self._solved(budget, widths, ranks, searches=searches, refitted=refitted)
         self.losses = budget.losses(dials, settings)
         orders = [order for _, order, _ in widths]
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
         return removed, [(budget.layers[layer], rank) for layer, rank in chosen if layer is not None]
+
+    def _solved(
+        self, budget: Budget, widths: Widths, ranks: Ranks, *, searches: bool, refitted: bool
+    ) -> tuple[list[Dial], list[int]]:
+        """The dials, and their settings for the budget."""
+        price = self._price(images=searches)
+        dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
+        dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
+        return dials, budget.solve(dials, price, refitted=refitted)
 
     def _price(self, *, images: bool) -> Price:
         favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
