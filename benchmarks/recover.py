@@ -16,8 +16,8 @@ say how it was trained, where these are not the defaults. Until then the run is 
 --resume keeps the rows that there are and goes on with the run that was broken off.
 
     python -m benchmarks recover [--networks resnet20] [--only ours peer] [--resume] [--set NAME=VALUE ...]
-                                 [--epochs 15] [--lr 0.01] [--distill-weight 0.9] [--cutout 8] [--seed 0] [--limit 1000]
-                                 [--device cuda]
+                                 [--epochs 15] [--lr 0.01] [--weight-decay 0.0005] [--distill-weight 0.9] [--cutout 8]
+                                 [--seed 0] [--limit 1000] [--device cuda]
 """
 
 import argparse
@@ -47,7 +47,9 @@ IMAGES = 1024  # to calibrate on
 MOST_BELOW_ORIGINAL = 0.5  # points
 LEAST_ABOVE_PEER = 0.5
 MOST_BELOW_CONTROL = {"linearconv": 0.7, "csg": 1.5}
-DEFAULTS: dict[str, Any] = {"epochs": 15, "lr": None, "distill_weight": 0.4, "cutout": 0, "seed": 0, "limit": None}
+DEFAULTS: dict[str, Any] = {
+    "epochs": 15, "lr": None, "weight_decay": 1e-4, "distill_weight": 0.4, "cutout": 0, "seed": 0, "limit": None,
+}  # fmt: skip
 KEPT = Path(tempfile.gettempdir()) / "compactcli-recover"  # of runs that have not ended
 
 METHODS = {"ours": ("hinge", RATIO), "linearconv": ("linearconv", 0.5), "csg": ("csg", 0.43)}  # by contender, and what it keeps
@@ -62,6 +64,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows there are; go on with a run that was broken off")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of finetune")
+    parser.add_argument("--weight-decay", type=float, help="weight decay, on every parameter")
     parser.add_argument("--distill-weight", type=float, help="share of the teacher in the loss")
     parser.add_argument("--cutout", type=int, help="side of a square of every training image that is blanked, pixels")
     parser.add_argument("--seed", type=int, help="of calibration and training")
@@ -73,7 +76,7 @@ def main(arguments: list[str]) -> None:
     command = " ".join(["python -m benchmarks recover", *arguments])
     chosen = {flag: value for flag, default in DEFAULTS.items() if (value := getattr(options, flag)) != default}
     flags = [f"--{flag.replace('_', '-')} {value}" for flag, value in chosen.items()]
-    chosen_settings = {name: getattr(options, name) for name in ("epochs", "lr", "distill_weight", "cutout", "seed", "device")}
+    chosen_settings = {name: getattr(options, name) for name in (*DEFAULTS, "device") if name != "limit"}
     settings = Settings(**chosen_settings)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
