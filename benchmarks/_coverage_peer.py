@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from compactcli import measure, surgery
-from compactcli.budget import Layer
 from compactcli.channels import Axis
 from compactcli.graph import trace
+from compactcli.layers import Layer
 
 from ._coverage_worker import GIANTS, SHARE, Found, Row, architecture, law, randomised, shares, train_step
 

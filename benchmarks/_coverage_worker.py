@@ -24,10 +24,11 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from compactcli import architectures, artefact, channels, detection, measure, surgery
 from compactcli.architectures import Architecture
-from compactcli.budget import Budget, Layer, layers
+from compactcli.budget import Budget
 from compactcli.channels import Channels
 from compactcli.compress import Target, compress
 from compactcli.graph import Graph, run_fake
+from compactcli.layers import Layer, layers
 from compactcli.methods import get
 from compactcli.plain import plain_
 from compactcli.plan import plan

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from compactcli import artefact, budget, data, measure, report
 from compactcli.artefact import Network
-from compactcli.budget import Layer
 from compactcli.channels import Channels, Ids
 from compactcli.compress import Calibration, Target, compress
 from compactcli.graph import trace
 from compactcli.kernels import layers
+from compactcli.layers import Layer
 from compactcli.methods import get
 from compactcli.methods._errors import Metric
 from compactcli.methods._layers import eligible
@@ -117,7 +117,7 @@ def _judged(name: str, method: str, ratio: float, row: dict[str, Any], original:
 def _coded(network: Network) -> list[tuple[Layer, Tensor]]:
     """The layers that both methods may store otherwise, with their kernels."""
     model = network.module
-    found = [layer for layer in budget.layers(trace(model, network.input_shape)) if eligible(model, layer)]
+    found = [layer for layer in layers(trace(model, network.input_shape)) if eligible(model, layer)]
     return [(layer, model.get_parameter(layer.weight).detach()) for layer in found]
 
 

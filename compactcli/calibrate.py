@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import budget, data, kernels
+from . import data, kernels
 from .errors import CompactError
 from .graph import Graph, not_finite, trace
+from .layers import norm_behind, weight_of
 from .recipe import Edit, Keep, Preprocessing, Replace, Share
 from .surgery import LAYERS, Regression, outputs
 
@@ -369,7 +370,7 @@ def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:
     """Module path -> the node that applies its weight, for weights that are applied once."""
     found: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        weight = budget.weight_of(graph, node)
+        weight = weight_of(graph, node)
         if weight is not None:
             found.setdefault(graph.tensors[weight].rpartition(".")[0], []).append(node)
     return {name: nodes[0] for name, nodes in found.items() if len(nodes) == 1}
@@ -377,7 +378,7 @@ def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:
 
 def _behind(graph: Graph, node: fx.Node) -> tuple[str | None, fx.Node | None]:
     """(the batch normalisation that alone reads the node, what is added right after), where there are such."""
-    found = budget.norm_behind(graph, node)
+    found = norm_behind(graph, node)
     if found is None:
         return None, None
     norm, reader = found

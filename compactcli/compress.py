@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from . import __version__, artefact, calibrate, data, distributed, kernels, measure, precision, surgery, timing
 from .artefact import Network
-from .budget import Budget, Layer, Of, layers
+from .budget import Budget, Of
 from .channels import Channels
 from .errors import CompactError, UsageError
 from .finetune import check, kept_run
 from .graph import copied, trace
 from .history import Watch
+from .layers import Layer, layers
 from .methods import Method, attached
 from .optim import Settings
 from .plain import plain_

@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from . import budget
 from .artefact import Network
 from .channels import Axis, Channels
 from .errors import UsageError
+from .layers import Layer, layers
 from .plain import plained
 from .plan import plan
 
@@ -25,14 +25,14 @@ def explanation(network: Network, name: str) -> dict[str, Any]:
     for a layer that the network does not have.
     """
     graph, channels = plan(plained(network.module, network.input_shape), network.input_shape)
-    layers = {layer.name: layer for layer in budget.layers(graph)}
-    if name not in layers:
-        near = get_close_matches(name, layers, 1)
+    found = {layer.name: layer for layer in layers(graph)}
+    if name not in found:
+        near = get_close_matches(name, found, 1)
         raise UsageError(
             f"--explain {name}: no such convolution or linear layer; " + (f"did you mean {near[0]}?" if near else "see analyze")
         )
-    layer = layers[name]
-    sides = {axis: side for each in layers.values() for axis, side in _sides(each)}
+    layer = found[name]
+    sides = {axis: side for each in found.values() for axis, side in _sides(each)}
     return {
         "schema": "compactcli/explanation/1",
         "layer": name,
@@ -41,7 +41,7 @@ def explanation(network: Network, name: str) -> dict[str, Any]:
     }
 
 
-def _sides(layer: budget.Layer) -> list[tuple[Axis, str]]:
+def _sides(layer: Layer) -> list[tuple[Axis, str]]:
     return [((layer.weight, layer.out_axis), "outputs"), ((layer.weight, layer.in_axis), "inputs")]
 
 

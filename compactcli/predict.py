@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import calibrate, data, kernels, methods
 from .artefact import Network
-from .budget import Budget, Floats, Layer, Of
+from .budget import Budget, Floats, Of
 from .channels import Channels
 from .data import Split
 from .errors import CompactError, UsageError
 from .graph import Graph
+from .layers import Layer
 from .methods import hinge
 from .methods._widths import removable
 

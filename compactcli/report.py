@@ -17,6 +17,8 @@ from .channels import Channels
 from .data import Split
 from .errors import CompactError, shape_text
 from .graph import run_fake, trace
+from .layers import Layer, layers
+from .layers import macs as macs_of
 from .plain import plained
 from .plan import plan
 
@@ -207,9 +209,9 @@ def _layers(network: Network) -> list[dict[str, Any]]:
         first = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
         surgery.apply_(first, recipe.opened)
     before = kernels.folded(first)
-    now = budget.layers(trace(kernels.folded(network.module), network.input_shape))
+    now = layers(trace(kernels.folded(network.module), network.input_shape))
     result = []
-    for layer in budget.layers(trace(before, network.input_shape)):
+    for layer in layers(trace(before, network.input_shape)):
         parts = [part for part in now if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
         result.append(
             {
@@ -224,7 +226,7 @@ def _layers(network: Network) -> list[dict[str, Any]]:
     return result
 
 
-def _shape(module: nn.Module, parts: Sequence[budget.Layer]) -> dict[str, Any]:
+def _shape(module: nn.Module, parts: Sequence[Layer]) -> dict[str, Any]:
     return {
         "weight_shapes": [list(part.shape) for part in parts],
         "params": _params(module, parts),
@@ -232,7 +234,7 @@ def _shape(module: nn.Module, parts: Sequence[budget.Layer]) -> dict[str, Any]:
     }
 
 
-def _params(module: nn.Module, parts: Sequence[budget.Layer]) -> int:
+def _params(module: nn.Module, parts: Sequence[Layer]) -> int:
     """Parameters that the network stores for layers that are run; one that makes its kernel may be run as several."""
     made = kernels.layers(module)
     parents = [part.name.rpartition(".")[0] for part in parts]
@@ -269,12 +271,12 @@ def analysis(
     """
     module, shape = plained(network.module, network.input_shape), network.input_shape
     graph, channels = plan(module, shape, log)
-    found = budget.layers(graph)
+    found = layers(graph)
     names = [layer.name for layer in found if layer.called]
-    layers = [_analysed(module, channels, layer, linear) for layer in found]
+    rows = [_analysed(module, channels, layer, linear) for layer in found]
     if timed:
         detail("timing the layers")
-        _join(layers, "time", measure.layer_times(module, names, shape))
+        _join(rows, "time", measure.layer_times(module, names, shape))
     accuracy, moments, told = predict.accuracies(network, None), None, None
     if dataset is not None:
         split, judged = dataset.train or dataset.test, dataset.test or dataset.train
@@ -287,23 +289,23 @@ def analysis(
         accuracy = predict.accuracies(network, judged)
         batches = calibrate.Batches(images, network.recipe.preprocessing, calibrate.value_bytes(graph))
         alike = measure.activation_redundancy(module, names, batches)
-        _join(layers, "activations", {name: asdict(own) for name, own in alike.items()})
+        _join(rows, "activations", {name: asdict(own) for name, own in alike.items()})
     plain = predict.Plain(module, graph, channels, moments)
     if moments is not None:
         detail("sensitivity of the layers")
-        _join(layers, "sensitivity", predict.sensitivity(plain, accuracy))
+        _join(rows, "sensitivity", predict.sensitivity(plain, accuracy))
     predictions = None
     if wanted is not None:
         detail(f"planning {', '.join(wanted.methods)} at {', '.join(f'{ratio:g}' for ratio in wanted.ratios)}")
         predictions = predict.predicted(plain, wanted.methods, wanted.ratios, wanted.of, accuracy)
     return {
         "schema": "compactcli/analysis/1",
-        "model": _described(network, budget.macs(graph)),
+        "model": _described(network, macs_of(graph)),
         "data": told,
-        "layers": layers,
+        "layers": rows,
         "sets": _coupled(plain),
         "predictions": predictions,
-        "suggestion": _suggestion(flags or [network.name if network.name != "stdin" else "MODEL"], layers, predictions),
+        "suggestion": _suggestion(flags or [network.name if network.name != "stdin" else "MODEL"], rows, predictions),
     }
 
 
@@ -333,7 +335,7 @@ def _coupled(plain: predict.Plain) -> list[dict[str, Any]]:
     return result
 
 
-def _analysed(module: nn.Module, channels: Channels, layer: budget.Layer, linear: bool) -> dict[str, Any]:
+def _analysed(module: nn.Module, channels: Channels, layer: Layer, linear: bool) -> dict[str, Any]:
     owner = module.get_submodule(layer.name)
     out = (layer.weight, 1 if layer.transposed else 0)
     wanted = linear or not isinstance(owner, nn.Linear)

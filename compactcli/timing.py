@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import budget, kernels, measure
 from .artefact import Network
-from .budget import Layer, LayerTime, Times
+from .budget import LayerTime, Times
 from .errors import CompactError, shape_text
 from .graph import copied, trace
+from .layers import Layer, layers
 from .measure import FORMATS, MemoryFormat
 from .plain import plained
 
@@ -131,7 +132,7 @@ def table(
     """
     shape = tuple(input_shape or network.input_shape)
     module = plained(kernels.folded(network.module), shape)
-    found = [layer for layer in budget.layers(trace(module, shape)) if layer.called]
+    found = [layer for layer in layers(trace(module, shape)) if layer.called]
     with measure.thread_count(threads) as used:
         memory_format, whole_ms = _whole(module, (batch, *shape), device, WHOLE * SECONDS)
         images = _images(module, [layer.name for layer in found], (batch, *shape))
@@ -169,10 +170,10 @@ def _images(module: nn.Module, names: Sequence[str], shape: Sequence[int]) -> di
     found: dict[str, torch.Size] = {}
 
     def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[layers[layer]] = args[0].shape
+        found[names_of[layer]] = args[0].shape
 
-    layers = {module.get_submodule(name): name for name in names}
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    names_of = {module.get_submodule(name): name for name in names}
+    handles = [layer.register_forward_pre_hook(note) for layer in names_of]
     try:
         with torch.inference_mode():
             module.eval()(torch.zeros(*shape))

@@ -18,6 +18,7 @@ from compactcli import budget, channels, surgery
 from compactcli.budget import Budget, Dial
 from compactcli.errors import CompactError
 from compactcli.graph import trace
+from compactcli.layers import layers
 from compactcli.methods import get
 from compactcli.recipe import Replace
 
@@ -117,7 +118,7 @@ def test_the_cost_of_a_candidate_of_a_random_network(blocks, flat, of, seed):
 
 def test_layers_are_named_once_in_the_order_in_which_they_run():
     model = nn.Sequential(networks.conv(3, 8), networks.twice()[1], networks.conv(8, 6, stride=2), *networks.head(6))
-    found = budget.layers(trace(model, SHAPE))
+    found = layers(trace(model, SHAPE))
     assert [(layer.name, layer.positions) for layer in found] == [("0", 64), ("1.layer", 128), ("2", 16), ("5", 1)]
     assert [layer.macs for layer in found] == [64 * 8 * 27, 128 * 8 * 72, 16 * 6 * 72, 6 * 5]
     assert [layer.kernel for layer in found] == [9, 9, 9, 1]
@@ -137,7 +138,7 @@ def test_a_layer_is_normed_only_if_it_is_each_time_that_it_is_called(last):
                 x = call(x)
             return x.mean((2, 3))
 
-    (layer,) = budget.layers(trace(Twice().eval(), SHAPE))
+    (layer,) = layers(trace(Twice().eval(), SHAPE))
     assert not layer.normed
 
 

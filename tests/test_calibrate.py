@@ -12,6 +12,7 @@ from compactcli.channels import edits as channel_edits
 from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
 from compactcli.graph import trace
+from compactcli.layers import layers
 from compactcli.methods import get
 from compactcli.methods.hinge import Hinge, Options, _decompose
 from compactcli.recipe import Preprocessing, Replace
@@ -79,7 +80,7 @@ def test_errors_of_neighbours_add_up():
 def test_moments_leave_the_network_as_it_was():
     model = resnet().train()
     before = copy.deepcopy(model.state_dict())
-    names = [layer.name for layer in budget.layers(trace(model, SHAPE))]
+    names = [layer.name for layer in layers(trace(model, SHAPE))]
     calibrate.moments(model, names, batches())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
@@ -99,7 +100,7 @@ def test_moments_leave_the_images_as_they_were(first):
 
 def full_rank(model: nn.Module, name: str) -> Replace:
     graph = trace(model, SHAPE)
-    layer = next(layer for layer in budget.layers(graph) if layer.name == name)
+    layer = next(layer for layer in layers(graph) if layer.name == name)
     return _decompose(model, find(graph, model), layer, 10**6, [])
 
 
@@ -245,7 +246,7 @@ def test_fewer_images_pull_harder_towards_the_weights_that_are_there():
 def test_a_layer_too_wide_for_its_covariance_is_left_alone(monkeypatch):
     target = resnet()
     monkeypatch.setattr(calibrate, "WIDEST", 8 * 9)  # layer1's
-    names = [layer.name for layer in budget.layers(trace(target, SHAPE))]
+    names = [layer.name for layer in layers(trace(target, SHAPE))]
     known = calibrate.moments(target, names, batches())
     assert {"layer1.0.conv1", "layer2.0.conv1"} <= set(known)
     assert not {"layer2.0.conv2", "layer3.0.conv1"} & set(known)

@@ -4,11 +4,11 @@ import pytest
 from test_report import text_of
 
 from compactcli.artefact import Wishes, fresh
-from compactcli.budget import layers
 from compactcli.channels import find
 from compactcli.errors import UsageError
 from compactcli.explain import explanation, explanation_tables
 from compactcli.graph import trace
+from compactcli.layers import layers
 
 NETWORKS = ["cifar:resnet8", "cifar:vgg11", "cifar:mobilenet_v2"]
 

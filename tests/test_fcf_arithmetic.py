@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from compactcli import architectures, budget, counters, measure
+from compactcli import architectures, counters, measure
 from compactcli.graph import trace
+from compactcli.layers import Layer, layers
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
@@ -21,19 +22,19 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return architectures.get(name, kwargs).build(device="meta"), CIFAR if kwargs else IMAGENET
 
 
-def chain(model: nn.Module, shape: tuple[int, ...]) -> list[budget.Layer]:
+def chain(model: nn.Module, shape: tuple[int, ...]) -> list[Layer]:
     """The convolutions that lose filters, one after another: those in blocks that are no shortcuts."""
-    found = budget.layers(trace(model, shape))
+    found = layers(trace(model, shape))
     return [layer for layer in found if layer.name.rpartition(".")[2] in ("conv1", "conv2", "conv3") and "layer" in layer.name]
 
 
-def kept(layers: list[budget.Layer], rate: float) -> list[tuple[int, int]]:
+def kept(layers: list[Layer], rate: float) -> list[tuple[int, int]]:
     """(filters kept, channels read) of each; the first reads all."""
     filters = [int(layer.shape[0] * (1 - rate)) for layer in layers]
     return list(zip(filters, [layers[0].shape[1], *filters[:-1]], strict=True))
 
 
-def saved(layers: list[budget.Layer], rate: float) -> tuple[int, int]:
+def saved(layers: list[Layer], rate: float) -> tuple[int, int]:
     """(parameters, multiply-accumulates) of the convolutions that are gone."""
     weights = [
         (layer.shape[0] * layer.shape[1] - out * read) * layer.kernel

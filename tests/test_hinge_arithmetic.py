@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from networks import Code
 from torch import nn
 
-from compactcli import budget, channels, cifar, counters, measure, surgery
+from compactcli import channels, cifar, counters, measure, surgery
 from compactcli.graph import trace
+from compactcli.layers import layers
 from compactcli.methods import get
 from compactcli.methods._two_slope import replacements
 from compactcli.recipe import Replace
@@ -64,7 +65,7 @@ def full_ranks(model: nn.Module) -> dict[str, int]:
 
 def two_slopes_(model: nn.Module) -> None:
     graph = trace(model, SHAPE)
-    surgery.apply_(model, replacements(model, graph, channels.find(graph, model), budget.layers(graph)))
+    surgery.apply_(model, replacements(model, graph, channels.find(graph, model), layers(graph)))
 
 
 def fifth(count: int) -> int:

@@ -7,9 +7,10 @@ import torch
 from networks import named, randomise_
 from test_compress import own
 
-from compactcli import budget, calibrate, data, measure, methods, predict, report
+from compactcli import calibrate, data, measure, methods, predict, report
 from compactcli.artefact import Network
 from compactcli.compress import Target, compress, planned
+from compactcli.layers import layers
 from compactcli.plan import plan
 
 
@@ -86,7 +87,7 @@ def test_the_error_of_a_width_is_what_is_measured():
     given = own(randomise_(model), (3, 1, 1))
     images = torch.randint(0, 256, (256, 3, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     graph, channels = plan(given.module, (3, 1, 1))
-    names = [layer.name for layer in budget.layers(graph)]
+    names = [layer.name for layer in layers(graph)]
     known = predict.moments(given, given.module, graph, names, images)
     found = predict.sensitivity(predict.Plain(given.module, graph, channels, known), lambda error: None)["1"]["channels"]
     batch = data.normalise(images, given.recipe.preprocessing)

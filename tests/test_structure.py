@@ -28,6 +28,7 @@ ORDER = [
         "folding",
         "channels",
         "surgery",
+        "layers",
         "budget",
         "allocate",
         "calibrate",

@@ -11,10 +11,11 @@ from compactcli.budget import Budget
 from compactcli.channels import find
 from compactcli.errors import CompactError
 from compactcli.graph import trace
+from compactcli.layers import Layer, layers
 from compactcli.timing import SHARES, Table, Timed
 
 
-def proportional(found: list[budget.Layer], whole: float) -> Table:
+def proportional(found: list[Layer], whole: float) -> Table:
     """Of a machine on which time is multiply-accumulates, and nothing else takes any."""
 
     def points(first: int, second: int, each: float) -> tuple[timing.Point, ...]:
@@ -54,7 +55,7 @@ def test_a_curve_never_falls():
 def test_where_time_is_macs_latency_is_macs():
     model = named("cifar:resnet8", width=16)
     graph = trace(model, (3, 32, 32))
-    channels, found = find(graph, model), budget.layers(graph)
+    channels, found = find(graph, model), layers(graph)
     macs = Budget(graph, channels, model, ratio=0.5)
     table = proportional(found, macs.original)
     latency = Budget(graph, channels, model, ratio=0.5, of="latency", times=table.times(found))
@@ -74,7 +75,7 @@ def test_at_its_most_rank_a_layer_takes_as_long_decomposed_as_whole():
     """Of layers that take any time to begin, to read, to write and to compute."""
     model = named("cifar:resnet8", width=16)
     graph = trace(model, (3, 32, 32))
-    channels, found, chance = find(graph, model), budget.layers(graph), np.random.default_rng(0)
+    channels, found, chance = find(graph, model), layers(graph), np.random.default_rng(0)
     terms = [budget.LayerTime(chance.uniform(1, 2, 4), chance.uniform(0, 0.1, 4), chance.uniform(0, 0.1, 4)) for _ in found]
     times = budget.Times(dict(zip((layer.name for layer in found), terms, strict=True)), 1e6)
     task = Budget(graph, channels, model, ratio=0.5, of="latency", times=times)
@@ -90,7 +91,7 @@ def test_at_its_most_rank_a_layer_takes_as_long_decomposed_as_whole():
 def test_what_layers_do_not_take_goes_by_their_outputs():
     model = named("cifar:resnet8", width=16)
     graph = trace(model, (3, 32, 32))
-    channels, found = find(graph, model), budget.layers(graph)
+    channels, found = find(graph, model), layers(graph)
     macs = Budget(graph, channels, model, ratio=0.5)
     times = proportional(found, 3 * macs.original).times(found)
     latency = Budget(graph, channels, model, ratio=0.5, of="latency", times=times)
@@ -120,7 +121,7 @@ def test_every_layer_is_timed(model, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     given = own(model)
     table = timing.table(given, threads=1)
-    found = budget.layers(trace(given.module, given.input_shape))
+    found = layers(trace(given.module, given.input_shape))
     assert [(timed.name, timed.shape) for timed in table.layers] == [(layer.name, layer.shape) for layer in found]
     for timed, layer in zip(table.layers, found, strict=True):
         assert max(point[:2] for point in timed.kernel) == layer.shape[:2]
@@ -134,4 +135,4 @@ def test_every_layer_is_timed(model, monkeypatch, tmp_path):
     measured = Budget(graph, find(graph, given.module), given.module, ratio=0.5, of="latency", times=times)
     assert measured.original == pytest.approx(table.whole_ms)
     with pytest.raises(CompactError, match="of another network"):
-        table.times(budget.layers(trace(named("cifar:resnet8", width=4), (3, 32, 32))))
+        table.times(layers(trace(named("cifar:resnet8", width=4), (3, 32, 32))))

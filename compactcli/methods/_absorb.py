@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..budget import Budget, Layer, norm_behind, weight_of
+from ..budget import Budget
 from ..channels import Channels
 from ..graph import Graph, operation
+from ..layers import Layer, norm_behind, weight_of
 from ._errors import norm_of
 
 TERMS = 8  # of the Hermite series of a ReLU

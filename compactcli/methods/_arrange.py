@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..budget import Budget, Family, Layer
+from ..budget import Budget, Family
 from ..channels import Axis, Channels, Ids
+from ..layers import Layer
 from ..surgery import same_function
 from ._errors import Metrics
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget, Floats, Layer
+from ..budget import Budget, Floats
 from ..channels import Channels
+from ..layers import Layer
 
 if TYPE_CHECKING:
     from ..calibrate import Moments

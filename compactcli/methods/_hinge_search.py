@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..budget import Budget, Floats, Layer
+from ..budget import Budget, Floats
 from ..channels import Channels
+from ..layers import Layer
 from ..proximal import OPERATORS, STEPS, TINY
 from . import Progress
 from ._widths import numbered

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..allocate import Choice, allocate
-from ..budget import Budget, Layer
+from ..budget import Budget
 from ..errors import CompactError
 from ..kernels import KernelLayer
+from ..layers import Layer
 
 
 def eligible(model: nn.Module, layer: Layer) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..budget import Layer
 from ..channels import Channels, Ids
+from ..layers import Layer
 from ..lpbox import Admm, Penalty
 from ._errors import root
 from ._widths import numbered

@@ -10,9 +10,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from ..budget import MOVED_TIME, WEIGHT_TIME, Floats, Layer
+from ..budget import MOVED_TIME, WEIGHT_TIME, Floats
 from ..errors import CompactError
 from ..kernels import KernelLayer, check_places
+from ..layers import Layer
 from ..recipe import Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from ._errors import ridge_

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..budget import Layer, weight_of
 from ..channels import INPUT, Channels
 from ..errors import CompactError
 from ..graph import Graph, operation
+from ..layers import Layer, weight_of
 from ..recipe import Replace
 from ..surgery import LAYERS, LayerKind
 

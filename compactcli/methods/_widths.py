@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..budget import Budget, Floats, Layer
+from ..budget import Budget, Floats
 from ..channels import Channels, Ids
+from ..layers import Layer
 from ._errors import multiplied, norm_of, root, worths
 from ._layers import eligible
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..allocate import Choice
-from ..budget import Budget, Layer, Of
+from ..budget import Budget, Of
 from ..channels import Channels
 from ..errors import CompactError, shape_text
 from ..kernels import KernelLayer, layers, shared
+from ..layers import Layer
 from ..recipe import Edit, Replace, Share
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Foreign, Method, _csg_files

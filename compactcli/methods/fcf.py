@@ -21,9 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
-from ..budget import Budget, Dial, Family, Floats, Layer, Of
+from ..budget import Budget, Dial, Family, Floats, Of
 from ..channels import Axis, Channels, Ids, edits
 from ..errors import CompactError
+from ..layers import Layer
 from ..lpbox import Admm, Penalty
 from ..recipe import Edit
 from . import Method, Progress

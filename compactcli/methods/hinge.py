@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget, Dial, Floats, Layer, Price
+from ..budget import Budget, Dial, Floats, Price
 from ..channels import INPUT, OUTPUT, Channels, edits
 from ..errors import CompactError
+from ..layers import Layer
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method, Progress, _hinge_search, _two_slope

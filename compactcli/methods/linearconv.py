@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..allocate import Choice
-from ..budget import Budget, Layer, Of
+from ..budget import Budget, Of
 from ..channels import Channels
 from ..errors import CompactError
 from ..kernels import KernelLayer, check_places, layers
+from ..layers import Layer
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Method, Progress
