@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -67,31 +68,30 @@ def write(data: bytes, target: str) -> None:
             raise CompactError(f"stdout: {(problem.strerror or str(problem)).lower()}") from None
         return
     path = Path(target)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
+        descriptor, named = _created(temporary)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        mode = 0o666 & ~_umask()
-        with contextlib.suppress(FileNotFoundError):
-            mode = path.stat().st_mode
-        temporary.chmod(mode & 0o777)
+            os.fsync(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(descriptor, path.stat().st_mode & 0o777)
+            if not named:
+                os.link(f"/proc/self/fd/{descriptor}", temporary, src_dir_fd=descriptor)  # which makes it follow the link
         temporary.replace(path)
     except OSError as problem:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CompactError(f"{target}: {(problem.strerror or str(problem)).lower()}; nothing was written") from None
     except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _created(temporary: Path) -> tuple[int, bool]:
+    """(a new file to write to, whether it has that name): none where it need not, so that a kill leaves nothing behind."""
+    if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
+        with contextlib.suppress(OSError):  # not every file system has such files
+            return os.open(temporary.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), False
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), True

@@ -26,6 +26,15 @@ def refused(target: Path | str, message: str, kind: type[CompactError] = Compact
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(params=["unnamed", "named"])
+def way(request, monkeypatch):
+    """Files are written without a name where the system can, else under one of their own."""
+    if request.param == "named":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 def test_a_file_appears_whole(tmp_path):
     target = tmp_path / "model.safetensors"
     streams.write(DATA, str(target))
@@ -33,6 +42,7 @@ def test_a_file_appears_whole(tmp_path):
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_new_file_has_the_usual_permissions(tmp_path, mask):
     before = os.umask(mask)
@@ -44,6 +54,7 @@ def test_a_new_file_has_the_usual_permissions(tmp_path, mask):
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o666 & ~mask
 
 
+@pytest.mark.usefixtures("way")
 def test_an_existing_file_is_replaced_and_keeps_its_permissions(tmp_path):
     target = tmp_path / "model"
     target.write_bytes(b"old")
@@ -56,6 +67,7 @@ def test_an_existing_file_is_replaced_and_keeps_its_permissions(tmp_path):
     reader.close()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call, existing):
@@ -73,6 +85,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call, existing
     assert not existing or target.read_bytes() == b"old"
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no files without a name")
+def test_a_kill_would_leave_nothing_behind(tmp_path, monkeypatch):
+    """What there is in the folder when all is written, but for the name."""
+    seen: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: seen.extend(os.listdir(tmp_path)))
+    streams.write(DATA, str(tmp_path / "model"))
+    assert seen == []
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.usefixtures("way")
 def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(_descriptor: int) -> None:
         raise KeyboardInterrupt
