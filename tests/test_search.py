@@ -304,12 +304,12 @@ def test_norms_begin_as_the_error_per_cost_of_what_they_belong_to():
 def test_one_threshold_leaves_the_network_that_the_budget_chooses(mode, ratio):
     """At the start, and when training has made all norms of each layer another so many times as long."""
     model = small(width=8)
-    search = (found := calibrated(model, ratio, f"mode={mode}"))[0].search
-    budget = found[2]
+    method, _, budget = calibrated(model, ratio, f"mode={mode}")
+    search = method.search
     counts = [int((norms > 1).sum()) for norms in search.norms(model)]
     assert counts == search.kept
     assert any(count < each.count for count, each in zip(counts, search.found, strict=True))
-    search.look([each.norms(model) for each in search.found], Progress(0, 0, 0.0, (0.1,)))
+    search.look(search.relative([each.norms(model) for each in search.found]), Progress(0, 0, 0.0, (0.1,)))
     assert search.cost(search.norms(model), search.reach) <= budget.target
     assert all(((norms > search.reach) >= (norms > 1)).all() for norms in search.norms(model))
     grown = [each.norms(model) * (number + 1) for number, each in enumerate(search.found)]

@@ -359,19 +359,18 @@ class Search:
     def step(self, model: nn.Module, progress: Progress) -> None:
         """The proximal step behind the optimizer's."""
         norms = [each.norms(model) for each in self.found]
-        factor = self.options.factor / self.annealed(norms)
+        factor, relative = self.options.factor / self.annealed(norms), self.relative(norms)
         if not factor:
-            self.look(norms, progress)
+            self.look(relative, progress)
         level = self.reach
         if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
             level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
-        columns = (self.found, norms, self.means.tolist(), self.units, self.drifts(norms))
-        for each, own, mean, units, drift in zip(*columns, strict=True):
+        for each, own, mean, share in zip(self.found, norms, self.means.tolist(), relative, strict=True):
             if factor:
                 t = factor * (1.0 if self.options.balance == "none" else mean) * progress.learning_rates[0]
                 each.scale_(model, self.operator(own, t))
             elif self.speed > 0:
-                scales = self.operator(own / (units * drift).to(own), self.least(level, self.speed))
+                scales = self.operator(share.to(own), self.least(level, self.speed))
                 each.scale_(model, scales, each.regrown(own, scales))
 
     def annealed(self, norms: Sequence[Tensor]) -> float:
@@ -383,10 +382,9 @@ class Search:
         length = float(torch.stack(inner or [own.sum() for own in norms]).mean())
         return float(options.anneal ** ((length <= options.anneal_first) + (length <= options.anneal_second)))
 
-    def look(self, groups: Sequence[Tensor], progress: Progress) -> None:
-        """How far the groups are from the target, and how fast they must go to be there in time."""
-        norms = self.relative(groups)
-        candidates = np.unique(np.concatenate([[0.0], *norms]))
+    def look(self, norms: Sequence[Tensor], progress: Progress) -> None:
+        """By their relative norms, how far the groups are from the target, and how fast they must go to be there in time."""
+        candidates = np.unique(torch.cat([torch.zeros(1, dtype=torch.float64), *norms]).numpy())
         low, high = 0, len(candidates) - 1
         while low < high:
             middle = (low + high) // 2
@@ -399,10 +397,10 @@ class Search:
         wanted = self.reach * min(PULL / max((DONE_BY - progress.share) * steps, 1.0), 1.0)
         self.speed = min(wanted, self.options.speed)
 
-    def relative(self, norms: Sequence[Tensor]) -> list[Floats]:
-        """The norms of every family's and layer's groups in their units."""
-        drifts = self.drifts(norms)
-        return [(n.double().cpu() / (u * drift)).numpy() for n, u, drift in zip(norms, self.units, drifts, strict=True)]
+    def relative(self, norms: Sequence[Tensor]) -> list[Tensor]:
+        """The norms of every family's and layer's groups in their units, on the CPU."""
+        norms = [own.double().cpu() for own in norms]
+        return [own / (units * drift) for own, units, drift in zip(norms, self.units, self.drifts(norms), strict=True)]
 
     def drifts(self, norms: Sequence[Tensor]) -> list[float]:
         """By what the norms of every family and layer have grown since the start, in the mean over those that are to stay.
@@ -416,9 +414,9 @@ class Search:
 
     def norms(self, model: nn.Module) -> list[Floats]:
         """The same, as they are now."""
-        return self.relative([each.norms(model) for each in self.found])
+        return [own.numpy() for own in self.relative([each.norms(model) for each in self.found])]
 
-    def cost(self, norms: Sequence[Floats], threshold: float) -> float:
+    def cost(self, norms: Sequence[Floats | Tensor], threshold: float) -> float:
         """What the network costs with the groups above the threshold, and the floor of each; no weight is touched."""
         along, ranks = self.budget.along(), self.budget.ranks()
         for each, own in zip(self.found, norms, strict=True):

@@ -85,7 +85,6 @@ class Options:
 
 
 Ranks = list[tuple[int, Floats]]  # (layer, error by rank)
-Place = tuple[int | None, int | None]  # of a dial: (family, layer)
 
 
 class Hinge(Method):
@@ -113,20 +112,20 @@ class Hinge(Method):
         if not trains:
             return []
         widths: Widths = []
-        kept: Mapping[Place, int] = {}
+        stay: dict[tuple[int | None, int | None], int] | None = None  # how many, by family and layer
         if "error" in (self.options.by, self.options.balance):
             widths, ranks = self._candidates(model, channels, budget, moments, searches=True)
         if self.options.by == "error":
             dials, settings = self._solved(budget, widths, ranks, searches=True, refitted=moments is not None)
-            kept = {(dial.family, dial.layer): n for dial, n in zip(dials, settings, strict=True)}
+            stay = {(dial.family, dial.layer): n for dial, n in zip(dials, settings, strict=True)}
         eligible = [index for index, _ in _decomposable(model, channels, budget)]
         self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
         if not found:
             raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
         left = budget.left()  # for what is trained makes good all it can
         losses = [_losses(model, budget, each, widths, moments, left) for each in found]
-        ends = [kept.get((each.family, each.layer), each.count) for each in found] if kept else None
-        self.search = _hinge_search.Search(model, found, budget, self.options, losses, ends)
+        kept = None if stay is None else [stay.get((each.family, each.layer), each.count) for each in found]
+        self.search = _hinge_search.Search(model, found, budget, self.options, losses, kept)
         if self.options.by == "norm":
             self._chosen(budget, *self._by_norm(self.search.norms(model)), searches=True)
         return []
