@@ -32,8 +32,8 @@ in the temporary folder. After a kill --resume keeps the rows that there are and
 a search that had ended is not repeated, only what is derived from it in seconds.
 
     python -m benchmarks finetune [--network resnet20] [--ratios 0.5 0.24] [--only auto peer] [--resume] [--set NAME=VALUE ...]
-                                  [--search-epochs 5] [--epochs 20] [--lr 0.05] [--seed 0] [--limit 1000]
-                                  [--peer-lr 0.01] [--peer-reg 0.0005] [--device cuda]
+                                  [--search-epochs 5] [--epochs 20] [--lr 0.05] [--weight-decay 0.0005] [--seed 0]
+                                  [--limit 1000] [--peer-lr 0.01] [--peer-reg 0.0005] [--device cuda]
 """
 
 import argparse
@@ -110,6 +110,7 @@ class Run:
     search_epochs: int = 5
     epochs: int = 20  # search and fine-tuning together
     lr: float | None = None  # peak, of ours in both stages and of the peer's fine-tuning; None: that of the commands
+    weight_decay: float = 1e-4  # of all but the peer's sparse learning
     seed: int = 0
     limit: int | None = None  # images of each split
     set: tuple[str, ...] = ()  # further options of hinge
@@ -135,7 +136,8 @@ class Run:
         return KEPT / re.sub(r"[^\w.=-]+", "_", f"{self.network} {self.key}")
 
     def settings(self, epochs: int, **others: Any) -> Settings:
-        return Settings(**{"epochs": epochs, "lr": self.lr, "seed": self.seed, "device": self.device, **others})
+        own = {name: getattr(self, name) for name in ("lr", "weight_decay", "seed", "device")}
+        return Settings(**{"epochs": epochs, **own, **others})
 
     def of(self, contender: str) -> "Run":
         """The run of another contender to compare with: alike, but for the flags that do not concern it."""
@@ -183,6 +185,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--search-epochs", type=int, default=Run.search_epochs)
     parser.add_argument("--epochs", type=int, default=Run.epochs, help="of search and fine-tuning together")
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of the commands")
+    parser.add_argument("--weight-decay", type=float, default=Run.weight_decay, help="of all but the peer's sparse learning")
     parser.add_argument("--seed", type=int, default=Run.seed, help="of calibration and training")
     parser.add_argument("--limit", type=int, help="images of each split")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="option of our method; may be repeated")
