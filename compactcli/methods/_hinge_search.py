@@ -365,12 +365,12 @@ class Search:
         level = self.reach
         if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
             level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
-        for each, own, mean, share in zip(self.found, norms, self.means.tolist(), relative, strict=True):
+        for each, own, mean, in_units in zip(self.found, norms, self.means.tolist(), relative, strict=True):
             if factor:
                 t = factor * (1.0 if self.options.balance == "none" else mean) * progress.learning_rates[0]
                 each.scale_(model, self.operator(own, t))
             elif self.speed > 0:
-                scales = self.operator(share.to(own), self.least(level, self.speed))
+                scales = self.operator(in_units.to(own), self.least(level, self.speed))
                 each.scale_(model, scales, each.regrown(own, scales))
 
     def annealed(self, norms: Sequence[Tensor]) -> float:

@@ -117,7 +117,8 @@ class Hinge(Method):
             widths, ranks = self._candidates(model, channels, budget, moments, searches=True)
         if self.options.by == "error":
             dials, settings = self._solved(budget, widths, ranks, searches=True, refitted=moments is not None)
-            stay = {(dial.family, dial.layer): n for dial, n in zip(dials, settings, strict=True)}
+            if self.options.balance == "error":
+                stay = {(dial.family, dial.layer): n for dial, n in zip(dials, settings, strict=True)}
         eligible = [index for index, _ in _decomposable(model, channels, budget)]
         self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
         if not found:
