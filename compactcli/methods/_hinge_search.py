@@ -359,17 +359,18 @@ class Search:
     def step(self, model: nn.Module, progress: Progress) -> None:
         """The proximal step behind the optimizer's."""
         norms = [each.norms(model) for each in self.found]
-        factor, relative = self.options.factor / self.annealed(norms), self.relative(norms)
-        if not factor:
-            self.look(relative, progress)
+        if factor := self.options.factor / self.annealed(norms):
+            for each, own, mean in zip(self.found, norms, self.means.tolist(), strict=True):
+                t = factor * (1.0 if self.options.balance == "none" else mean) * progress.learning_rates[0]
+                each.scale_(model, self.operator(own, t))
+            return
+        relative = self.relative(norms)
+        self.look(relative, progress)
         level = self.reach
         if self.options.regularizer == "l0":  # it has no slow way to zero, so that the level rises slowly
             level = min(level * min(progress.share / DONE_BY, 1), progress.step * self.options.speed)
-        for each, own, mean, in_units in zip(self.found, norms, self.means.tolist(), relative, strict=True):
-            if factor:
-                t = factor * (1.0 if self.options.balance == "none" else mean) * progress.learning_rates[0]
-                each.scale_(model, self.operator(own, t))
-            elif self.speed > 0:
+        if self.speed > 0:
+            for each, own, in_units in zip(self.found, norms, relative, strict=True):
                 scales = self.operator(in_units.to(own), self.least(level, self.speed))
                 each.scale_(model, scales, each.regrown(own, scales))
 
