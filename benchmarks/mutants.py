@@ -36,6 +36,7 @@ PARTS = {  # file: its tests, the faster ones first
     "recipe.py": ("recipe", "streams", "surgery", "artefact", "compress"),
     "surgery.py": ("plain", "channels", "recipe", "surgery", "kernels", "compress", "artefact"),
     "budget.py": ("counters", "budget", "hinge", "timing", "squeeze", "compress"),
+    "dials.py": ("counters", "budget", "hinge", "timing", "squeeze", "compress"),
 }
 
 Change = Callable[[], None]

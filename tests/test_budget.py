@@ -14,8 +14,9 @@ from networks import AWKWARD, SHAPE, named, random_network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compactcli import budget, channels, surgery
-from compactcli.budget import Budget, Dial
+from compactcli import channels, surgery
+from compactcli.budget import Budget
+from compactcli.dials import Dial, State, solve
 from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.layers import layers
@@ -189,7 +190,7 @@ def test_the_search_lands_within_one_step_below_the_target(ratio, of, round_to):
         task, _ = plan(named(name, **kwargs), shape, ratio=ratio, of=of, round_to=round_to)
         for seed in range(2):
             dials = dials_of(task, seed)
-            values = task.solve(dials)
+            values = solve(task, dials)
             cost = cost_of(task, dials, values)
             assert cost <= ratio * task.original
             for index, (dial, value) in enumerate(zip(dials, values, strict=True)):
@@ -207,7 +208,7 @@ def test_between_coarse_steps_the_search_takes_the_dearest_state_it_finds(ratio,
     model = nn.Sequential(networks.conv(3, 8), nn.ReLU(), networks.conv(8, 8), nn.ReLU(), networks.conv(8, 8), *networks.head(8))
     task, _ = plan(model, SHAPE, ratio=ratio)
     dials = [Dial(np.linspace(1, 0, len(f.sets) + 1) ** 2, step, 1, family=i) for i, f in enumerate(task.families)]
-    values = task.solve(dials)
+    values = solve(task, dials)
     assert cost_of(task, dials, values) <= task.target
     loose = [index for index, value in enumerate(values) if value % step]
     assert len(loose) <= 1
@@ -230,11 +231,11 @@ def test_steps_that_leave_the_target_out_of_reach_are_given_up(step):
     dials = [Dial(np.arange(len(f.sets), -1, -1.0), step, 1, family=i) for i, f in enumerate(task.families)]
     smallest = [int(dial.settings[0]) for dial in dials]
     assert cost_of(task, dials, smallest) > task.target
-    values = task.solve(dials)
+    values = solve(task, dials)
     assert task.target / 2 < cost_of(task, dials, values) <= task.target
     rounded, _ = plan(model, SHAPE, ratio=0.2, round_to=step)
     with pytest.raises(CompactError, match="out of reach"):
-        rounded.solve(dials)
+        solve(rounded, dials)
 
 
 @pytest.mark.parametrize("threshold", [1e-9, 1e-8, 1e-7])
@@ -242,7 +243,7 @@ def test_where_a_threshold_settles_no_dial_would_rather_have_another_setting(thr
     task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE)
     for seed in range(4):
         dials = dials_of(task, seed)
-        state = budget._State(task, dials, task.cost)
+        state = State(task, dials, task.cost)
         state.settle(threshold)
         for index, dial in enumerate(dials):
             values = [[*state.values[:index], int(other), *state.values[index + 1 :]] for other in dial.settings]
@@ -255,7 +256,7 @@ def test_what_is_left_of_the_budget_goes_where_it_saves_most_error_for_its_cost(
     """Of each dial the next setting, or all that there is, where that may be cheaper."""
     task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, round_to=4)
     dials = dials_of(task, seed)
-    state = budget._State(task, dials, task.cost)
+    state = State(task, dials, task.cost)
     chance = np.random.default_rng(seed)
     state.set([int(chance.choice(dial.settings)) for dial in dials])
     start, before = list(state.values), float(task.cost(state.along, state.ranks))
@@ -287,7 +288,7 @@ def test_the_search_builds_nothing(monkeypatch):
     monkeypatch.setattr(nn.Module, "__init__", no_module)
     monkeypatch.setattr(surgery, "apply_", no_module)
     monkeypatch.setattr(copy, "deepcopy", no_module)
-    task.solve(dials)
+    solve(task, dials)
 
 
 def test_the_search_is_near_the_best_of_all_combinations():
@@ -299,7 +300,7 @@ def test_the_search_is_near_the_best_of_all_combinations():
         chance = np.random.default_rng(seed)
         shares = [np.sort(chance.dirichlet(np.ones(len(family.sets)))) for family in task.families]
         dials = [Dial(np.append(np.cumsum(s)[::-1], 0.0), 1, 1, family=i) for i, s in enumerate(shares)]
-        values = task.solve(dials)
+        values = solve(task, dials)
         combinations = [[a, b] for a in range(1, 9) for b in range(1, 7)]
         errors = [[dial.errors[v] for dial, v in zip(dials, pair, strict=True)] for pair in combinations]
         fitting = [sum(e) for e, c in zip(errors, combinations, strict=True) if cost_of(task, dials, c) <= task.target]
@@ -327,7 +328,7 @@ def test_layers_that_are_refitted_are_cut_the_earlier_the_worse_the_cut(scale):
     ranks = [index for index, layer in enumerate(task.layers) if layer.shape[:3] == (16, 16, 3)]
     dials = [Dial(scale * np.linspace(1, 0, 17) ** 2, 1, 1, layer=index) for index in ranks]
     task.target = 0.8 * task.original
-    plain, refitted = task.solve(dials), task.solve(dials, refitted=True)
+    plain, refitted = solve(task, dials), solve(task, dials, refitted=True)
     assert cost_of(task, dials, refitted) <= task.target
     assert max(plain) - min(plain) <= 1
     if scale < 1:
@@ -354,7 +355,7 @@ def test_more_budget_is_never_more_error():
     for ratio in (0.2, 0.4, 0.6, 0.8, 0.95):
         task, _ = plan(named("cifar:resnet20"), CIFAR_SHAPE, ratio=ratio)
         dials = dials_of(task, 3)
-        errors.append(sum(dial.errors[value] for dial, value in zip(dials, task.solve(dials), strict=True)))
+        errors.append(sum(dial.errors[value] for dial, value in zip(dials, solve(task, dials), strict=True)))
     assert errors == sorted(errors, reverse=True)
 
 
@@ -363,12 +364,12 @@ def test_out_of_reach_names_a_ratio_that_works():
     task, _ = plan(model, CIFAR_SHAPE, ratio=0.02)
     dials = [dial for dial in dials_of(task, 0, floor=4) if dial.family is not None]
     with pytest.raises(CompactError, match=r"--ratio 0\.02 of macs is out of reach: this method can keep no less than") as caught:
-        task.solve(dials)
+        solve(task, dials)
     nearest = float(re.search(r"try --ratio ([\d.]+), or --nearest", str(caught.value))[1])
     reached, _ = plan(model, CIFAR_SHAPE, ratio=nearest)
-    assert cost_of(reached, dials, reached.solve(dials)) <= reached.target
+    assert cost_of(reached, dials, solve(reached, dials)) <= reached.target
     least, _ = plan(model, CIFAR_SHAPE, ratio=0.02, nearest=True)
-    values = least.solve(dials)
+    values = solve(least, dials)
     assert nearest - 0.001 < cost_of(least, dials, values) / least.original <= nearest
     assert all(value == dial.settings[0] for dial, value in zip(dials, values, strict=True))
 
@@ -376,7 +377,7 @@ def test_out_of_reach_names_a_ratio_that_works():
 def test_without_dials_there_is_nothing_to_choose():
     task, _ = plan(named("cifar:resnet8", width=4), CIFAR_SHAPE)
     with pytest.raises(CompactError, match="nothing here that this method can make smaller"):
-        task.solve([])
+        solve(task, [])
 
 
 @pytest.mark.parametrize(
@@ -432,8 +433,8 @@ def test_at_equal_cost_the_price_of_time_takes_a_candidate_that_is_no_slower(nam
     dials = toy_dials(task)
     times = {}
     for price in ("cost", "time"):
-        state = budget._State(task, dials, task.cost)
-        state.set(task.solve(dials, price))
+        state = State(task, dials, task.cost)
+        state.set(solve(task, dials, price))
         assert task.cost(state.along, state.ranks) <= task.target
         times[price] = float(task.time(state.along, state.ranks))
     assert times["time"] <= times["cost"]
@@ -444,8 +445,8 @@ def test_no_layer_is_decomposed_into_what_is_slower(name):
     """The same network with one of its pairs merged again takes no less time, by the estimate."""
     model, shape = named(name), (3, 64, 64) if name == "resnet18" else CIFAR_SHAPE
     task, _ = plan(model, shape)
-    state = budget._State(task, dials := toy_dials(task), task.cost)
-    state.set(task.solve(dials))
+    state = State(task, dials := toy_dials(task), task.cost)
+    state.set(solve(task, dials))
     assert np.isfinite(state.ranks).any()
     for layer in np.flatnonzero(np.isfinite(state.ranks)):
         merged = state.ranks.copy()
@@ -464,8 +465,8 @@ def test_a_rank_that_saves_macs_but_not_time_is_not_taken(price):
         errors = np.full(min(out, into) + 1, 1e-6)
         errors[: int(0.9 * out * into / (out + into))] = 9.0
         dials.append(Dial(np.append(errors, 0.0), 1, 1, layer=index))
-    state = budget._State(task, dials, task.cost)
-    state.set(task.solve(dials, price))
+    state = State(task, dials, task.cost)
+    state.set(solve(task, dials, price))
     for layer in np.flatnonzero(np.isfinite(state.ranks)):
         assert state.ranks[layer] <= task.most_rank(layer, state.along)
 
@@ -489,7 +490,7 @@ def test_steps_that_are_too_coarse_do_not_keep_the_search_from_its_target():
         of="params",
     )
     dials = [Dial(np.linspace(1, 0, len(family.sets) + 1), 16, 1, family=index) for index, family in enumerate(task.families)]
-    values = task.solve(dials)
+    values = solve(task, dials)
     along = task.along() - sum((dial.full - n) * task.per_set[dial.family] for dial, n in zip(dials, values, strict=True))
     kept = float(task.cost(along, task.ranks())) / task.original
     assert 0.465 <= kept <= 0.47

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compactcli import channels, surgery
-from compactcli.budget import Budget, Dial
+from compactcli.budget import Budget
+from compactcli.dials import Dial
 from compactcli.errors import CompactError, UsageError
 from compactcli.graph import trace
 from compactcli.kernels import VECTOR
@@ -138,11 +139,11 @@ def captured(monkeypatch: pytest.MonkeyPatch, model: nn.Module, shape: tuple[int
     """The dials that hinge would have the budget turn."""
     dials: list[Dial] = []
 
-    def whole(self: Budget, given: list[Dial], price: str, *, refitted: bool) -> list[int]:
+    def whole(budget: Budget, given: list[Dial], price: str, *, refitted: bool) -> list[int]:
         dials.extend(given)
         return [dial.full for dial in given]
 
-    monkeypatch.setattr(Budget, "solve", whole)
+    monkeypatch.setattr("compactcli.methods.hinge.solve", whole)
     task, sets = plan(model, 0.5, shape)
     assert Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None) == []
     return task, dials
@@ -224,12 +225,12 @@ def test_channels_that_a_shortcut_shares_are_offered_for_speed_alone(monkeypatch
     dials: list[Dial] = []
     prices: list[str] = []
 
-    def whole(self: Budget, given: list[Dial], price: str, *, refitted: bool) -> list[int]:
+    def whole(budget: Budget, given: list[Dial], price: str, *, refitted: bool) -> list[int]:
         dials.extend(given)
         prices.append(price)
         return [dial.full for dial in given]
 
-    monkeypatch.setattr(Budget, "solve", whole)
+    monkeypatch.setattr("compactcli.methods.hinge.solve", whole)
     model = named("cifar:resnet8", shortcut="conv")
     task, sets = plan(model, 0.5)
     Hinge(parse_options(Hinge, [f"favour={favour}"])).finish(model, sets, task, None)
@@ -334,10 +335,10 @@ def test_a_layer_of_low_rank_is_reproduced_at_its_rank(layer, monkeypatch):
             randomise_(module)
     path = next(name for name, module in model.named_modules() if module is layer)
 
-    def at_rank(self: Budget, dials: list[Dial], price: str, *, refitted: bool) -> list[int]:
-        return [rank if self.layers[dial.layer].name == path else dial.full for dial in dials]
+    def at_rank(budget: Budget, dials: list[Dial], price: str, *, refitted: bool) -> list[int]:
+        return [rank if budget.layers[dial.layer].name == path else dial.full for dial in dials]
 
-    monkeypatch.setattr(Budget, "solve", at_rank)
+    monkeypatch.setattr("compactcli.methods.hinge.solve", at_rank)
     (edit,) = edits_of(model, 0.5, "decompose", shape)
     assert (edit.module, edit.layer, dict(edit.options)) == (path, "hinge.decomposed", {"rank": rank})
     small = copy.deepcopy(model)
@@ -353,12 +354,12 @@ def test_a_pruned_layer_is_decomposed_from_what_is_left_of_it(monkeypatch):
     low_rank_(model.get_submodule(path), rank)
     _, sets = plan(model, 0.5)
 
-    def chosen(self: Budget, dials: list[Dial], price: str, *, refitted: bool) -> list[int]:
+    def chosen(budget: Budget, dials: list[Dial], price: str, *, refitted: bool) -> list[int]:
         """Every width cut to `width`, and one layer to `rank`, where the dials are there."""
-        decomposed = [self.layers[dial.layer].name == path if dial.layer is not None else None for dial in dials]
+        decomposed = [budget.layers[dial.layer].name == path if dial.layer is not None else None for dial in dials]
         return [width if d is None else rank if d else dial.full for d, dial in zip(decomposed, dials, strict=True)]
 
-    monkeypatch.setattr(Budget, "solve", chosen)
+    monkeypatch.setattr("compactcli.methods.hinge.solve", chosen)
     cut = copy.deepcopy(model)
     surgery.apply_(cut, edits_of(model, 0.5, "prune"))
     edits = edits_of(model, 0.5, "auto")

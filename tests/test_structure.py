@@ -30,6 +30,7 @@ ORDER = [
         "surgery",
         "layers",
         "budget",
+        "dials",
         "allocate",
         "calibrate",
         "plain",

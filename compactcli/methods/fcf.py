@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
-from ..budget import Budget, Dial, Family, Floats, Of
+from ..budget import Budget, Family, Floats, Of
 from ..channels import Axis, Channels, Ids, edits
+from ..dials import Dial, by_layer, solve
 from ..errors import CompactError
 from ..layers import Layer
 from ..lpbox import Admm, Penalty
@@ -151,7 +152,7 @@ class FCF(Method):
         Raises CompactError for a target that is out of reach.
         """
         self._choose_(model, channels, budget, moments, trains=trains)
-        self.losses = budget.losses(self._dials(budget), list(self.kept.values()))
+        self.losses = by_layer(budget, self._dials(budget), list(self.kept.values()))
         if trains:
             self._attach_(model, channels, budget)
         return []
@@ -217,7 +218,7 @@ class FCF(Method):
     def _counts(self, model: nn.Module, channels: Channels, budget: Budget, *, refitted: bool) -> dict[int, int]:
         """How many sets of each family stay."""
         if self.options.select == "error":
-            settings = budget.solve(self._dials(budget), refitted=refitted)
+            settings = solve(budget, self._dials(budget), refitted=refitted)
             return {family: kept for (family, _, _), kept in zip(self.widths, settings, strict=True)}
         if not self.widths:
             raise CompactError("there are no filters here that could go; `compactcli analyze` says why")

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..budget import Budget, Dial, Floats, Price
+from ..budget import Budget, Floats, Price
 from ..channels import INPUT, OUTPUT, Channels, edits
+from ..dials import Dial, by_layer, solve
 from ..errors import CompactError
 from ..layers import Layer
 from ..recipe import Edit, Replace
@@ -208,7 +209,7 @@ class Hinge(Method):
     ) -> tuple[list[int], list[tuple[Layer, int]]]:
         """The sets to remove, and the ranks of the layers to decompose."""
         dials, settings = self._solved(budget, widths, ranks, searches=searches, refitted=refitted)
-        self.losses = budget.losses(dials, settings)
+        self.losses = by_layer(budget, dials, settings)
         orders = [order for _, order, _ in widths]
         removed = [s for order, n in zip(orders, settings, strict=False) for s in order[: len(order) - n].tolist()]
         chosen = [(dial.layer, n) for dial, n in zip(dials, settings, strict=True) if n < dial.full]
@@ -221,7 +222,7 @@ class Hinge(Method):
         price = self._price(images=searches)
         dials = [self._dial(budget, price, errors, family=family) for family, _, errors in widths]
         dials += [self._dial(budget, price, errors, layer=index) for index, errors in ranks]
-        return dials, budget.solve(dials, price, refitted=refitted)
+        return dials, solve(budget, dials, price, refitted=refitted)
 
     def _price(self, *, images: bool) -> Price:
         favour = self.options.favour if self.options.favour != "auto" else "accuracy" if images else "speed"
