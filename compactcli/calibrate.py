@@ -9,7 +9,7 @@ new weights are used from there on, so that errors do not pile up.
 
 import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,16 +155,16 @@ def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[N
         image = args[0].detach()
         output.register_hook(lambda gradient: layers[layer].add(image, gradient))  # type: ignore[no-untyped-call]
 
-    handles = [layer.register_forward_hook(record) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(record))
+        model.eval().requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def _width(layer: nn.Module) -> int:

@@ -7,7 +7,7 @@ are then part of the graph.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,13 +142,10 @@ def not_finite(model: nn.Module, images: Tensor, which: str) -> CompactError:
         return hook
 
     inner = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(look(name)) for name, module in inner]
-    try:
-        with torch.inference_mode():
-            model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for name, module in inner:
+            hooks.enter_context(module.register_forward_hook(look(name)))
+        model.eval()(images)
     where = f", from {found[0]} on" if found else ""
     return CompactError(f"the network's outputs for {which} hold NaN or Inf{where}: nothing can be derived from them; retrain it")
 
@@ -232,16 +229,15 @@ def _notes(model: nn.Module, calls: _Calls) -> Iterator[tuple[dict[fx.Node, str]
     owners: dict[fx.Node, str] = {}
     chunks: set[fx.Node] = set()
     stack = [""]
-    handles = []
-    for name, module in model.named_modules():
-        # Both hooks return None explicitly: a returned value would replace inputs or outputs.
-        def enter(_module: nn.Module, _args: Any, name: str = name) -> None:
-            stack.append(name)
+    names = {module: name for name, module in model.named_modules()}
 
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            stack.pop()
+    # Both hooks return None explicitly: a returned value would replace inputs or outputs.
+    def enter(module: nn.Module, _args: Any) -> None:
+        stack.append(names[module])
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        stack.pop()
+
     original = fx.Tracer.create_node
 
     def create_node(self: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -251,13 +247,15 @@ def _notes(model: nn.Module, calls: _Calls) -> Iterator[tuple[dict[fx.Node, str]
             chunks.add(node)
         return node
 
-    fx.Tracer.create_node = create_node  # type: ignore[method-assign]
-    try:
-        yield owners, chunks
-    finally:
-        fx.Tracer.create_node = original  # type: ignore[method-assign]
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        fx.Tracer.create_node = create_node  # type: ignore[method-assign]
+        try:
+            yield owners, chunks
+        finally:
+            fx.Tracer.create_node = original  # type: ignore[method-assign]
 
 
 def _first_line(problem: BaseException) -> str:

@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -345,14 +345,11 @@ def activation_redundancy(
         count, total, products = sums.get(name, (0, torch.zeros(()), torch.zeros(())))
         sums[name] = (count + len(rows), total + rows.sum(0).double(), products + (rows.T @ rows).double())
 
-    handles = [layer.register_forward_hook(add) for layer in layers]
-    try:
-        with torch.inference_mode():
-            for batch in islice(batches, max(1, -(-images // len(batches[0])))):
-                model.eval()(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(add))
+        for batch in islice(batches, max(1, -(-images // len(batches[0])))):
+            model.eval()(batch)
     return {name: _redundancy(*_covariances(*own)) for name, own in sums.items() if len(own[2]) > 1}
 
 
@@ -377,21 +374,17 @@ def layer_times(model: nn.Module, names: Sequence[str], input_shape: Sequence[in
     def leave(layer: nn.Module, _args: object, _output: object) -> None:
         taken[layers[layer]][-1] += now() - started[layer]
 
-    handles = [
-        handle for layer in layers for handle in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
-    ]
     whole: list[float] = []
     image = torch.rand(1, *input_shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.inference_mode():
-            for _ in range(WARM_UP + passes):
-                for own in taken.values():
-                    own.append(0.0)
-                start = now()
-                model.eval()(image)
-                whole.append(now() - start)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(enter))
+            hooks.enter_context(layer.register_forward_hook(leave))
+        for _ in range(WARM_UP + passes):
+            for own in taken.values():
+                own.append(0.0)
+            start = now()
+            model.eval()(image)
+            whole.append(now() - start)
     shares = {name: [own / all_ for own, all_ in zip(times, whole, strict=True)] for name, times in taken.items()}
     return {name: statistics.median(own[WARM_UP:]) for name, own in shares.items()}

@@ -7,7 +7,7 @@ back. Refitting weights comes later and is measured separately.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby
@@ -170,35 +170,34 @@ def run_double(model: nn.Module, image: Tensor, masks: Mapping[Axis, Tensor] | N
 @contextmanager
 def _double(model: nn.Module, masks: Mapping[Axis, Tensor]) -> Iterator[None]:
     saved: list[list[tuple[Tensor, Tensor]]] = []
-    handles = []
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     masked = {(id(tensors[name]), axis): gone for (name, axis), gone in masks.items()}
-    for module in model.modules():
 
-        def enter(module: nn.Module, _args: Any) -> None:
-            own: list[tuple[Tensor, Tensor]] = []
-            saved.append(own)
-            for tensor in _own_tensors(module):
-                own.append((tensor, tensor.data))
-                tensor.data = tensor.data.to(torch.float64, copy=True)
-                for axis in range(tensor.ndim):
-                    gone = masked.get((id(tensor), axis))
-                    if gone is not None:
-                        tensor.data.index_fill_(axis, gone, 0)
+    def enter(module: nn.Module, _args: Any) -> None:
+        own: list[tuple[Tensor, Tensor]] = []
+        saved.append(own)
+        for tensor in _own_tensors(module):
+            own.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(torch.float64, copy=True)
+            for axis in range(tensor.ndim):
+                gone = masked.get((id(tensor), axis))
+                if gone is not None:
+                    tensor.data.index_fill_(axis, gone, 0)
 
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            for tensor, data in reversed(saved.pop()):
-                tensor.data = data
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        for tensor, data in reversed(saved.pop()):
+            tensor.data = data
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for own in reversed(saved):  # left behind by an exception in a forward
-            for tensor, data in reversed(own):
-                tensor.data = data
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for own in reversed(saved):  # left behind by an exception in a forward
+                for tensor, data in reversed(own):
+                    tensor.data = data
 
 
 def _doubled(model: nn.Module, masks: Mapping[Axis, Tensor]) -> nn.Module:

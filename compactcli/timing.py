@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,13 +174,10 @@ def _images(module: nn.Module, names: Sequence[str], shape: Sequence[int]) -> di
         found[names_of[layer]] = args[0].shape
 
     names_of = {module.get_submodule(name): name for name in names}
-    handles = [layer.register_forward_pre_hook(note) for layer in names_of]
-    try:
-        with torch.inference_mode():
-            module.eval()(torch.zeros(*shape))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in names_of:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        module.eval()(torch.zeros(*shape))
     return found
 
 
