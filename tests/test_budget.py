@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from dataclasses import replace
 
 import networks
 import numpy as np
@@ -216,6 +217,48 @@ def test_between_coarse_steps_the_search_takes_the_dearest_state_it_finds(ratio,
         if values[index] < 8:
             more = [*values[:index], values[index] + 1, *values[index + 1 :]]
             assert cost_of(task, dials, more) > task.target
+
+
+@pytest.mark.parametrize("share", [0.003, 0.03])
+@pytest.mark.parametrize("seed", range(4))
+def test_landing_takes_the_least_error_near_the_target_of_what_one_dial_or_two_can_reach(seed, share):
+    """One dial goes up by less than its step; or by a step, and another comes down by as little as fits."""
+    task, _ = plan(named("cifar:resnet8"), CIFAR_SHAPE)
+    dials = [replace(dial, step=8) for dial in dials_of(task, seed)]
+    chance = np.random.default_rng(seed)
+    state = State(task, dials, task.cost)
+    state.set(start := [int(chance.choice(dial.settings[:-1])) for dial in dials])
+    task.target = cost_of(task, dials, start) + share * task.original
+
+    def changed(values: list[int], index: int, value: int) -> list[int]:
+        return [*values[:index], value, *values[index + 1 :]]
+
+    def pays(values: list[int], index: int) -> bool:
+        """Whether the dial's layer is decomposed into what is no slower, or is whole."""
+        layer, along = dials[index].layer, task.along()
+        for dial, value in zip(dials, values, strict=True):
+            if dial.family is not None:
+                along -= task.per_set[dial.family] * (dial.full - value)
+        return layer is None or values[index] == dials[index].full or values[index] <= task.most_rank(layer, along)
+
+    reached = [start]
+    for index, dial in enumerate(dials):
+        ups = [int(up) for up in dial.settings[dial.settings > start[index]] if pays(changed(start, index, int(up)), index)]
+        for up in ups[:1]:
+            ways = {index: [changed(start, index, value) for value in range(start[index] + 1, up)]}
+            for other in set(range(len(dials))) - {index}:
+                down = range(int(dials[other].settings[0]), start[other])
+                ways[other] = [changed(changed(start, index, up), other, value) for value in down]
+            for moved, way in ways.items():
+                fits = [each for each in way if cost_of(task, dials, each) <= task.target and pays(each, moved)]
+                reached += [max(fits, key=lambda each: cost_of(task, dials, each))] if fits else []
+    near = [each for each in reached if cost_of(task, dials, each) >= task.target - 0.01 * task.original]
+    state.land()
+    assert state.values in (near or reached)
+    if near:
+        assert state.error(state.values) == pytest.approx(min(map(state.error, near)))
+    else:
+        assert cost_of(task, dials, state.values) == max(cost_of(task, dials, each) for each in reached)
 
 
 @pytest.mark.parametrize(("least", "way"), [(1.0, "makes nothing smaller here; try another --method"), (0.62, "--ratio 0.62")])
