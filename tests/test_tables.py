@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import campaign, claim, finetune, names, runtimes, tables
+from benchmarks import _results, campaign, claim, finetune, names, runtimes, tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,19 +52,19 @@ def finished(run: finetune.Run, after: float) -> dict[str, Any]:
 
 
 def test_a_run_of_the_campaign_appears_where_it_was_told_not_to_be_run(monkeypatch):
-    read, run = tables.read, campaign.planned("auto", 0.5, 40, network="resnet56")
+    read, run = _results.read, campaign.planned("auto", 0.5, 40, network="resnet56")
     accuracies = {"auto": 89.5, "control": 90.25, "peer": 88.25, "peer-norm": 88.0}
     runs = {name: campaign.planned(name, run.ratio, 40, network="resnet56") for name in accuracies}
     rows = {own.key: finished(own, accuracies[name]) for name, own in runs.items()}
     found = {"machine": {"cpu": "C", "threads": 1, "torch": "2"}, "rows": rows}
-    whole = tables.results()
-    monkeypatch.setattr(tables, "read", lambda file: copy.deepcopy(found) if file == "finetune-resnet56" else read(file))
-    told = set(tables.results().splitlines()) - set(whole.splitlines())
+    whole = _results.results()
+    monkeypatch.setattr(_results, "read", lambda file: copy.deepcopy(found) if file == "finetune-resnet56" else read(file))
+    told = set(_results.results().splitlines()) - set(whole.splitlines())
     where = "40 epochs, n = 1, C, 1 thread, torch 2"
     assert f"| 1 | ResNet-56, CIFAR-10 | 6.31 | 7.05 | 50.00 | 48.73 | 10.50 | 9.75 | 50.00 | 49.00 | {where} |" in told
     assert f"| hinge | 50 % | 89.50 | -0.75 | +1.25 | {where} |" in told
     assert f"| Torch-Pruning, sparse learning | 50 % | 88.25 | -2.00 | – | {where} |" in told
-    assert tables.results().count(tables.WAITING) < whole.count(tables.WAITING)
+    assert _results.results().count(_results.WAITING) < whole.count(_results.WAITING)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
