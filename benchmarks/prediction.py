@@ -15,6 +15,7 @@ from compactcli.budget import Budget
 from compactcli.channels import find
 from compactcli.graph import trace
 from compactcli.methods import hinge
+from compactcli.moments import Batches, gather, value_bytes
 
 from ._common import checkpoint, images, write
 
@@ -30,8 +31,8 @@ def main(arguments: list[str]) -> None:
     graph = trace(module, shape)
     channels = find(graph, module)
     budget = Budget(graph, channels, module, ratio=0.5)
-    batches = calibrate.Batches(data.sample(dataset.train, IMAGES, 0), preprocessing, calibrate.value_bytes(graph))
-    moments = calibrate.moments(module, [layer.name for layer in budget.layers], batches)
+    batches = Batches(data.sample(dataset.train, IMAGES, 0), preprocessing, value_bytes(graph))
+    moments = gather(module, [layer.name for layer in budget.layers], batches)
     rows: list[dict[str, Any]] = []
     for index, errors in hinge.rank_errors(module, channels, budget, moments):
         layer = budget.layers[index]

@@ -19,10 +19,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compactcli import artefact, calibrate, data, methods, predict, report
+from compactcli import artefact, data, methods, predict, report
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.layers import layers
+from compactcli.moments import MOMENT_IMAGES
 from compactcli.plan import plan
 
 from ._common import checkpoint, images, rows, write
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
         module = network.module
         graph, channels = plan(module, shape)
         names = [layer.name for layer in layers(graph)]
-        sample = data.sample(dataset.train, calibrate.MOMENT_IMAGES, 0)
+        sample = data.sample(dataset.train, MOMENT_IMAGES, 0)
         known = predict.moments(network, module, graph, names, sample)
         plain = predict.Plain(module, graph, channels, known)
         for row in predict.predicted(plain, methods.names(), RATIOS, "params", lambda error: None):

@@ -1,204 +1,31 @@
-"""Images without labels make a cut network good: what each layer reads, and least squares onto the original.
+"""Images without labels make a cut network good: least squares of each layer onto the original.
 
-`moments` tells what a change of each layer's weights would do to the network's outputs. `refit_` lets
-two networks run side by side over the same images, one operation at a time, each value carried forward
+Two networks run side by side over the same images, one operation at a time, each value carried forward
 once: the target, as it was before the edit, and the model, as it is now. Where a layer of the model is
 reached, its own inputs, with all that went wrong before it, are regressed onto the target's outputs; its
 new weights are used from there on, so that errors do not pile up.
 """
 
-import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import data, kernels
+from . import kernels
 from .errors import CompactError
-from .graph import Graph, not_finite, trace
+from .graph import Graph, trace
 from .layers import norm_behind, weight_of
-from .recipe import Edit, Keep, Preprocessing, Replace, Share
-from .surgery import LAYERS, Regression, outputs
+from .moments import patches, regressible, trim
+from .recipe import Edit, Keep, Replace, Share
+from .surgery import LAYERS, Regression
 
 POSITIONS = 65_536  # sampled per layer for the regression, over all images
-MOMENT_IMAGES = 256  # enough for the moments
-SKETCH = 128  # random combinations of a layer's outputs, or inputs, that stand for all of them where there are more
-WIDEST = 8_192  # inputs of a layer, i*k*k, up to which its covariance is affordable
 LIVE_BYTES = 192 << 20  # of values carried forward in both networks; more images join as they shrink
-BATCH_BYTES = 64 << 20  # of all values of one batch
 ROWS_BYTES = 32 << 20  # of a layer's inputs and residuals that wait to enter its Gram matrix
 COLUMNS = 128  # of a Gram matrix at once, in float32 before they are added up in float64, from its diagonal on
-BATCH = 64
-LEAST = 1e-30  # of a sum of squares in float32
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What changing a layer's weight does to the network's outputs.
-
-    A change dW (o, i*k*k) moves them by trace(worth dW inputs dW^T), as a share of their mean square
-    deviation, to first order and with its mean made good by an intercept. With G the sum over
-    positions of gradient times input, for one image and one random direction of the outputs, these
-    are the Kronecker factors E G G^T and E G^T G of the Gauss-Newton matrix (Martens & Grosse, 2015;
-    one step of the power iteration to the nearest product, Morwani et al., 2024). Unlike the
-    covariances of inputs and gradients they know that errors at neighbouring positions add up.
-    """
-
-    inputs: Tensor  # (i*k*k, i*k*k) float32, of trace 1; zeros where the layer reads nothing, or nothing comes of it
-    worth: Tensor  # (o, o) float32
-
-
-class Batches(Sequence[Tensor]):
-    """Images (n, c, h, w) uint8 as equal batches of network input, made when asked for; a remainder is left out."""
-
-    def __init__(self, images: Tensor, preprocessing: Preprocessing, input_bytes: int) -> None:
-        """`input_bytes` is what one image's values take in the network."""
-        limit = max(1, min(BATCH, BATCH_BYTES // input_bytes))
-        self.images, self.preprocessing = images, preprocessing
-        self.size = len(images) // -(-len(images) // limit)
-
-    def __len__(self) -> int:
-        return len(self.images) // self.size
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        images: Tensor = self.images[index * self.size : (index + 1) * self.size]
-        return data.normalise(images, self.preprocessing)
-
-
-def value_bytes(graph: Graph) -> int:
-    """Bytes of all the values that one image makes, in float32."""
-    values = [node.meta.get("val") for node in graph.nodes if node.op == "call_function"]
-    return sum(4 * value[0].numel() for value in values if isinstance(value, Tensor) and value.ndim > 1)
-
-
-def moments(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *, seed: int = 0) -> dict[str, Moments]:
-    """Moments of those of the named layers that can be regressed, from MOMENT_IMAGES at most.
-
-    One forward and one backward pass per batch, against random directions of the outputs.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    layers = {name: model.get_submodule(name) for name in names}
-    sums = {name: _Sums(layer, generator) for name, layer in layers.items() if _regressible(layer)}
-    images, total, square = 0, torch.zeros(()), torch.zeros(())
-    with _recorded(model, {layers[name]: own for name, own in sums.items()}):
-        for batch in batches:
-            image = batch.detach().requires_grad_().clone()  # no leaf: the network may work in place
-            logits = outputs(model(image))[0]
-            values = logits.detach().double()
-            if not values.isfinite().all():
-                break
-            images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
-            (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
-            if images >= MOMENT_IMAGES:
-                break
-    if not values.isfinite().all():
-        raise not_finite(model, batch, "these images")
-    _trim()
-    deviation = float(square - total.square().sum() / images)
-    return {name: own.moments(deviation) for name, own in sums.items() if own.count}
-
-
-def _trim() -> None:
-    """Give the memory that is free between blocks in use back to the system, where the C library is glibc."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class _Sums:
-    """Running sums for one layer's moments."""
-
-    def __init__(self, layer: nn.Module, generator: torch.Generator) -> None:
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        self.layer, self.generator = layer, generator
-        outs, ins = len(layer.weight), _width(layer)
-        self.inputs, self.worth = torch.zeros(ins, ins), torch.zeros(outs, outs)
-        self.mean = torch.zeros(ins)
-        self.count = 0
-
-    def add(self, image: Tensor, gradient: Tensor) -> None:
-        """What the layer read (n, ...) and the gradient (n, ...) of what it made of it."""
-        x = patches(self.layer, image)  # (n, positions, i*k*k)
-        images, positions, ins = x.shape
-        g = gradient.flatten(2) if isinstance(self.layer, nn.Conv2d) else gradient.reshape(images, positions, -1).transpose(1, 2)
-        count, outs = images * positions, g.shape[1]
-        self.count += count
-        self.mean += (x.mean((0, 1)) - self.mean) * (count / self.count)
-        x = x - self.mean
-        rows = (self._sketch(outs) @ g if outs > SKETCH else g) @ x  # (n, o or SKETCH, i*k*k)
-        columns = rows if outs <= SKETCH else g @ (x @ self._sketch(ins).T if ins > SKETCH else x)  # (n, o, i*k*k or SKETCH)
-        rows, columns = rows.flatten(0, 1), columns.transpose(0, 1).flatten(1)
-        self.inputs.addmm_(rows.T, rows)
-        self.worth.addmm_(columns, columns.T)
-
-    def _sketch(self, width: int) -> Tensor:
-        """Random combinations (SKETCH, width) that keep squares in the mean."""
-        return torch.randn(SKETCH, width, generator=self.generator).div_(SKETCH**0.5)
-
-    def moments(self, deviation: float) -> Moments:
-        total = float(self.inputs.diagonal().sum())
-        inputs = self.inputs.div_(total) if total > LEAST else self.inputs.zero_()  # else there is only rounding
-        return Moments(inputs, self.worth.div_(max(deviation, LEAST**0.5)))
-
-
-@contextmanager
-def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[None]:
-    """While it lasts, every backward pass adds to the layers' sums what they read and the gradients of what they made."""
-
-    def record(layer: nn.Module, args: Any, output: Tensor) -> None:
-        image = args[0].detach()
-        output.register_hook(lambda gradient: layers[layer].add(image, gradient))  # type: ignore[no-untyped-call]
-
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(record))
-        model.eval().requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-
-
-def _width(layer: nn.Module) -> int:
-    """What one output of the layer reads: i*k*k."""
-    assert isinstance(layer, nn.Conv2d | nn.Linear)
-    return layer.weight[0].numel()
-
-
-def patches(layer: nn.Module, image: Tensor, at: Tensor | None = None) -> Tensor:
-    """What the layer's kernel is applied to at output positions `at` (all) of every image: (n, positions, i*k*k)."""
-    if not isinstance(layer, nn.Conv2d):
-        return image.reshape(len(image), -1, image.shape[-1])
-    (top, left), (height, width) = _padding(layer), layer.kernel_size
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(image, (left, left, top, top), mode=mode)
-    if at is None:
-        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).transpose(1, 2)
-    columns = (padded.shape[3] - layer.dilation[1] * (width - 1) - 1) // layer.stride[1] + 1
-    row = (at // columns * layer.stride[0])[:, None, None] + (torch.arange(height) * layer.dilation[0])[:, None]
-    column = (at % columns * layer.stride[1])[:, None, None] + torch.arange(width) * layer.dilation[1]
-    place = (row * padded.shape[3] + column).flatten()  # all inputs of one place lie together: they are copied at once
-    read = padded.flatten(2).transpose(1, 2).contiguous().index_select(1, place)  # (n, positions * k * k, i)
-    return read.view(len(image), len(at), height * width, -1).transpose(2, 3).reshape(len(image), len(at), -1)
-
-
-def _padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """Rows and columns put around the image; "same" is symmetric for odd kernels, the only ones taken here."""
-    if layer.padding == "valid":
-        return 0, 0
-    if layer.padding == "same":
-        return layer.dilation[0] * (layer.kernel_size[0] - 1) // 2, layer.dilation[1] * (layer.kernel_size[1] - 1) // 2
-    assert isinstance(layer.padding, tuple)
-    rows, columns = layer.padding
-    return rows, columns
 
 
 def _sample(positions: int, wanted: int, generator: torch.Generator) -> Tensor:
@@ -220,7 +47,7 @@ def refit_(
     `edits` are those that made the one from the other. Nothing is changed before the first edited layer.
     The mean of each output is met through the batch normalisation behind it, or the bias.
     """
-    _trim()
+    trim()
     size, shape = len(batches[0]), batches[0].shape[1:]
     kept = {(edit.module, edit.axis): torch.tensor(edit.index) for edit in edits if isinstance(edit, Keep)}
     kinds = {edit.module: edit.layer for edit in edits if isinstance(edit, Replace)}
@@ -349,21 +176,13 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
     for name, node in _layer_nodes(streams.target.graph).items():
         old = streams.target.model.get_submodule(name)
         parts = [path for path in ours if path == name or (name in kinds and path.startswith(f"{name}."))]
-        if not parts or not _regressible(old) or (name in kinds and LAYERS[kinds[name]].refit is None):
+        if not parts or not regressible(old) or (name in kinds and LAYERS[kinds[name]].refit is None):
             continue
         norm, added = _behind(streams.model.graph, ours[parts[-1]])
         _, original = _behind(streams.target.graph, node)
         shortcut = None if added is None or original is None else (original, added)
         sites.append(_Site(name, parts[-1], node, ours[parts[0]], norm, shortcut))
     return sites
-
-
-def _regressible(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Conv2d | nn.Linear) or _width(layer) > WIDEST:
-        return False
-    if isinstance(layer, nn.Linear):
-        return True
-    return layer.groups == 1 and (layer.padding != "same" or all(size % 2 for size in layer.kernel_size))
 
 
 def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:

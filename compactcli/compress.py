@@ -18,6 +18,7 @@ from .graph import copied, trace
 from .history import Watch
 from .layers import Layer, layers
 from .methods import Method, attached
+from .moments import Batches, Moments, gather, value_bytes
 from .optim import Settings
 from .plain import plain_
 from .plan import plan
@@ -199,8 +200,8 @@ class _Job:
     plain: Sequence[Edit]  # that made layers plain
     channels: Channels
     budget: Budget
-    batches: calibrate.Batches | None
-    moments: Callable[[], dict[str, calibrate.Moments] | None]
+    batches: Batches | None
+    moments: Callable[[], dict[str, Moments] | None]
     before: Tensor | None  # the outputs for random images, where there are no real ones
 
 
@@ -252,11 +253,11 @@ def _job(
     if calibration is None:
         before = measure.probed(module, shape, finite=True)
     else:
-        batches = calibrate.Batches(calibration.images, network.recipe.preprocessing, calibrate.value_bytes(graph))
+        batches = Batches(calibration.images, network.recipe.preprocessing, value_bytes(graph))
     names = [layer.name for layer in budget.layers]
 
-    def moments() -> dict[str, calibrate.Moments] | None:
-        return None if batches is None else calibrate.moments(module, names, batches, seed=seed)
+    def moments() -> dict[str, Moments] | None:
+        return None if batches is None else gather(module, names, batches, seed=seed)
 
     return _Job(plain, channels, budget, batches, moments, before)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import calibrate, data, kernels, methods
+from . import data, kernels, methods
 from .artefact import Network
 from .budget import Budget, Floats, Of
 from .channels import Channels
@@ -19,6 +19,7 @@ from .graph import Graph
 from .layers import Layer
 from .methods import hinge
 from .methods._widths import removable
+from .moments import Batches, Moments, gather, value_bytes
 
 SHARES = (0.75, 0.5, 0.25)  # of a layer's channels, or of its rank
 LABELLED = 1_024  # images that predicted accuracies are of
@@ -34,20 +35,18 @@ class Plain:
     module: nn.Module
     graph: Graph
     channels: Channels
-    moments: Mapping[str, calibrate.Moments] | None
+    moments: Mapping[str, Moments] | None
 
     def budget(self, ratio: float, of: Of, module: nn.Module | None = None) -> Budget:
         return Budget(self.graph, self.channels, module or self.module, ratio=ratio, of=of)
 
 
-def moments(
-    network: Network, module: nn.Module, graph: Graph, names: Sequence[str], images: Tensor
-) -> dict[str, calibrate.Moments]:
+def moments(network: Network, module: nn.Module, graph: Graph, names: Sequence[str], images: Tensor) -> dict[str, Moments]:
     """The moments of the named layers. Raises CompactError if the network's code depends on the values of tensors."""
     if graph.baked:
         raise CompactError(f"{network.name}: the network's code depends on the values of tensors; leave out --data")
-    batches = calibrate.Batches(images, network.recipe.preprocessing, calibrate.value_bytes(graph))
-    return calibrate.moments(module, names, batches)
+    batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
+    return gather(module, names, batches)
 
 
 def accuracies(network: Network, split: Split | None) -> Accuracies:

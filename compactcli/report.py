@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import architectures, artefact, budget, calibrate, counters, data, kernels, measure, methods, predict, surgery
+from . import architectures, artefact, budget, counters, data, kernels, measure, methods, predict, surgery
 from .artefact import Network
 from .channels import Channels
 from .data import Split
@@ -19,6 +19,7 @@ from .errors import CompactError, shape_text
 from .graph import run_fake, trace
 from .layers import Layer, layers
 from .layers import macs as macs_of
+from .moments import MOMENT_IMAGES, Batches, value_bytes
 from .plain import plained
 from .plan import plan
 
@@ -282,12 +283,12 @@ def analysis(
         split, judged = dataset.train or dataset.test, dataset.test or dataset.train
         assert split is not None
         data.check_classes(dataset, network.num_classes)
-        images = data.sample(split, calibrate.MOMENT_IMAGES, 0)
+        images = data.sample(split, MOMENT_IMAGES, 0)
         told = {"dataset": dataset.name, "split": split.name, "images": len(images)}
         detail(f"moments of {len(found)} layers, from {len(images)} images of {dataset.name}")
         moments = predict.moments(network, module, graph, [layer.name for layer in found], images)
         accuracy = predict.accuracies(network, judged)
-        batches = calibrate.Batches(images, network.recipe.preprocessing, calibrate.value_bytes(graph))
+        batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
         alike = measure.activation_redundancy(module, names, batches)
         _join(rows, "activations", {name: asdict(own) for name, own in alike.items()})
     plain = predict.Plain(module, graph, channels, moments)

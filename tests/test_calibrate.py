@@ -7,7 +7,7 @@ import torch
 from networks import randomise_
 from torch import nn
 
-from compactcli import artefact, budget, calibrate, cifar, data, measure, surgery
+from compactcli import artefact, budget, calibrate, cifar, data, measure, moments, surgery
 from compactcli.channels import edits as channel_edits
 from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
@@ -39,8 +39,8 @@ def test_patches_are_what_the_kernel_meets(kernel, padding, dilation, stride):
     output = layer(image).flatten(2)
     at = torch.randperm(output.shape[2])[:7]
     weight = layer.weight.flatten(1)
-    torch.testing.assert_close(calibrate.patches(layer, image) @ weight.T, output.transpose(1, 2))
-    torch.testing.assert_close(calibrate.patches(layer, image, at) @ weight.T, output[:, :, at].transpose(1, 2))
+    torch.testing.assert_close(moments.patches(layer, image) @ weight.T, output.transpose(1, 2))
+    torch.testing.assert_close(moments.patches(layer, image, at) @ weight.T, output[:, :, at].transpose(1, 2))
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(6, 5), (150, 140)], ids=["whole", "sketched"])
@@ -50,9 +50,9 @@ def test_the_moments_predict_what_a_change_of_the_weight_does(positions, inputs,
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(inputs, outputs, 1), nn.Flatten(), nn.Linear(outputs * positions, 7)).eval()
     images = 2 + torch.randn(256, inputs, 1, 1).expand(-1, -1, positions, 1) @ torch.ones(1, 1)
-    moments = calibrate.moments(model, ["0"], list(images.split(64)))["0"]
-    assert moments.inputs.shape == (inputs, inputs)
-    assert moments.worth.shape == (outputs, outputs)
+    known = moments.gather(model, ["0"], list(images.split(64)))["0"]
+    assert known.inputs.shape == (inputs, inputs)
+    assert known.worth.shape == (outputs, outputs)
     change = torch.randn(outputs, inputs)
     with torch.no_grad():
         logits = model(images)
@@ -60,7 +60,7 @@ def test_the_moments_predict_what_a_change_of_the_weight_does(positions, inputs,
         moved = model(images) - logits
     moved -= moved.mean(0)  # an intercept makes it good
     deviation = (logits - logits.mean(0)).square().sum()
-    predicted = float((moments.worth @ change @ moments.inputs * change).sum())
+    predicted = float((known.worth @ change @ known.inputs * change).sum())
     assert predicted == pytest.approx(float(moved.square().sum() / deviation), rel=0.25)  # 256 random directions
 
 
@@ -71,9 +71,9 @@ def test_errors_of_neighbours_add_up():
     alike, noise = torch.randn(256, 3, 1, 1).expand(-1, -1, 4, 4).clone(), torch.randn(256, 3, 4, 4)
     worth = []
     for images in (alike, noise):
-        moments = calibrate.moments(model, ["0"], [images])["0"]
+        known = moments.gather(model, ["0"], [images])["0"]
         with torch.no_grad():
-            worth.append(float(moments.worth.trace()) * float((model(images) - model(images).mean(0)).square().sum()))
+            worth.append(float(known.worth.trace()) * float((model(images) - model(images).mean(0)).square().sum()))
     assert worth[0] / worth[1] == pytest.approx(16, rel=0.3)
 
 
@@ -81,7 +81,7 @@ def test_moments_leave_the_network_as_it_was():
     model = resnet().train()
     before = copy.deepcopy(model.state_dict())
     names = [layer.name for layer in layers(trace(model, SHAPE))]
-    calibrate.moments(model, names, batches())
+    moments.gather(model, names, batches())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -93,7 +93,7 @@ def test_moments_leave_the_images_as_they_were(first):
     model = nn.Sequential(first, nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     given = batches()
     before = [batch.clone() for batch in given]
-    calibrate.moments(model, ["1"], given)
+    moments.gather(model, ["1"], given)
     assert not any(batch.requires_grad or batch.grad is not None for batch in given)
     assert all(torch.equal(batch, old) for batch, old in zip(given, before, strict=True))
 
@@ -148,7 +148,7 @@ def test_refitting_brings_the_logits_closer(mode):
     graph = trace(target, SHAPE)
     channels = find(graph, target)
     plan = budget.Budget(graph, channels, target, ratio=0.6)
-    known = calibrate.moments(target, [layer.name for layer in plan.layers], batches())
+    known = moments.gather(target, [layer.name for layer in plan.layers], batches())
     model = copy.deepcopy(target)
     edits = Hinge(Options(mode=mode)).finish(model, channels, plan, known)
     surgery.apply_checked_(model, edits, channels.consumed, SHAPE)
@@ -221,8 +221,8 @@ def test_a_calibrated_network_is_loaded_as_it_was_saved():
 
 def test_batches_are_equal_and_fit_in_memory():
     images = torch.randint(0, 256, (100, *SHAPE), dtype=torch.uint8)
-    assert [len(batch) for batch in calibrate.Batches(images, PREPROCESSING, 1)] == [50, 50]
-    small = calibrate.Batches(images, PREPROCESSING, calibrate.BATCH_BYTES // 3)
+    assert [len(batch) for batch in moments.Batches(images, PREPROCESSING, 1)] == [50, 50]
+    small = moments.Batches(images, PREPROCESSING, moments.BATCH_BYTES // 3)
     assert {len(batch) for batch in small} == {2}
     assert len(small) == 50 == len(list(small))
     torch.testing.assert_close(small[1], data.normalise(images[2:4], PREPROCESSING))
@@ -245,9 +245,9 @@ def test_fewer_images_pull_harder_towards_the_weights_that_are_there():
 
 def test_a_layer_too_wide_for_its_covariance_is_left_alone(monkeypatch):
     target = resnet()
-    monkeypatch.setattr(calibrate, "WIDEST", 8 * 9)  # layer1's
+    monkeypatch.setattr(moments, "WIDEST", 8 * 9)  # layer1's
     names = [layer.name for layer in layers(trace(target, SHAPE))]
-    known = calibrate.moments(target, names, batches())
+    known = moments.gather(target, names, batches())
     assert {"layer1.0.conv1", "layer2.0.conv1"} <= set(known)
     assert not {"layer2.0.conv2", "layer3.0.conv1"} & set(known)
     model = copy.deepcopy(target)

@@ -15,7 +15,7 @@ from test_train import same, weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compactcli import artefact, calibrate, channels, data, measure, optim, surgery, train
+from compactcli import artefact, channels, data, measure, optim, surgery, train
 from compactcli.artefact import Wishes
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
@@ -23,6 +23,7 @@ from compactcli.errors import CompactError, UsageError
 from compactcli.graph import trace
 from compactcli.history import Watch
 from compactcli.methods import Progress, _reconstruct, get, parse_options
+from compactcli.moments import Batches, gather, value_bytes
 from compactcli.recipe import Preprocessing
 
 FCF = get("fcf")
@@ -140,8 +141,8 @@ def cut_as_chosen(model: nn.Module, method: Any, sets: channels.Channels, budget
 
 
 def moments(model: nn.Module, graph: Any, budget: Budget, count: int = 64) -> Any:
-    batches = calibrate.Batches(images().train.images()[:count], PREPROCESSING, calibrate.value_bytes(graph))
-    return calibrate.moments(model, [layer.name for layer in budget.layers], batches, seed=0)
+    batches = Batches(images().train.images()[:count], PREPROCESSING, value_bytes(graph))
+    return gather(model, [layer.name for layer in budget.layers], batches, seed=0)
 
 
 def test_a_search_ends_at_zeros_and_ones(searched):

@@ -11,7 +11,7 @@ from test_compress import own
 from test_search import images, settings, small
 from torch import Tensor, nn
 
-from compactcli import calibrate, data, kernels, measure, surgery
+from compactcli import data, kernels, measure, surgery
 from compactcli.artefact import Network
 from compactcli.budget import Budget, Of
 from compactcli.compress import Calibration, Search, Target, compress
@@ -20,6 +20,7 @@ from compactcli.methods import get, hetconv, parse_options
 from compactcli.methods._arrange import arrange_, balanced
 from compactcli.methods._errors import Metrics
 from compactcli.methods.hetconv import Parts, fit
+from compactcli.moments import Moments, gather
 from compactcli.plain import plain_
 from compactcli.plan import plan
 from compactcli.recipe import Replace
@@ -370,9 +371,9 @@ def test_a_search_trains_what_there_is_of_the_kernels():
 # The order of channels
 
 
-def known(model: nn.Module, budget: Budget) -> dict[str, calibrate.Moments]:
+def known(model: nn.Module, budget: Budget) -> dict[str, Moments]:
     images = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(0))
-    return calibrate.moments(model, [layer.name for layer in budget.layers], images.split(16))
+    return gather(model, [layer.name for layer in budget.layers], images.split(16))
 
 
 def narrow(model: nn.Module, budget: Budget, parts: int = 0) -> dict[str, int]:
@@ -452,7 +453,7 @@ def test_layers_without_moments_are_ordered_by_their_weights(missing):
     assert surgery.difference(surgery.run_double(model, x), before) < 1e-12
 
 
-def lost(model: nn.Module, moments: dict[str, calibrate.Moments] | None, parts: int, *options: str) -> float:
+def lost(model: nn.Module, moments: dict[str, Moments] | None, parts: int, *options: str) -> float:
     """What the network loses that has so many parts in every layer that may have them."""
     channels, budget = planned(model, 0.01, nearest=True)
     layers = {layer.name: layer for layer in budget.layers}

@@ -7,7 +7,7 @@ import torch
 from networks import named, randomise_
 from test_compress import own
 
-from compactcli import calibrate, data, measure, methods, predict, report
+from compactcli import data, measure, methods, moments, predict, report
 from compactcli.artefact import Network
 from compactcli.compress import Target, compress, planned
 from compactcli.layers import layers
@@ -120,7 +120,6 @@ def test_a_plan_is_what_compress_does(name, given):
 def test_moments_are_taken_once(given, dataset, monkeypatch):
     """All layers from one set: no pass over the images for each of them."""
     calls = []
-    moments = calibrate.moments
-    monkeypatch.setattr(calibrate, "moments", lambda *args, **rest: calls.append(1) or moments(*args, **rest))
+    monkeypatch.setattr(predict, "gather", lambda *args, **rest: calls.append(1) or moments.gather(*args, **rest))
     report.analysis(copy.deepcopy(given), dataset=dataset, wanted=report.Predicted(["fcf", "hinge"]))
     assert calls == [1]

@@ -17,7 +17,7 @@ from test_resume import DeadError
 from test_train import same, weights
 from torch import Tensor, nn
 
-from compactcli import artefact, calibrate, channels, data, measure, report, surgery, train
+from compactcli import artefact, channels, data, measure, report, surgery, train
 from compactcli.architectures import get as architecture
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
@@ -28,6 +28,7 @@ from compactcli.history import Watch
 from compactcli.methods import Progress, _hinge_search, get, parse_options
 from compactcli.methods import hinge as file
 from compactcli.methods._widths import removable
+from compactcli.moments import Batches, gather, value_bytes
 from compactcli.optim import Settings
 from compactcli.proximal import OPERATORS, STEPS
 from compactcli.recipe import Preprocessing
@@ -268,8 +269,8 @@ def calibrated(model: nn.Module, ratio: float = 0.5, *options: str) -> tuple[Any
     sets = channels.find(graph, model)
     budget = Budget(graph, sets, model, ratio=ratio)
     pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batches = calibrate.Batches(pixels, PREPROCESSING, calibrate.value_bytes(graph))
-    moments = calibrate.moments(model, [layer.name for layer in budget.layers], batches)
+    batches = Batches(pixels, PREPROCESSING, value_bytes(graph))
+    moments = gather(model, [layer.name for layer in budget.layers], batches)
     method = Hinge(parse_options(Hinge, options))
     method.start(model, sets, budget, moments, trains=True)
     return method, moments, budget

@@ -32,6 +32,7 @@ ORDER = [
         "budget",
         "dials",
         "allocate",
+        "moments",
         "calibrate",
         "plain",
         "plan",

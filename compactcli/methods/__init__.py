@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..budget import Budget
-    from ..calibrate import Moments
     from ..channels import Channels
     from ..detection import Detection
+    from ..moments import Moments
 
 LARGEST = 10**9  # of a number that a user gives: beyond it are mistakes, and NaN
 

@@ -18,7 +18,7 @@ from ..surgery import same_function
 from ._errors import Metrics
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 SWEEPS = 10  # over all layers, there and back: each order depends on those before and behind it
 

@@ -13,7 +13,7 @@ from ..channels import Channels
 from ..layers import Layer
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 LEAST = 1e-30  # what is added to a matrix of nothing
 WEAKEST = 1e-15  # power of a layer's outputs from which on it counts less: its inverse, cubed, stays within float32

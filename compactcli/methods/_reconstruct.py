@@ -20,7 +20,7 @@ from ._errors import root
 from ._widths import numbered
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 STEPS = 60
 RATE = 0.1

@@ -16,7 +16,7 @@ from ._errors import multiplied, norm_of, root, worths
 from ._layers import eligible
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 Widths = list[tuple[int, Ids, Floats]]  # (family, its sets in the order in which to give them up, error by how many are kept)
 Sides = list[tuple[Layer, int, Ids, Floats]]  # (layer, 0: filters, 1: inputs, then as above)

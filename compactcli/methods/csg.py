@@ -34,7 +34,7 @@ from ._layers import dense, eligible, like, meet
 from ._slices import REFITS, Sliced, Slicing, made, name_of, refine, solve_codes, spectrum
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 SIZES = 48  # of codes that are tried
 SHORTEST = 0.01  # squared spectral norm of a factor from which on the other learns no faster: it may grow while the paces stay

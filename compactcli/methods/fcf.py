@@ -36,7 +36,7 @@ from ._squeeze import edit, saved_time
 from ._widths import Widths, filters, numbered, per_set, removable, squeezable
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
 STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up

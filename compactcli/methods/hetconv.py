@@ -32,7 +32,7 @@ from ._errors import Metrics, ridge_
 from ._layers import dense, eligible, like, meet
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 RIDGE = 1e-6  # of the power of all that a layer reads, in which rounding is lost
 ARRANGED = 4  # parts for which channels are put in order, where the layer may have so many: for fewer it is good as well

@@ -27,7 +27,7 @@ from ._errors import multiplied, root, row_scale, worths
 from ._widths import Widths, removable
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ._errors import Metric, Metrics
 from ._layers import dense, eligible, like, meet
 
 if TYPE_CHECKING:
-    from ..calibrate import Moments
+    from ..moments import Moments
 
 SHARES = np.linspace(0.06, 0.96, 16)  # of primary filters, tried where each takes a decomposition to tell the error
 KEPT = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)  # of the coefficients
