@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CompactError, damage, short
-from .pickles import HARMLESS, Call, Global, Pickle, Storage
+from .peel import NeedsTrustError, peel
+from .pickles import Call, Global, Pickle, Storage
 
 # Limits, all far above what a real network needs.
 HEADER_BYTES = 100_000_000  # of a safetensors header; the format's own limit
@@ -31,17 +32,6 @@ ZIP_ENTRIES = 100_000
 SHARED_RATIO = 256  # bytes named by all tensors together / bytes of the file (23 in a ResNet-56 with CSG)
 DIMENSIONS = 8
 ELEMENTS = 1 << 48
-
-# Where training scripts put the weights, the best ones first.
-WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema"),
-    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
-)
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "base_model.")
-INNER = ("features.", "module.")  # a part wrapped in DataParallel, as torchvision's old training script does
-# What else lies beside weights: numbers of the training run, and what thop and AveragedModel leave behind.
-NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step", "n_averaged"})
-COUNTERS = frozenset({"total_ops", "total_params"})
 
 _DTYPES = {
     "F64": torch.float64,
@@ -324,14 +314,10 @@ def _legacy(file: _File, size: int) -> _Content:
     return _Content(pickled.tree, functools.cache(content), list(pickled.objects))
 
 
-class _NeedsTrustError(CompactError):
-    """The tensors are inside an object that only unpickling can open."""
-
-
 def _from_pickle(content: _Content, file: _File, size: int, trust_pickle: bool) -> tuple[dict[str, Tensor], list[str]]:
     try:
         entries, notes = peel(content.tree)
-    except _NeedsTrustError:
+    except NeedsTrustError:
         if not trust_pickle:
             raise
         entries, notes = peel(_unpickled(file))
@@ -442,107 +428,3 @@ def _sizes(value: Any) -> tuple[Any, ...]:
     if isinstance(value, Call) and value.function == "torch.Size" and value.arguments:
         value = value.arguments[0]
     return tuple(value) if isinstance(value, (tuple, list)) else (None,)
-
-
-def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
-    """Name -> tensor without the wrappers, leftovers and prefixes that training scripts add; a note for each.
-
-    Raises CompactError if there are no tensors, saying what there is instead.
-    """
-    table, path = _unwrap(tree, set()) or ({}, [])
-    entries = {name: value for name, value in table.items() if name.rpartition(".")[2] not in COUNTERS}
-    if not entries:
-        raise _nothing(tree)
-    notes = []
-    if path:
-        beside = [key for key in tree if isinstance(key, str) and key != path[0]]
-        others = f" (beside {_some(beside)})" if beside else ""
-        notes.append(f"took {' / '.join(short(name) for name in path)}{others}")
-    if len(entries) < len(table):
-        notes.append(f"dropped {len(table) - len(entries)} counters that thop left behind (total_ops, total_params)")
-    if prefix := _shared_prefix(list(entries)):
-        notes.append(f"stripped the prefix {prefix} from all {len(entries)} names")
-    entries = {name.removeprefix(prefix): value for name, value in entries.items()}
-    if wrapped := _wrapped(list(entries)):
-        notes.append(f"took module. out of {len(wrapped)} names that begin with {''.join(INNER)}")
-    return {wrapped.get(name, name): value for name, value in entries.items()}, notes
-
-
-def _wrapped(names: list[str]) -> dict[str, str]:
-    """The names in a part that is wrapped as a whole, and what they are without the wrapper."""
-    outer, inner = INNER
-    inside = [name for name in names if name.startswith(outer)]
-    if not all(name.startswith(outer + inner) and name != outer + inner for name in inside):
-        return {}
-    return {name: outer + name.removeprefix(outer + inner) for name in inside}
-
-
-def _shared_prefix(names: list[str]) -> str:
-    """The longest run of PREFIXES that all names begin with and something follows."""
-    shared = ""
-    for _ in range(8):  # wrappers nest a few times; a hostile name could hold a million prefixes
-        for prefix in PREFIXES:
-            longer = shared + prefix
-            if all(name.startswith(longer) and name != longer for name in names):
-                shared = longer
-                break
-    return shared
-
-
-def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | None:
-    """The tensors in a tree and the keys that lead to them; None if there are none. `seen`: tables known to have none."""
-    if not isinstance(tree, dict) or id(tree) in seen:
-        return None
-    seen.add(id(tree))
-    for name in WRAPPERS:
-        if found := _unwrap(tree.get(name), seen):
-            return found[0], [name, *found[1]]
-    if weights := _weights(tree):
-        return weights, []
-    # Under no name we know: then the only table of tensors. By identity, since a hostile tree may name one a million times.
-    tables = {id(value): key for key, value in tree.items() if isinstance(value, dict) and id(value) not in seen}
-    unnamed = {key: weights for key in tables.values() if (weights := _weights(tree[key]))}
-    if len(unnamed) > 1:
-        raise CompactError(f"holds several networks ({_some(list(unnamed))}); save the state_dict of one of them")
-    return next(((weights, [name]) for name, weights in unnamed.items()), None)
-
-
-def _weights(tree: dict[Any, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tree.items() if isinstance(key, str) and key not in NUMBERS and _is_tensor(value)}
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, Call) and value.is_tensor)
-
-
-def _nothing(tree: Any) -> CompactError:
-    """Why there are no tensors in a tree."""
-    blocked = next((call.function for call in _calls(tree) if call is tree or call.function not in HARMLESS), None)
-    if blocked is not None:
-        return _NeedsTrustError(
-            f"holds a pickled object of class {short(blocked)}; only --trust-pickle unpickles it, "
-            "which runs code from the file; better: save model.state_dict()"
-        )
-    if _is_tensor(tree):
-        return CompactError("holds a single tensor without a name; wanted a state_dict")
-    if isinstance(tree, dict):
-        keys = _some([key for key in tree if isinstance(key, str)]) or "an empty table"
-        return CompactError(f"no tensors in the file, only {keys}; wanted a state_dict")
-    return CompactError(f"holds a {type(tree).__name__.strip('_').lower()}; wanted a state_dict")
-
-
-def _calls(tree: Any) -> Iterator[Call]:
-    """The objects in a tree that are no tensors, those under a wrapper's name first."""
-    waiting, seen = [tree], set()
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Call) and not item.is_tensor:
-            yield item
-        elif isinstance(item, dict) and id(item) not in seen:
-            seen.add(id(item))
-            waiting += [item[key] for key in sorted(item, key=lambda key: key in WRAPPERS)]
-
-
-def _some(names: list[str]) -> str:
-    """The first six names, for a line of text."""
-    return ", ".join(short(name) for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from compactcli import checkpoint, pickles
+from compactcli import checkpoint, peel, pickles
 from compactcli.checkpoint import Checkpoint, read
 from compactcli.errors import CompactError
 
@@ -289,7 +289,7 @@ def test_a_process_substitution(tmp_path, save, state):
 # Peeling
 
 
-@pytest.mark.parametrize("wrapper", checkpoint.WRAPPERS)
+@pytest.mark.parametrize("wrapper", peel.WRAPPERS)
 def test_a_wrapper_comes_off(save, state, wrapper):
     found = read(save({"epoch": 3, wrapper: state, "acc": 93.0}))
     assert_same(found.tensors, state)

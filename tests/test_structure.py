@@ -24,6 +24,7 @@ ORDER = [
         "signatures",
         "detection",
         "checkpoint",
+        "peel",
         "pickles",
         "folding",
         "channels",
