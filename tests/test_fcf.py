@@ -199,10 +199,10 @@ def test_nothing_is_cut_to_zeros_and_ones_between_epochs():
 
     class Noting(FCF):  # type: ignore[misc, valid-type]
         def regularise(self, model: nn.Module, progress: Progress) -> None:
-            seen.append(method._matrix().clone())
+            seen.append(method.search.matrix().clone())
 
         def project(self, model: nn.Module, progress: Progress) -> None:
-            seen.append(method._matrix().clone())
+            seen.append(method.search.matrix().clone())
 
     train.fit_(model, images(), PREPROCESSING, settings(epochs=4), hooks=[Noting(), method], keep="last")
     assert len(seen) == 2 * 4 * 3
@@ -305,16 +305,16 @@ def test_the_gradient_of_the_scalars_is_of_the_penalty_and_of_the_loss():
     method, *_ = begun(model, "alpha=0.7", "growth=1.5", "rho=0.2")
     image, labels = torch.randn(4, *CIFAR), torch.tensor([0, 1, 2, 0])
     given_(method, 0.6)
-    method.admm.y1 += 0.3 * (method._matrix() > 0)
+    method.search.admm.y1 += 0.3 * (method.search.matrix() > 0)
     F.cross_entropy(model(image), labels).backward()
     plain = [v.grad.clone() for v in method.scalars.values()]
     kernels = {name: p.grad.clone() for name, p in model.named_parameters() if "scalars" not in name}
     assert all(gradient.any() for gradient in plain)
-    before = method._matrix().clone()
+    before = method.search.matrix().clone()
     method.regularise(model, progress())
-    admm = method.admm
+    admm = method.search.admm
     assert admm.rho == 0.2
-    expected = admm.y1 + admm.y2 + 0.2 * (2 * before - admm.z1 - admm.z2) + method.ties
+    expected = admm.y1 + admm.y2 + 0.2 * (2 * before - admm.z1 - admm.z2) + method.search.ties
     for place, (v, loss) in enumerate(zip(method.scalars.values(), plain, strict=True)):
         moved = 0.7 * expected[place, : len(v)] + 0.3 * loss
         torch.testing.assert_close(v.detach(), before[place, : len(v)] - 0.1 * moved)
@@ -322,7 +322,7 @@ def test_the_gradient_of_the_scalars_is_of_the_penalty_and_of_the_loss():
     assert all(torch.equal(model.get_parameter(name).grad, gradient) for name, gradient in kernels.items())
     before = admm.y1.clone()
     method.project(model, progress())
-    torch.testing.assert_close(admm.y1, before + 0.2 * (method._matrix() - admm.z1))
+    torch.testing.assert_close(admm.y1, before + 0.2 * (method.search.matrix() - admm.z1))
     assert admm.rho == pytest.approx(0.3)
 
 
@@ -333,9 +333,9 @@ def test_the_optimizer_leaves_scalars_alone():
     for v in method.scalars.values():
         v.grad = torch.ones_like(v)
     method.regularise(model, progress())
-    before = method._matrix().clone()
+    before = method.search.matrix().clone()
     optimizer.step()
-    assert torch.equal(method._matrix(), before)
+    assert torch.equal(method.search.matrix(), before)
 
 
 def test_the_penalty_is_full_at_half_of_the_search_or_grows_as_told():
@@ -346,7 +346,7 @@ def test_the_penalty_is_full_at_half_of_the_search_or_grows_as_told():
         for v in method.scalars.values():
             v.grad = torch.zeros_like(v)
         method.regularise(model, progress(share))
-        rhos.append(method.admm.rho)
+        rhos.append(method.search.admm.rho)
     assert rhos == pytest.approx([0.01, (0.01 * 2) ** 0.5, 2, 2])
 
 
@@ -360,7 +360,7 @@ def test_a_high_learning_rate_does_not_make_scalars_swing(rate):
         for v in method.scalars.values():
             v.grad = torch.randn(len(v), generator=generator)
         method.regularise(model, progress(step / 600))
-        assert method.admm.rho <= 6
+        assert method.search.admm.rho <= 6
         for v in method.scalars.values() if step < 100 else ():
             v.data -= 0.001 * torch.randn(len(v), generator=generator)
         method.project(model, progress(step / 600))

@@ -8,7 +8,6 @@ Here a scalar stands behind the batch normalisation, which would undo one that s
 same ADMM minimises, of each layer's filters, what those that read them can not make good.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -17,33 +16,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import pad_sequence
 
 from ..budget import Budget, Family, Floats, Of
-from ..channels import Axis, Channels, Ids, edits
+from ..channels import Channels, Ids, edits
 from ..dials import Dial, by_layer, solve
 from ..errors import CompactError
 from ..layers import Layer
-from ..lpbox import Admm, Penalty
 from ..recipe import Edit
 from . import Method, Progress
 from ._absorb import absorbed
 from ._errors import norm_of
+from ._fcf_search import Search, ranks, tied
 from ._reconstruct import FEW, Alone, choose, problem, small
 from ._squeeze import edit, saved_time
-from ._widths import Widths, filters, numbered, per_set, removable, squeezable
+from ._widths import Widths, filters, per_set, removable, squeezable
 
 if TYPE_CHECKING:
     from ..moments import Moments
 
 CLIPPED = (0.1, 0.9)  # least and most that a layer keeps of its filters where they are ranked over all layers
-STEADY = 0.6  # a penalty above 2/3 by the learning rate makes steps of the scalars and of the dual variables swing up
-TIES = 1e-3  # what draws the first to go of a layer's filters, of those that the loss knows no difference between
 ALIKE = 1.1  # without images errors up to this many times the least are taken for as good
 NEVER = 1e9  # the error of a setting that is not to be taken, beside which all others are nothing
-SETTLED = 0.5  # share of the search at which the penalty is as strong as it gets, where its growth is not given
 
 
 @dataclass(frozen=True)
@@ -100,27 +93,6 @@ class Way:
     time: float
 
 
-class Gate(nn.Module):
-    """A parameter whose positions along an axis are multiplied with the scalars of the filters that they belong to."""
-
-    of: Tensor
-
-    def __init__(self, scalars: nn.Parameter, of: Tensor, axis: int) -> None:
-        """`of` (positions,): the number of each position's scalar; their count for none."""
-        super().__init__()
-        self.scalars, self.axis = scalars, axis
-        self.straight = torch.equal(of, torch.arange(len(scalars)))  # each position has the scalar of its place
-        self.register_buffer("of", of, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        every = self.scalars if self.straight else torch.cat((self.scalars, self.scalars.new_ones(1)))[self.of]
-        return weight * every.view([-1 if axis == self.axis else 1 for axis in range(weight.ndim)])
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The weight itself: all scalars are one at the start."""
-        return weight
-
-
 class FCF(Method):
     """As many filters as the ratio allows, chosen while they are trained."""
 
@@ -133,9 +105,8 @@ class FCF(Method):
         self.widths: Widths = []
         self.sides: dict[int, tuple[Layer, int]] = {}  # family -> the layer that alone leaves it out, 0: of filters, 1: of inputs
         self.kept: dict[int, int] = {}  # family -> how many of its sets stay
+        self.search: Search | None = None
         self.scalars: dict[int, nn.Parameter] = {}  # family -> v, while it is searched; the values that the search ended with
-        self.gated: dict[str, list[str]] = {}  # module -> its parameters in their order
-        self.admm: Admm | None = None
         self.better: dict[str, Tensor] = {}  # what `mended` tells
 
     def start(
@@ -154,7 +125,10 @@ class FCF(Method):
         self._choose_(model, channels, budget, moments, trains=trains)
         self.losses = by_layer(budget, self._dials(budget), list(self.kept.values()))
         if trains:
-            self._attach_(model, channels, budget)
+            if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
+                raise CompactError("there is nothing here that a search could choose; leave out --epochs")
+            self.search = Search(model, channels, budget, self.widths, self.kept, self.sides, self.options)
+            self.scalars = self.search.scalars
         return []
 
     def _choose_(
@@ -178,7 +152,7 @@ class FCF(Method):
             for name in tried if not found else ():
                 widths = ways[name]
                 if trains:
-                    widths = [width for width in widths if not _tied(model, budget.families[width[0]])]
+                    widths = [width for width in widths if not tied(model, budget.families[width[0]])]
                 try:
                     found.append(self._settled(model, channels, budget, widths, refitted=moments is not None))
                 except CompactError as problem:
@@ -275,90 +249,26 @@ class FCF(Method):
             along -= (len(budget.families[family].sets) - number) * budget.per_set[family]
         return along
 
-    def _attach_(self, model: nn.Module, channels: Channels, budget: Budget) -> None:
-        """A scalar for each filter that may go, on what comes out of the batch normalisations behind it, or of the filter."""
-        if all(kept == len(order) for (_, order, _), kept in zip(self.widths, self.kept.values(), strict=True)):
-            raise CompactError("there is nothing here that a search could choose; leave out --epochs")
-        # By the names as they are now: a gate renames the parameter that it stands on.
-        gates = {family: self._gates(model, budget, family) for family, _, _ in self.widths}
-        for family, order, _ in self.widths:
-            sets = budget.families[family].sets
-            self.scalars[family] = nn.Parameter(torch.ones(len(order)))
-            for tensor, axis in gates[family]:
-                module, _, name = tensor.rpartition(".")
-                owner = model.get_submodule(module)
-                self.gated.setdefault(module, list(owner._parameters))
-                gate = Gate(self.scalars[family], numbered(channels, channels.axes[tensor, axis], sets), axis)
-                parametrize.register_parametrization(owner, name, gate)
-        self.sizes = torch.tensor([len(own) for own in self.scalars.values()])
-        orders = [torch.from_numpy(_ranks(order, budget.families[family].sets)) for family, order, _ in self.widths]
-        self.ties = pad_sequence([TIES * (1 - ranks / len(ranks)) for ranks in orders], batch_first=True)
-        counts = torch.tensor([self.kept[family] for family in self.scalars])
-        penalty = Penalty(self.options.rho, self.options.growth or 1.0, self.options.most)
-        self.admm = Admm(counts, self.sizes, int(self.sizes.max()), penalty)
-
-    def _gates(self, model: nn.Module, budget: Budget, family: int) -> list[Axis]:
-        """What the scalars of a family stand on."""
-        if family not in self.sides:
-            return _gates(model, budget, budget.families[family])
-        layer, side = self.sides[family]
-        if side == 1:
-            return [(layer.weight, layer.in_axis)]
-        if norm_of(model, layer) is not None:
-            return [(f"{layer.norm}.{name}", 0) for name in ("weight", "bias")]
-        biased = getattr(model.get_submodule(layer.name), "bias", None) is not None
-        return [(layer.weight, layer.out_axis), *([(f"{layer.name}.bias", 0)] if biased else [])]
-
     def regularise(self, model: nn.Module, progress: Progress) -> None:
-        """A plain gradient step of the scalars, as ADMM takes them: of the penalty, and for the rest of the loss (3.4).
-
-        Their rate is their own: a schedule that ends at nothing would leave them between zero and one.
-        """
-        if self.admm is None:
-            return
-        options = self.options
-        if not options.growth:
-            self.admm.rho = options.rho * (options.most / options.rho) ** min(progress.share / SETTLED, 1.0)
-        self.admm.rho = min(self.admm.rho, STEADY / (options.alpha * options.rate))
-        matrix = self._matrix()
-        self.admm.to_(matrix.device)
-        drawn = self.admm.gradient(matrix) + self.ties.to(matrix.device)
-        for v, row, size in zip(self.scalars.values(), drawn, self.sizes.tolist(), strict=True):
-            assert v.grad is not None
-            v.data -= options.rate * (options.alpha * row[:size] + (1 - options.alpha) * v.grad)
-            v.grad = None  # the optimizer leaves them alone
+        if self.search is not None:
+            self.search.descend(progress)
 
     def project(self, model: nn.Module, progress: Progress) -> None:
-        """Raise the dual variables."""
-        if self.admm is not None:
-            self.admm.step(self._matrix())
-
-    def _matrix(self) -> Tensor:
-        """All scalars (families, widest), filled up with zeros."""
-        return pad_sequence([v.detach() for v in self.scalars.values()], batch_first=True)
+        if self.search is not None:
+            self.search.ascend()
 
     def end(self, model: nn.Module) -> str | None:
         """Plain parameters again, times their scalars; how far those came."""
-        if self.admm is None:
-            return None
-        for module, names in self.gated.items():
-            owner = model.get_submodule(module)
-            for name in names:
-                if parametrize.is_parametrized(owner, name):
-                    parametrize.remove_parametrizations(owner, name)
-            for name in names:  # in the order that they had
-                owner._parameters[name] = owner._parameters.pop(name)
-        values = torch.cat([v.detach() for v in self.scalars.values()])
-        far = float(torch.minimum(values.abs(), (values - 1).abs()).max())
-        self.admm, self.gated = None, {}
-        return f"fcf: {sum(self.kept.values())} of {len(values)} filters stay; no scalar is farther than {far:.3f} from 0 or 1"
+        told = None if self.search is None else self.search.end(model)
+        self.search = None
+        return told
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.admm is None else self.admm.state_dict()
+        return {} if self.search is None else self.search.admm.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self.admm is not None:
-            self.admm.load_state_dict(state)
+        if self.search is not None:
+            self.search.admm.load_state_dict(state)
 
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """Remove the filters whose scalars ended lowest; without a search, those that the others make good best."""
@@ -431,7 +341,7 @@ class FCF(Method):
     ) -> Tensor:
         """Which sets of a family (n,) bool those that read it can do without."""
         own = budget.families[family]
-        ranked = np.argsort(_ranks(order, own.sets))
+        ranked = np.argsort(ranks(order, own.sets))
         readers = [layer for layer in budget.readers(own) if layer.groups == 1]
         if family in self.sides and self.sides[family][1] == 0:
             layer = self.sides[family][0]
@@ -444,12 +354,6 @@ class FCF(Method):
             coarse = len(readers) > FEW
             problems = [problem(model, channels, own.sets, layer, moments[layer.name], coarse=coarse) for layer in known]
         return choose(problems, ranked, self.kept[family])
-
-
-def _ranks(order: Ids, sets: Ids) -> Ids:
-    """For each of the sets its place in the order in which to give them up."""
-    place = {number: rank for rank, number in enumerate(order.tolist())}
-    return np.array([place[number] for number in sets.tolist()])
 
 
 def _best(ways: Sequence[Way], target: float, alike: float) -> Way:
@@ -484,31 +388,3 @@ def _means(model: nn.Module, channels: Channels, budget: Budget, family: Family)
             total[place] += per_set(values, positions, family.sets)
     means: Floats = total[0] / total[1]
     return means
-
-
-def _gates(model: nn.Module, budget: Budget, family: Family) -> list[Axis]:
-    """What scalars stand on: all parameters of batch normalisations on the family's channels.
-
-    Where others read what a layer makes, or there is no such, the layer's own. Grouped layers that read channels and make
-    them again are among them, for what these make of zeros need not be zero.
-    """
-    parameters, axes = dict(model.named_parameters()), [axis for axis, _ in family.axes]
-    inside = {tensor: tensor.rpartition(".")[0] for tensor, _ in axes}
-    norms = [
-        (tensor, axis)
-        for tensor, axis in axes
-        if tensor in parameters and isinstance(model.get_submodule(inside[tensor]), _BatchNorm)
-    ]
-    again = [layer for layer in budget.readers(family) if layer.groups > 1]  # transposed
-    bare = [layer for layer in [*budget.makers(family), *again] if not (layer.normed and norms)]
-    weights = {(layer.weight, layer.out_axis) for layer in bare}
-    biases = {(tensor, 0) for tensor, _ in axes if tensor in parameters and parameters[tensor].ndim == 1}
-    biases = {(tensor, 0) for tensor, _ in biases if inside[tensor] in {layer.name for layer in bare}}
-    return [*norms, *(axis for axis in axes if axis in weights | biases)]
-
-
-def _tied(model: nn.Module, family: Family) -> bool:
-    """Whether a parameter that the family lies on is another's as well."""
-    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    own = dict(model.named_parameters())
-    return any(holders[id(own[tensor])] > 1 for (tensor, _), _ in family.axes if tensor in own)
