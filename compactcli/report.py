@@ -1,30 +1,21 @@
 """What a network is now, what it was, and how it got there: the documents that --json prints."""
 
-import copy
 import itertools
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from . import architectures, artefact, budget, counters, data, kernels, measure, methods, predict, surgery
+from . import architectures, artefact, counters, data, kernels, measure, surgery
 from .artefact import Network
-from .channels import Channels
 from .data import Split
 from .errors import CompactError, shape_text
 from .graph import run_fake, trace
 from .layers import Layer, layers
-from .layers import macs as macs_of
-from .moments import MOMENT_IMAGES, Batches, value_bytes
-from .plain import plained
-from .plan import plan
 
 LATENCY_SECONDS = 1.0
-TOLERATED = 0.25  # predicted output error: with images, about as much as a refit makes good
 
 
 @dataclass(frozen=True)
@@ -145,7 +136,7 @@ def measured(network: Network, evaluated: Evaluated | None, latency_ms: float) -
     if last is None and not network.recipe.steps and source is not None:
         last = source.measures
     return {
-        **_described(network, macs),
+        **about(network, macs),
         "thop_macs": measure.thop_macs(network.module, network.input_shape),
         "latency_ms": latency_ms,
         "accuracy": evaluated.accuracy.top1 if evaluated else last.accuracy if last else None,
@@ -153,7 +144,7 @@ def measured(network: Network, evaluated: Evaluated | None, latency_ms: float) -
     }
 
 
-def _described(network: Network, macs: int) -> dict[str, Any]:
+def about(network: Network, macs: int) -> dict[str, Any]:
     """The keys of every model in a document, with what needs no measuring filled in."""
     return {
         "arch": network.recipe.architecture,
@@ -220,7 +211,7 @@ def _layers(network: Network) -> list[dict[str, Any]]:
                 "type": type(before.get_submodule(layer.name)).__name__,
                 "before": _shape(first, [layer]),
                 "after": _shape(network.module, parts),
-                "params": _params(network.module, parts),
+                "params": params_of(network.module, parts),
                 "macs": sum(part.macs for part in parts),
             }
         )
@@ -230,152 +221,17 @@ def _layers(network: Network) -> list[dict[str, Any]]:
 def _shape(module: nn.Module, parts: Sequence[Layer]) -> dict[str, Any]:
     return {
         "weight_shapes": [list(part.shape) for part in parts],
-        "params": _params(module, parts),
+        "params": params_of(module, parts),
         "macs": sum(part.macs for part in parts),
     }
 
 
-def _params(module: nn.Module, parts: Sequence[Layer]) -> int:
+def params_of(module: nn.Module, parts: Sequence[Layer]) -> int:
     """Parameters that the network stores for layers that are run; one that makes its kernel may be run as several."""
     made = kernels.layers(module)
     parents = [part.name.rpartition(".")[0] for part in parts]
     holders = {parent if parent in made else part.name for part, parent in zip(parts, parents, strict=True)}
     return sum(parameter.numel() for name in holders for parameter in module.get_submodule(name).parameters(recurse=False))
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Methods and shares for which an analysis predicts the output error."""
-
-    methods: Sequence[str]
-    ratios: Sequence[float] = (0.7, 0.5)
-    of: budget.Of | None = None  # None: what each method is for
-
-
-def analysis(
-    network: Network,
-    *,
-    linear: bool = False,
-    timed: bool = False,
-    dataset: data.Dataset | None = None,
-    wanted: Predicted | None = None,
-    flags: Sequence[str] | None = None,
-    log: Callable[[str], None] = lambda line: None,
-    detail: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Where a network is redundant and what may be cut: schema compactcli/analysis/1.
-
-    The redundancy is given for convolutions, and for linear layers too with `linear`; the share of time of each layer where it
-    is to be `timed`; with images of a dataset the redundancy of activations and the sensitivity of each layer too; the errors of
-    methods that are `wanted`. `flags` name the model and the data in the suggested command.
-    Raises CompactError if the images do not fit the network.
-    """
-    module, shape = plained(network.module, network.input_shape), network.input_shape
-    graph, channels = plan(module, shape, log)
-    found = layers(graph)
-    names = [layer.name for layer in found if layer.called]
-    rows = [_analysed(module, channels, layer, linear) for layer in found]
-    if timed:
-        detail("timing the layers")
-        _join(rows, "time", measure.layer_times(module, names, shape))
-    accuracy, moments, told = predict.accuracies(network, None), None, None
-    if dataset is not None:
-        split, judged = dataset.train or dataset.test, dataset.test or dataset.train
-        assert split is not None
-        data.check_classes(dataset, network.num_classes)
-        images = data.sample(split, MOMENT_IMAGES, 0)
-        told = {"dataset": dataset.name, "split": split.name, "images": len(images)}
-        detail(f"moments of {len(found)} layers, from {len(images)} images of {dataset.name}")
-        moments = predict.moments(network, module, graph, [layer.name for layer in found], images)
-        accuracy = predict.accuracies(network, judged)
-        batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
-        alike = measure.activation_redundancy(module, names, batches)
-        _join(rows, "activations", {name: asdict(own) for name, own in alike.items()})
-    plain = predict.Plain(module, graph, channels, moments)
-    if moments is not None:
-        detail("sensitivity of the layers")
-        _join(rows, "sensitivity", predict.sensitivity(plain, accuracy))
-    predictions = None
-    if wanted is not None:
-        detail(f"planning {', '.join(wanted.methods)} at {', '.join(f'{ratio:g}' for ratio in wanted.ratios)}")
-        predictions = predict.predicted(plain, wanted.methods, wanted.ratios, wanted.of, accuracy)
-    return {
-        "schema": "compactcli/analysis/1",
-        "model": _described(network, macs_of(graph)),
-        "data": told,
-        "layers": rows,
-        "sets": _coupled(plain),
-        "predictions": predictions,
-        "suggestion": _suggestion(flags or [network.name if network.name != "stdin" else "MODEL"], rows, predictions),
-    }
-
-
-def _join(layers: Sequence[dict[str, Any]], key: str, values: Mapping[str, Any]) -> None:
-    """Give each layer its value."""
-    for layer in layers:
-        layer[key] = values.get(layer["name"])
-
-
-def _coupled(plain: predict.Plain) -> list[dict[str, Any]]:
-    """The sets of channels that must go together and may go: alike ones together, with what one of them saves."""
-    one = plain.budget(0.5, "macs")
-    budgets = {"params": copy.copy(one), "macs": one}
-    budgets["params"].of = "params"
-    result = []
-    states = np.stack([one.along() - taken for taken in [np.zeros_like(one.along()), *one.per_set]])
-    costs = {of: own.cost(states, np.tile(one.ranks(), (len(states), 1))) for of, own in budgets.items()}
-    for number, family in enumerate(one.families, 1):
-        result.append(
-            {
-                "sets": len(family.sets),
-                "made_by": [layer.name for layer in one.makers(family)],
-                "read_by": [layer.name for layer in one.readers(family)],
-                **{of: round(float(cost[0] - cost[number])) for of, cost in costs.items()},
-            }
-        )
-    return result
-
-
-def _analysed(module: nn.Module, channels: Channels, layer: Layer, linear: bool) -> dict[str, Any]:
-    owner = module.get_submodule(layer.name)
-    out = (layer.weight, 1 if layer.transposed else 0)
-    wanted = linear or not isinstance(owner, nn.Linear)
-    redundancy = measure.redundancy(module.get_parameter(layer.weight)) if wanted else None
-    return {
-        "name": layer.name,
-        "type": type(owner).__name__,
-        "weight_shape": list(layer.shape),
-        "params": _params(module, [layer]),
-        "macs": layer.macs,
-        "sets": len({number for number in channels.axes[out].tolist() if number not in channels.locked}),
-        "locked": channels.reason(out),
-        "redundancy": None if redundancy is None else asdict(redundancy),
-        "time": None,
-        "activations": None,
-        "sensitivity": None,
-    }
-
-
-def _suggestion(
-    flags: Sequence[str], layers: Sequence[Mapping[str, Any]], predictions: Sequence[Mapping[str, Any]] | None
-) -> dict[str, Any]:
-    """The smallest ratio at which a method is predicted to lose no more than TOLERATED, and the command to try it.
-
-    Without predictions `hinge`, at a ratio from the rank that holds 99 % of each layer's energy, weighed by MACs.
-    """
-    base = f"compactcli compress {shlex.join(flags)}"
-    rows = [row for row in predictions or () if row["error"] is not None]
-    if rows:
-        fine = [row for row in rows if row["error"] <= TOLERATED] or [min(rows, key=lambda row: row["error"])]
-        row = min(fine, key=lambda row: (row["ratio"], row["error"]))
-        of = "" if row["of"] == methods.get(row["method"]).of[0] else f" --of {row['of']}"
-        command = f"{base} --method {row['method']} --ratio {row['ratio']:g}{of}"
-        return {"method": row["method"], "ratio": row["ratio"], "command": command}
-    known = [(layer["redundancy"]["rank_ratio_99"], layer["macs"]) for layer in layers if layer["redundancy"]]
-    total = sum(macs for _, macs in known)
-    share = sum(ratio * macs for ratio, macs in known) / total if total else 0.5
-    ratio = min(max(round(share - 0.2, 1), 0.3), 0.8)
-    return {"method": "hinge", "ratio": ratio, "command": f"{base} --method hinge --ratio {ratio:g}"}
 
 
 def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:
@@ -387,7 +243,7 @@ def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:
         "accuracy_top5": accuracy.top5,
         "loss": accuracy.loss,
         **evaluated.to_json(),
-        "model": _described(network, measure.macs(network.module, network.input_shape)),
+        "model": about(network, measure.macs(network.module, network.input_shape)),
     }
 
 
@@ -443,4 +299,4 @@ def _benched(network: Network, shape: Sequence[int], batches: Sequence[int]) -> 
         macs = measure.macs(network.module, shape)
     except CompactError as problem:
         raise CompactError(f"{network.name}: {problem}; try another --input-shape or --batch-size") from None
-    return {**_described(network, macs), "input_shape": list(shape)}
+    return {**about(network, macs), "input_shape": list(shape)}

@@ -8,6 +8,7 @@ from networks import named, randomise_
 from test_compress import own
 
 from compactcli import data, measure, methods, moments, predict, report
+from compactcli.analysis import Predicted, analyse
 from compactcli.artefact import Network
 from compactcli.compress import Target, compress, planned
 from compactcli.layers import layers
@@ -28,8 +29,8 @@ def dataset() -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def tree(given, dataset):
-    wanted = report.Predicted(methods.names(), (0.8, 0.6), "params")
-    return report.analysis(copy.deepcopy(given), dataset=dataset, wanted=wanted, timed=True)
+    wanted = Predicted(methods.names(), (0.8, 0.6), "params")
+    return analyse(copy.deepcopy(given), dataset=dataset, wanted=wanted, timed=True)
 
 
 def test_smaller_layers_and_networks_lose_more(tree):
@@ -121,5 +122,5 @@ def test_moments_are_taken_once(given, dataset, monkeypatch):
     """All layers from one set: no pass over the images for each of them."""
     calls = []
     monkeypatch.setattr(predict, "gather", lambda *args, **rest: calls.append(1) or moments.gather(*args, **rest))
-    report.analysis(copy.deepcopy(given), dataset=dataset, wanted=report.Predicted(["fcf", "hinge"]))
+    analyse(copy.deepcopy(given), dataset=dataset, wanted=Predicted(["fcf", "hinge"]))
     assert calls == [1]

@@ -16,7 +16,8 @@ from test_surgery import assert_law, found, largest_difference
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from compactcli import channels, measure, report, surgery
+from compactcli import channels, measure, surgery
+from compactcli.analysis import analyse
 from compactcli.artefact import Wishes, open_model
 from compactcli.budget import Budget
 from compactcli.channels import Channels
@@ -155,7 +156,7 @@ def test_what_breaks_the_law_leaves_no_file(factory, monkeypatch):
 def test_an_operation_without_a_rule_locks_its_channels_alone():
     """One unsupported operation ends the whole run with a traceback."""
     given = own(awkward("cumulated"))
-    reasons = {layer["name"]: layer["locked"] for layer in report.analysis(given)["layers"]}
+    reasons = {layer["name"]: layer["locked"] for layer in analyse(given)["layers"]}
     assert reasons["2"] == "no rule for the operation cumsum"
     assert reasons["0"] is None
     small = compress(given, "hinge", hinge("prune"), Target(0.7)).module
@@ -167,7 +168,7 @@ def test_an_operation_without_a_rule_locks_its_channels_alone():
 def test_no_layer_is_left_in_silence(name):
     """Layers that a tool cannot handle stay whole without a word."""
     given = network(name) if name.startswith("cifar:") else own(awkward(name))
-    layers = report.analysis(given)["layers"]
+    layers = analyse(given)["layers"]
     assert layers
     for layer in layers:
         assert (layer["sets"] > 0) != bool(layer["locked"]), layer

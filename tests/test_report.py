@@ -15,6 +15,7 @@ from test_artefact import network, smaller
 from test_compress import own
 
 from compactcli import artefact, counters, data, kernels, measure, methods, report, tables
+from compactcli.analysis import analyse
 from compactcli.artefact import Wishes, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -282,7 +283,7 @@ def test_the_figures_of_kernels_that_are_made(kerneled):
         generator = [p.numel() for name, p in made.module.named_parameters() if name.startswith("compactcli_shared.")]
         assert model["params_without_shared"] == (model["params"] - sum(generator) if generator else None)
     keys = set(MODEL) - {"thop_macs", "latency_ms"}
-    described = [report.analysis(made)["model"], report.bench([made], repeats=2)["models"][0]["model"]]
+    described = [analyse(made)["model"], report.bench([made], repeats=2)["models"][0]["model"]]
     for other in described:
         assert {key: other[key] for key in keys} == {key: trees[0]["model"][key] for key in keys}
 
@@ -344,9 +345,9 @@ def test_an_evaluation_of_kernels_that_are_made(kerneled, digits):
 def test_an_analysis_of_kernels_that_are_made(kerneled):
     """It is of the plain network that they make."""
     original, made = kerneled
-    layers = report.analysis(made)["layers"]
+    layers = analyse(made)["layers"]
     assert [(each["name"], each["weight_shape"], each["macs"], each["sets"]) for each in layers] == [
-        (each["name"], each["weight_shape"], each["macs"], each["sets"]) for each in report.analysis(original)["layers"]
+        (each["name"], each["weight_shape"], each["macs"], each["sets"]) for each in analyse(original)["layers"]
     ]
     name = next(iter(kernels.layers(made.module)))
     assert explanation(made, name) == explanation(original, name)
@@ -367,7 +368,7 @@ def test_the_classes_of_a_network_that_ends_with_a_kernel_that_is_made():
 @pytest.mark.parametrize("linear", [False, True])
 def test_an_analysis(linear):
     given = network(width=8)
-    tree = report.analysis(given, linear=linear)
+    tree = analyse(given, linear=linear)
     assert set(tree) == ANALYSIS
     assert tree["schema"] == "compactcli/analysis/1"
     assert set(tree["model"]) == MODEL
@@ -397,7 +398,7 @@ def test_the_suggestion_works():
             for module in given.module.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     module.weight.data[1:] = module.weight.data[:1]
-        suggestion = report.analysis(given)["suggestion"]
+        suggestion = analyse(given)["suggestion"]
         assert 0.3 <= suggestion["ratio"] <= 0.8
         assert (suggestion["ratio"] == 0.3) == redundant
         assert suggestion["command"] == f"compactcli compress random --method hinge --ratio {suggestion['ratio']:g}"
@@ -406,7 +407,7 @@ def test_the_suggestion_works():
 
 def test_tables_of_an_analysis_say_why():
     given = own(randomise_(networks.rolled()))
-    text = text_of(tables.analysis_tables(report.analysis(given)))
+    text = text_of(tables.analysis_tables(analyse(given)))
     assert "channels shifted by a number in code" in text
     assert "the network's output" in text
     assert "try: compactcli compress own --method hinge --ratio" in text
@@ -416,7 +417,7 @@ def test_a_network_of_linear_layers_only():
     given = own(
         randomise_(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5)))
     )
-    tree = report.analysis(given)
+    tree = analyse(given)
     assert [layer["redundancy"] for layer in tree["layers"]] == [None, None]
     text_of(tables.analysis_tables(tree))
 

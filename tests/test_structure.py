@@ -49,6 +49,7 @@ ORDER = [
         "compare",
         "markdown",
         "page",
+        "analysis",
         "explain",
         "export",
         "sweep",

@@ -58,7 +58,8 @@ def command(
         model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
         trust_pickle=trust_pickle, quiet=quiet, fresh=fresh, seed=seed,
     )  # fmt: skip
-    from .. import artefact, report, tables
+    from .. import artefact, tables
+    from ..analysis import Predicted, analyse
     from ..explain import explanation, explanation_tables
     from ..methods import names
 
@@ -80,12 +81,12 @@ def command(
         pairs = [("--data", data), ("--data-dir", data_dir), ("--arch", arch), ("--input-shape", input_shape)]
         pairs += [("--mean", mean), ("--std", std), *(("--arch-kwargs", pair) for pair in arch_kwargs or ())]
         given += [part for flag, value in pairs if value is not None for part in (flag, str(value))]
-        tree = report.analysis(
+        tree = analyse(
             network,
             linear=linear,
             timed=time,
             dataset=dataset,
-            wanted=report.Predicted(names(), shares, of) if methods else None,  # type: ignore[arg-type]
+            wanted=Predicted(names(), shares, of) if methods else None,  # type: ignore[arg-type]
             flags=[part for part in given if part is not None],
             log=note,
             detail=partial(common.note, quiet=quiet or not verbose),
