@@ -54,10 +54,12 @@ def test_the_time_of_a_search_step_holds_the_results():
 
 def test_the_figures_of_the_search_hold_the_results():
     rows = json.loads((RESULTS / "finetune-resnet20.json").read_text())["rows"]
-    row, without = rows["auto 0.5"], rows["calibrated 0.5"]
+    row, decayed, without = (rows[key] for key in ("auto 0.5", "auto 0.5 --weight-decay 0.0005", "calibrated 0.5"))
     text = " ".join(README.split())
-    assert f"at half its MACs with {row['before']:.2f} %, calibration with {without['before']:.2f} %" in text
-    assert f"the original ({row['original']:.2f} %) as teacher" in text
+    assert f"at half its MACs with {row['before']:.2f} %, with the larger weight decay {decayed['before']:.2f} %" in text
+    assert f"calibration with {without['before']:.2f} %" in text
+    assert f"torch 2.11, from {row['original']:.2f} %" in text
+    assert f"torch 2.13.0+cpu, from {decayed['original']:.2f} %" in text
 
 
 def test_the_time_of_a_sweep_holds_the_results():
