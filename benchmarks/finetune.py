@@ -261,7 +261,7 @@ def _say(line: str) -> None:
 
 
 def _histogram(norms: Floats) -> dict[str, Any]:
-    """Of the groups' relative norms, those above twice what goes or stays by a hair in the last bin."""
+    """Of relative norms, by what a group was worth at the start (of the peer, by the mean then); the last bin has all above 2."""
     counts, edges = np.histogram(np.minimum(norms, 2.0), bins=BINS, range=(0.0, 2.0))
     return {"groups": len(norms), "edges": edges.tolist(), "counts": counts.tolist()}
 

@@ -23,7 +23,7 @@ from compactcli import artefact, data, methods, predict, report
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.layers import layers
-from compactcli.moments import MOMENT_IMAGES
+from compactcli.moments import MOMENT_IMAGES, Batches, value_bytes
 from compactcli.plan import plan
 
 from ._common import checkpoint, images, rows, write
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> None:
         graph, channels = plan(module, shape)
         names = [layer.name for layer in layers(graph)]
         sample = data.sample(dataset.train, MOMENT_IMAGES, 0)
-        known = predict.moments(network, module, graph, names, sample)
+        batches = Batches(sample, network.recipe.preprocessing, value_bytes(graph))
+        known = predict.moments(network, module, graph, names, batches)
         plain = predict.Plain(module, graph, channels, known)
         for row in predict.predicted(plain, methods.names(), RATIOS, "params", lambda error: None):
             found[f"{row['method']} {row['ratio']:g}"]["predicted"] = row["error"]

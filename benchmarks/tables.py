@@ -13,8 +13,8 @@ from collections.abc import Callable
 from ._common import ROOT, read
 from ._results import results
 from ._tables import CONTENDERS, NAMES, markdown, percent
+from .finetune import Run
 
-DECAY = " --weight-decay 0.0005"  # of the runs that are not at the default, in their names
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -98,9 +98,10 @@ def _starts() -> str:
 def _trained() -> str:
     """What 20 epochs of training make of ResNet-20, by hinge and by Torch-Pruning; a dash where that was not run."""
     found, rows = read("finetune-resnet20")["rows"], []
-    trained = (("0.5", ""), ("0.5", DECAY), ("0.24", ""))
+    trained = ({"ratio": 0.5}, {"ratio": 0.5, "weight_decay": 5e-4}, {"ratio": 0.24})
     for contender in ("calibrated", "auto", "prune", "decompose", "peer-norm", "peer", "control"):
-        keys = [f"{contender} {'1' if contender == 'control' else ratio}{how}" for ratio, how in trained]
+        whole = {"ratio": 1.0} if contender == "control" else {}
+        keys = [Run(contender, **{**how, **whole}).key for how in trained]
         epochs = " + ".join(str(count) for count in found[keys[0]]["epochs"].values() if count)
         rows.append([CONTENDERS[contender], epochs, *(f"{found[key]['after']:.2f}" if key in found else "–" for key in keys)])
     return markdown(" | epochs | 50 % of MACs | 50 %, weight decay 5e-4 | 24 % of MACs", rows)

@@ -65,9 +65,9 @@ def analyse(
         images = data.sample(split, MOMENT_IMAGES, 0)
         told = {"dataset": dataset.name, "split": split.name, "images": len(images)}
         detail(f"moments of {len(found)} layers, from {len(images)} images of {dataset.name}")
-        moments = predict.moments(network, module, graph, [layer.name for layer in found], images)
-        accuracy = predict.accuracies(network, judged)
         batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
+        moments = predict.moments(network, module, graph, [layer.name for layer in found], batches)
+        accuracy = predict.accuracies(network, judged)
         alike = measure.activation_redundancy(module, names, batches)
         _join(rows, "activations", {name: asdict(own) for name, own in alike.items()})
     plain = predict.Plain(module, graph, channels, moments)

@@ -19,7 +19,7 @@ from .graph import Graph
 from .layers import Layer
 from .methods import hinge
 from .methods._widths import removable
-from .moments import Batches, Moments, gather, value_bytes
+from .moments import Moments, gather
 
 SHARES = (0.75, 0.5, 0.25)  # of a layer's channels, or of its rank
 LABELLED = 1_024  # images that predicted accuracies are of
@@ -41,11 +41,12 @@ class Plain:
         return Budget(self.graph, self.channels, module or self.module, ratio=ratio, of=of)
 
 
-def moments(network: Network, module: nn.Module, graph: Graph, names: Sequence[str], images: Tensor) -> dict[str, Moments]:
+def moments(
+    network: Network, module: nn.Module, graph: Graph, names: Sequence[str], batches: Sequence[Tensor]
+) -> dict[str, Moments]:
     """The moments of the named layers. Raises CompactError if the network's code depends on the values of tensors."""
     if graph.baked:
         raise CompactError(f"{network.name}: the network's code depends on the values of tensors; leave out --data")
-    batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
     return gather(module, names, batches)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import batchnorm, data, distributed, measure, optim
+from . import augment, batchnorm, data, distributed, measure, optim
 from .errors import CompactError
 from .history import EpochRecord, History, Watch, better
 from .methods import Method, Progress
@@ -188,7 +188,7 @@ class _Run:
         """Gradients of the mean loss over a batch of all processes; this one's share of that mean."""
         labels = self.labels[index].to(self.device)
         choice: Any = {"flip": self.dataset.flip, "cutout": self.settings.cutout, "blank": self.preprocessing.mean}
-        moved = data.augment(images.to(self.device), index, self.epoch, self.settings.seed, **choice)
+        moved = augment.varied(images.to(self.device), index, self.epoch, self.settings.seed, **choice)
         inputs = data.normalise(moved, self.preprocessing)
         processes = distributed.sharers(len(batch))
         images_of_all = len(batch) * distributed.world_size() // processes  # each takes all of a batch that is too small to share

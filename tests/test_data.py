@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from compactcli import data, vision
+from compactcli import augment, data, vision
 from compactcli.errors import CompactError
 from compactcli.recipe import Preprocessing
 
@@ -408,24 +408,25 @@ INDEX = torch.arange(64)
 
 
 def test_augmentation_does_not_depend_on_the_batch() -> None:
-    whole = data.augment(IMAGES, INDEX, 3, 7, flip=True)
+    whole = augment.varied(IMAGES, INDEX, 3, 7, flip=True)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    parts = torch.cat([data.augment(IMAGES[part], INDEX[part], 3, 7, flip=True) for part in torch.split(order, 10)])
+    parts = torch.cat([augment.varied(IMAGES[part], INDEX[part], 3, 7, flip=True) for part in torch.split(order, 10)])
     assert torch.equal(parts, whole[order])
 
 
 def test_augmentation_depends_on_index_epoch_and_seed() -> None:
     same = IMAGES[:1].expand(64, -1, -1, -1)
-    assert len(data.augment(same, INDEX, 1, 0, flip=True).flatten(1).unique(dim=0)) > 20  # of 5 x 7 x 2 possible
+    assert len(augment.varied(same, INDEX, 1, 0, flip=True).flatten(1).unique(dim=0)) > 20  # of 5 x 7 x 2 possible
     for epoch, seed in ((2, 0), (1, 1)):
-        assert not torch.equal(data.augment(IMAGES, INDEX, epoch, seed, flip=True), data.augment(IMAGES, INDEX, 1, 0, flip=True))
+        first, other = (augment.varied(IMAGES, INDEX, *when, flip=True) for when in ((1, 0), (epoch, seed)))
+        assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_is_a_shift_and_a_mirror(flip: bool) -> None:
     pad_y, pad_x = 2, 3  # an eighth of 16 x 24
     seen = set()
-    for image, result in zip(IMAGES, data.augment(IMAGES, INDEX, 1, 0, flip=flip), strict=True):
+    for image, result in zip(IMAGES, augment.varied(IMAGES, INDEX, 1, 0, flip=flip), strict=True):
         padded = torch.nn.functional.pad(image, (pad_x, pad_x, pad_y, pad_y))
         moves = {
             (y, x, mirrored): (crop.flip(2) if mirrored else crop)
@@ -476,8 +477,8 @@ def test_a_damaged_file_ends_the_feed_with_its_name(tmp_path: Path) -> None:
 def test_cutout_blanks_a_square_of_every_image() -> None:
     images = torch.full((200, 3, 16, 16), 7, dtype=torch.uint8)
     index = torch.arange(200)
-    plain = data.augment(images, index, 3, 0, flip=False)
-    cut = data.augment(images, index, 3, 0, flip=False, cutout=6, blank=(0.5, 0.25, 1.0))
+    plain = augment.varied(images, index, 3, 0, flip=False)
+    cut = augment.varied(images, index, 3, 0, flip=False, cutout=6, blank=(0.5, 0.25, 1.0))
     gone = (cut != plain).any(1)  # (n, h, w)
     assert torch.equal(cut.permute(0, 2, 3, 1)[gone].unique(dim=0), torch.tensor([[128, 64, 255]], dtype=torch.uint8))
     rows, columns = gone.any(2).sum(1), gone.any(1).sum(1)
@@ -485,7 +486,7 @@ def test_cutout_blanks_a_square_of_every_image() -> None:
     assert int(rows.min()) >= 3
     assert int(rows.max()) == int(columns.max()) == 6
     assert (gone.sum((1, 2)) == 36).float().mean() > 0.3
-    again = data.augment(images[:5], index[:5], 3, 0, flip=False, cutout=6, blank=(0.5, 0.25, 1.0))
+    again = augment.varied(images[:5], index[:5], 3, 0, flip=False, cutout=6, blank=(0.5, 0.25, 1.0))
     assert torch.equal(cut[:5], again)
 
 

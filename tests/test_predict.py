@@ -89,7 +89,8 @@ def test_the_error_of_a_width_is_what_is_measured():
     images = torch.randint(0, 256, (256, 3, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     graph, channels = plan(given.module, (3, 1, 1))
     names = [layer.name for layer in layers(graph)]
-    known = predict.moments(given, given.module, graph, names, images)
+    batches = moments.Batches(images, given.recipe.preprocessing, moments.value_bytes(graph))
+    known = predict.moments(given, given.module, graph, names, batches)
     found = predict.sensitivity(predict.Plain(given.module, graph, channels, known), lambda error: None)["1"]["channels"]
     batch = data.normalise(images, given.recipe.preprocessing)
     with torch.inference_mode():

@@ -25,7 +25,7 @@ from compactcli.errors import UsageError
 from compactcli.finetune import finetune
 from compactcli.graph import trace
 from compactcli.history import Watch
-from compactcli.methods import Progress, _hinge_search, get, parse_options
+from compactcli.methods import Progress, _hinge_groups, _hinge_search, get, parse_options
 from compactcli.methods import hinge as file
 from compactcli.methods._widths import removable
 from compactcli.moments import Batches, gather, value_bytes
@@ -291,7 +291,7 @@ def test_norms_begin_as_the_error_per_cost_of_what_they_belong_to():
             wanted = [lost[number] for number in budget.families[each.family].sets]
         else:
             layer = budget.layers[each.layer]
-            A, filters = (model.get_parameter(name).detach().flatten(1) for name in _hinge_search.factors(layer.name))
+            A, filters = (model.get_parameter(name).detach().flatten(1) for name in _hinge_groups.factors(layer.name))
             known = moments[layer.name]
             changes = [torch.outer(A[:, rank], filters[rank]) for rank in range(each.count)]
             wanted = [float((known.worth @ change @ known.inputs * change).sum()) for change in changes]
@@ -402,10 +402,10 @@ def test_a_step_moves_a_product_no_farther_than_twice_a_plain_kernel(init, shape
     """To first order, and in the norm of the gradient; without the paces some starts would move it hundreds of times as far."""
     generator = torch.Generator().manual_seed(0)
     weight, gradient = (20 * torch.randn(shape, generator=generator) for _ in range(2))
-    product = _hinge_search.Product(init, generator)
+    product = _hinge_groups.Product(init, generator)
     matrix, filters = (factor.requires_grad_() for factor in product.right_inverse(weight))
     (product(matrix, filters) * gradient).sum().backward()
-    first, second = _hinge_search.paces(matrix, filters)
+    first, second = _hinge_groups.paces(matrix, filters)
     with torch.no_grad():
         moved = first * matrix.grad @ filters.flatten(1) + second * matrix @ filters.grad.flatten(1)
     assert 0.1 < float(moved.norm() / gradient.norm()) < 2

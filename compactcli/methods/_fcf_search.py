@@ -17,6 +17,7 @@ from ..layers import Layer
 from ..lpbox import Admm, Penalty
 from . import Progress
 from ._errors import norm_of
+from ._layers import unparametrize_
 from ._widths import Widths, numbered
 
 if TYPE_CHECKING:
@@ -113,12 +114,7 @@ class Search:
     def end(self, model: nn.Module) -> str:
         """Plain parameters again, times their scalars; how far those came."""
         for module, names in self.gated.items():
-            owner = model.get_submodule(module)
-            for name in names:
-                if parametrize.is_parametrized(owner, name):
-                    parametrize.remove_parametrizations(owner, name)
-            for name in names:  # in the order that they had
-                owner._parameters[name] = owner._parameters.pop(name)
+            unparametrize_(model.get_submodule(module), names)
         values = torch.cat([v.detach() for v in self.scalars.values()])
         far = float(torch.minimum(values.abs(), (values - 1).abs()).max())
         stay = int(self.admm.counts.sum())

@@ -1,8 +1,9 @@
-"""What methods share that store kernels as fewer numbers: which layers they take, and how they meet a budget of parameters."""
+"""What methods share: the layers that they may take, how these meet a budget of parameters, and are left plain by a search."""
 
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..allocate import Choice, allocate
 from ..budget import Budget
@@ -60,3 +61,12 @@ def meet(
     left = budget.left(sum(float(each.errors[form]) for each, form in zip(choices, chosen, strict=True)))
     shares = [float(left[budget.layers.index(layer)]) for layer in refitted]
     return allocate([Choice(each.costs, own * each.errors) for each, own in zip(choices, shares, strict=True)], room)
+
+
+def unparametrize_(module: nn.Module, order: Sequence[str]) -> None:
+    """Leave a module's own parameters plain, with the values that their parametrizations make, in that order."""
+    for name in order:
+        if parametrize.is_parametrized(module, name):
+            parametrize.remove_parametrizations(module, name)
+    for name in order:
+        module._parameters[name] = module._parameters.pop(name)

@@ -22,7 +22,7 @@ from ..errors import CompactError
 from ..layers import Layer
 from ..recipe import Edit, Replace
 from ..surgery import LAYERS, LayerKind, Regression
-from . import Method, Progress, _hinge_search, _two_slope
+from . import Method, Progress, _hinge_groups, _hinge_search, _two_slope
 from ._errors import multiplied, root, row_scale, worths
 from ._widths import Widths, removable
 
@@ -47,7 +47,7 @@ class Options:
         Literal["error", "norm"], "search: keep by the output error that moments tell, or by the groups' squared norms"
     ] = "error"
     two_slope: Annotated[bool, "give each ReLU inside a residual block a learnable slope on either side of zero"] = False
-    init: Annotated[_hinge_search.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
+    init: Annotated[_hinge_groups.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
     regularizer: Annotated[
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
     ] = "l0"
@@ -121,7 +121,7 @@ class Hinge(Method):
             if self.options.balance == "error":
                 stay = {(dial.family, dial.layer): n for dial, n in zip(dials, settings, strict=True)}
         eligible = [index for index, _ in _decomposable(model, channels, budget)]
-        self.divided, found = _hinge_search.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
+        self.divided, found = _hinge_groups.attach_(model, channels, budget, eligible, self.options.mode, self.options.init)
         if not found:
             raise CompactError("there is nothing here that a search could thin out; leave out --epochs")
         left = budget.left()  # for what is trained makes good all it can
@@ -148,7 +148,7 @@ class Hinge(Method):
         """
         own = [] if self.search is None else self.search.parameter_groups(model, self.divided)
         for first, second in self.pairs:
-            paces = _hinge_search.paces(second.weight, first.weight)
+            paces = _hinge_groups.paces(second.weight, first.weight)
             own += [{"params": [layer.weight], "pace": pace} for layer, pace in zip((second, first), paces, strict=True)]
         return own
 
@@ -168,7 +168,7 @@ class Hinge(Method):
         if self.search is None:
             return None
         self.norms = self.search.norms(model)
-        _hinge_search.detach_(model, self.divided)
+        _hinge_groups.detach_(model, self.divided)
         gone, count = sum(int((norms <= self.options.threshold).sum()) for norms in self.norms), sum(map(len, self.norms))
         left = 100 * self.search.cost(self.norms, self.options.threshold) / self.search.budget.original
         return f"hinge: {gone} of {count} groups are gone after the search; the rest has {left:.1f} % of {self.search.budget.of}"
@@ -274,7 +274,7 @@ def rank_errors(model: nn.Module, channels: Channels, budget: Budget, moments: M
 def _losses(
     model: nn.Module,
     budget: Budget,
-    group: _hinge_search.Groups,
+    group: _hinge_groups.Groups,
     widths: Widths,
     moments: Mapping[str, "Moments"] | None,
     left: Floats,
@@ -291,7 +291,7 @@ def _losses(
     known = None if moments is None else moments.get(layer.name)
     if known is None:
         return None
-    A, filters = (model.get_parameter(name).detach().flatten(1).double() for name in _hinge_search.factors(layer.name))
+    A, filters = (model.get_parameter(name).detach().flatten(1).double() for name in _hinge_groups.factors(layer.name))
     written, read = (A.T @ known.worth.double() * A.T).sum(1), (filters @ known.inputs.double() * filters).sum(1)
     return np.asarray(share * written * read)
 
