@@ -414,6 +414,16 @@ def test_augmentation_does_not_depend_on_the_batch() -> None:
     assert torch.equal(parts, whole[order])
 
 
+def test_every_way_to_move_and_mirror_an_image_is_as_likely() -> None:
+    """Up and down, left and right, and mirrored, each whatever the others are."""
+    count, ways = 4096, 5 * 5 * 2
+    image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    made = augment.varied(image.expand(count, -1, -1, -1), torch.arange(count), 1, 0, flip=True)
+    _, often = made.flatten(1).unique(dim=0, return_counts=True)
+    assert len(often) == ways
+    assert (often - count / ways).abs().max() < 5 * (count / ways) ** 0.5
+
+
 def test_augmentation_depends_on_index_epoch_and_seed() -> None:
     same = IMAGES[:1].expand(64, -1, -1, -1)
     assert len(augment.varied(same, INDEX, 1, 0, flip=True).flatten(1).unique(dim=0)) > 20  # of 5 x 7 x 2 possible

@@ -247,6 +247,18 @@ def test_code_that_names_another_dtype_is_held_to_the_law_in_float64(named_dtype
     assert torch.allclose(double.float(), single, rtol=0.02, atol=1e-2)  # half types round
 
 
+def test_run_double_casts_one_layer_at_a_time():
+    """No copy of the model: every layer is as it was again before the next one runs."""
+    model = named("cifar:resnet8")
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    cast: list[int] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: cast.append(sum(own.weight.dtype == torch.float64 for own in layers)))
+    run_double(model, torch.randn(1, *SHAPE, dtype=torch.float64))
+    assert max(cast) <= 1
+    assert len(cast) == len(layers)
+
+
 def test_run_double_leaves_no_trace():
     model = randomise_(nn.Sequential(networks.conv(3, 4), nn.BatchNorm2d(4), networks.transposed()[2:3], *networks.head(6)))
     model[2] = networks.conv(4, 6)
