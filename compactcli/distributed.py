@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -50,6 +51,7 @@ def joined(device: str) -> Iterator[str]:
             )
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
+    importlib.import_module("torch.distributed.nn")  # wrapping a network does, and then its defaults would keep the group alive
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield device

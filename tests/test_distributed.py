@@ -29,7 +29,9 @@ def together(what: str, folder: Path) -> list[dict[str, Any]]:
     """What each of two processes found."""
     done = torchrun(str(TESTS / "distributed_worker.py"), what, str(folder / "found"), folder=folder)
     assert done.returncode == 0, done.stderr.decode()
-    return [json.loads((folder / f"found.{rank}").read_text()) for rank in (0, 1)]
+    found = [json.loads((folder / f"found.{rank}").read_text()) for rank in (0, 1)]
+    assert [process.pop("threads") for process in found] == [[], []]  # they abort an interpreter that ends before them
+    return found
 
 
 def alone(what: str, folder: Path) -> dict[str, Any]:
