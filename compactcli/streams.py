@@ -47,6 +47,8 @@ def check_folder(target: str) -> None:
         raise CompactError(f"{target}: the folder {folder.name!r} does not exist; make it, or write elsewhere")
     if Path(target).is_dir():
         raise CompactError(f"{target}: is a folder; give a file")
+    if _passes_on(Path(target)):
+        return
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -56,8 +58,9 @@ def check_folder(target: str) -> None:
 
 
 def write(data: bytes, target: str) -> None:
-    """Write the bytes to stdout ("-") or to a file, which appears whole or not at all.
+    """Write the bytes to stdout ("-") or to a file, which appears whole or not at all: the one that a link points to.
 
+    What passes bytes on (a named pipe, a device) is written to as it is.
     Raises CompactError where the disk is full, a limit is met or writing is not allowed.
     """
     if target == "-":
@@ -67,7 +70,13 @@ def write(data: bytes, target: str) -> None:
         except OSError as problem:
             raise CompactError(f"stdout: {(problem.strerror or str(problem)).lower()}") from None
         return
-    path = Path(target)
+    if _passes_on(Path(target)):
+        try:
+            Path(target).write_bytes(data)
+        except OSError as problem:
+            raise CompactError(f"{target}: {(problem.strerror or str(problem)).lower()}") from None
+        return
+    path = Path(os.path.realpath(target))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor, named = _created(temporary)
@@ -87,6 +96,11 @@ def write(data: bytes, target: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _passes_on(path: Path) -> bool:
+    """Whether there is something at the path that is neither a file nor a folder."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _created(temporary: Path) -> tuple[int, bool]:

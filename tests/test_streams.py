@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,29 @@ def test_a_folder_without_write_permission_is_refused(tmp_path):
     with pytest.raises(CompactError, match="cannot be written to \\(permission denied\\); write elsewhere"):
         streams.check_folder(str(tmp_path / "model"))
     tmp_path.chmod(0o755)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "model").write_bytes(b"old")
+    for name in ("model", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "store" / name)
+        streams.write(DATA, str(tmp_path / name))
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "store" / name).read_bytes() == DATA
+
+
+def test_a_named_pipe_passes_the_bytes_on(tmp_path):
+    """As a device does (/dev/null), and what the shell's >(command) gives; its folder need not be one to write in."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    streams.check_folder(str(pipe))
+    with ThreadPoolExecutor() as pool:
+        reader = pool.submit(pipe.read_bytes)
+        streams.write(DATA, str(pipe))
+        assert reader.result() == DATA
+    assert pipe.is_fifo()
+    streams.check_folder(os.devnull)
+    streams.write(DATA, os.devnull)
+    assert Path(os.devnull).is_char_device()
