@@ -6,6 +6,7 @@ from the clock or the machine: the same network gives the same bytes.
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,8 +126,10 @@ def open_beside(path: str | Path, network: Network, arch: str | None = None) -> 
 
 
 def file_sha256(path: str | Path) -> str | None:
-    """The sha256 of a file; None if it cannot be read as one."""
+    """The sha256 of a file; None if there is none, or what is there can be read but once."""
     try:
+        if not os.path.isfile(path):
+            return None
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
@@ -287,6 +290,8 @@ def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
         raise CompactError(
             f"--{wrong[0]} has {len(changes[wrong[0]])} numbers, the network's input {recipe.input_shape[0]} channels"
         )
+    if min(changes.get("std", (1,))) <= 0:
+        raise CompactError(f"--std {','.join(f'{value:g}' for value in changes['std'])}: each must be more than 0")
     return replace(recipe, preprocessing=replace(recipe.preprocessing, **changes))
 
 

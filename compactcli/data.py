@@ -24,7 +24,7 @@ from torch import Tensor
 from . import usercode
 from .distributed import world_size
 from .errors import CompactError, brief
-from .recipe import Preprocessing
+from .recipe import Preprocessing, Recipe
 from .vision import torchvision
 
 MEMORY_LIMIT = 8 * 10**9  # bytes of decoded images held at once
@@ -135,6 +135,17 @@ def open_dataset(
     if limit is None:
         return dataset
     return replace(dataset, train=_limited(dataset.train, limit, seed), test=_limited(dataset.test, limit, seed))
+
+
+def remembered(recipe: Recipe) -> str | None:
+    """The dataset that a file names, for where the user gives none: only ever one of NAMES, as no file says what is run or read.
+
+    Raises CompactError for any other.
+    """
+    name = recipe.dataset
+    if name is not None and name not in NAMES:
+        raise CompactError(f"the file names {brief(name)!r} as its data, which is none of {', '.join(NAMES)}; give --data")
+    return name
 
 
 def split_validation(split: Split, share: float, seed: int) -> tuple[Split, Split]:

@@ -210,7 +210,7 @@ def _recipe(tree: dict[str, Any]) -> Recipe:
         input_shape=_input_shape(tree["input_shape"]),
         preprocessing=Preprocessing(
             mean=tuple(_number(n) for n in pre["mean"]),
-            std=tuple(_number(n) for n in pre["std"]),
+            std=tuple(_positive(n) for n in pre["std"]),
             resize=None if pre.get("resize") is None else _integer(pre["resize"], 1, 1 << 16),
             interpolation=_string(pre["interpolation"]),
         ),
@@ -223,7 +223,7 @@ def _recipe(tree: dict[str, Any]) -> Recipe:
 
 
 def _source(tree: dict[str, Any]) -> Source:
-    return Source(_string(tree["name"]), _string(tree["sha256"]), _measures(tree["measures"]))
+    return Source(_bare(tree["name"]), _string(tree["sha256"]), _measures(tree["measures"]))
 
 
 def _step(tree: dict[str, Any]) -> Step:
@@ -282,6 +282,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _positive(value: Any) -> float:
+    if _number(value) <= 0:
+        raise ValueError(f"a standard deviation of {value} is none")
+    return float(value)
+
+
 def _count(value: Any) -> int:
     return _integer(value, 0, 1 << 62)
 
@@ -300,6 +306,13 @@ def _name(value: Any) -> str:
     """The path of a module or the name of a layer, as an edit has it."""
     if len(_string(value)) > NAME_LENGTH:
         raise ValueError(f"{value[:40]!r}... is too long for a name")
+    return _string(value)
+
+
+def _bare(value: Any) -> str:
+    """The name of a file in no folder."""
+    if any(sign in _string(value) for sign in "/\0"):
+        raise ValueError(f"{value[:40]!r} is not the bare name of a file")
     return _string(value)
 
 

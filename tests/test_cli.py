@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
 from compactcli.counters import COUNTERS
+from compactcli.data import NAMES
 from compactcli.errors import CompactError
 from compactcli.recipe import DTYPES
 
@@ -884,3 +886,19 @@ def test_a_real_network_is_recognised(checkpoints):
     assert tree["model"]["arch"] == "cifar:resnet56"
     assert (tree["model"]["params"], tree["model"]["macs"]) == (853_018, 125_485_696)
     assert tree["model"]["size_bytes"] == (checkpoints / "resnet56-4bfd9763.th").stat().st_size
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+@pytest.mark.parametrize("data", ["code:make", "folder"])
+def test_no_data_that_a_file_names_is_run_or_read(tmp_path, monkeypatch, small, command, data):
+    """A named dataset alone is taken from it, as nothing of that is in the file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "class").mkdir(parents=True)
+    (tmp_path / "code.py").write_text("import pathlib\n\ndef make(split):\n    pathlib.Path('ran').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    network = open_model(small)
+    network.recipe = replace(network.recipe, dataset=data)
+    artefact.save(network, str(small))
+    line = one_line(run(command, small))
+    assert line == f"compactcli: the file names {data!r} as its data, which is none of {', '.join(NAMES)}; give --data"
+    assert not (tmp_path / "ran").exists()

@@ -51,13 +51,15 @@ steps = st.builds(
     names,
 )
 colours = st.lists(numbers, min_size=3, max_size=3).map(tuple)
+deviations = st.lists(st.floats(0, exclude_min=True, allow_infinity=False), min_size=3, max_size=3).map(tuple)
+bare = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), max_size=20)
 recipes = st.builds(
     Recipe,
     st.text(min_size=1, max_size=20),
     st.dictionaries(names, values, max_size=3),
     st.tuples(*[st.integers(1, 4096)] * 3),
-    st.builds(Preprocessing, colours, colours, st.none() | st.integers(1, 4096), names),
-    st.none() | st.builds(Source, st.text(max_size=20), st.text("0123456789abcdef", min_size=64, max_size=64), measures),
+    st.builds(Preprocessing, colours, deviations, st.none() | st.integers(1, 4096), names),
+    st.none() | st.builds(Source, bare, st.text("0123456789abcdef", min_size=64, max_size=64), measures),
     st.none() | st.lists(st.text(max_size=9), max_size=4).map(tuple),
     st.none() | names,
     st.lists(steps, max_size=3).map(tuple),
@@ -269,6 +271,17 @@ def test_numbers_are_stored_in_types_that_are_known():
 @pytest.mark.parametrize("shape", [[], [3], [3, 32], [3, 32, 32, 32], [0, 32, 32], [3, -1, 32], [3, 1 << 20, 32], "3x32x32"])
 def test_an_input_is_an_image(shape):
     refused({**tree(), "input_shape": shape}, "the recipe in this file is damaged")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../model.pt", "a\0b"])
+def test_a_source_is_the_bare_name_of_a_file(name):
+    refused({**tree(), "source": {"name": name, "sha256": "0" * 64, "measures": {}}}, "the recipe in this file is damaged")
+
+
+@pytest.mark.parametrize("std", [0, -0.25])
+def test_deviations_are_positive(std):
+    preprocessing = {**tree()["preprocessing"], "std": [0.25, 0.25, std]}
+    refused({**tree(), "preprocessing": preprocessing}, "the recipe in this file is damaged")
 
 
 def test_numbers_up_to_their_limits_are_read():

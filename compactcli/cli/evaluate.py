@@ -34,9 +34,11 @@ def command(
         trust_pickle=trust_pickle, quiet=quiet,
     )  # fmt: skip
     common.check_device(device)
+    from ..data import remembered
+
     dataset = open_data(
         network,
-        data or network.recipe.dataset,
+        data or remembered(network.recipe),
         data_dir=data_dir,
         download=download,
         skip_corrupt=skip_corrupt,

@@ -81,6 +81,7 @@ def command(
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
     from .. import artefact, distributed, optim
+    from ..data import remembered
     from ..finetune import find_teacher, finetune
     from ..history import Watch
 
@@ -103,7 +104,7 @@ def command(
         wishes: Any = {"arch": arch, "trust_pickle": trust_pickle, "mean": mean, "std": std}
         wishes |= {"arch_kwargs": arch_kwargs, "input_shape": input_shape, "quiet": quiet}
         network = open_network(model, **wishes) if left is None else artefact.open_interrupted(left, artefact.Wishes(arch))
-        spec = data or network.recipe.dataset
+        spec = data or remembered(network.recipe)
         if spec is None:
             raise UsageError("give --data: the file names no dataset to train on")
         common.check_device(own_device)
