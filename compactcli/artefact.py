@@ -296,8 +296,8 @@ def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
 
 
 def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those of half precision in float32, in which networks are computed."""
-    return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in tensors.items()}
+    """The tensors with those of half precision or less in float32, in which networks are computed."""
+    return {name: t.float() if t.is_floating_point() and t.itemsize < 4 else t for name, t in tensors.items()}
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -316,7 +316,10 @@ def _aliases(module: nn.Module) -> dict[str, str]:
 
 
 def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors in the module's places without copying. Counters of batches may be absent."""
+    """Put the tensors in the module's places, without copying where they are of its types and none is there twice.
+
+    Counters of batches may be absent.
+    """
     own = _state(module)
     every = module.state_dict()
     counters = {name: torch.zeros_like(t, device="cpu") for name, t in own.items() if name.endswith("num_batches_tracked")}
@@ -331,6 +334,12 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in own.items():
         if values[name].is_floating_point() != tensor.is_floating_point():
             raise CompactError(f"{short(name)} is {values[name].dtype}, the architecture's {tensor.dtype}")
+    places: set[int] = set()
+    for name, value in values.items():
+        values[name] = value.to(own[name].dtype) if value.is_floating_point() else value
+        if values[name].numel() and values[name].data_ptr() in places:  # one tensor under two names, which are two in the network
+            values[name] = values[name].clone()
+        places.add(values[name].data_ptr())
     aliases = _aliases(module)
     module.load_state_dict(values, strict=False, assign=True)
     for alias, name in aliases.items():  # what was one tensor is one again

@@ -1,6 +1,7 @@
 """The file is the model: what is loaded is what was saved, bit for bit, with nothing but the file."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -220,6 +221,37 @@ def test_a_factory_of_ones_own_is_never_run_unasked(tmp_path):
     assert str(tmp_path).encode() not in content
     with pytest.raises(CompactError, match=r"was built by your own factory\.py:make, which is never run unasked; .* --arch"):
         open_model(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("names", [("conv1.weight",), None])
+def test_any_floats_are_computed_in_float32(dtype, names):
+    """All of a checkpoint, or one of its tensors."""
+    state = named("cifar:resnet8", width=4).eval().state_dict()
+    cast = {name: t.to(dtype) if t.is_floating_point() and name in (names or state) else t for name, t in state.items()}
+    buffer = io.BytesIO()
+    torch.save(cast, buffer)
+    found = open_model(buffer.getvalue())
+    assert {t.dtype for t in found.module.state_dict().values()} == {torch.float32, torch.int64}
+    expected = named("cifar:resnet8", width=4).eval()
+    expected.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in cast.items()})
+    assert_same(found.module, expected, image(found))
+    open_model(dumps(smaller(found, 0.8)))
+
+
+def test_one_tensor_under_two_names_becomes_two():
+    """A checkpoint may hold the zeros of all biases once; what is trained is each of them."""
+    state = dict(named("cifar:resnet8", width=4).eval().state_dict())
+    zeros = torch.zeros(4)
+    biases = [name for name, tensor in state.items() if name.endswith("bn1.bias") and tensor.shape == zeros.shape]
+    assert len(biases) > 1
+    buffer = io.BytesIO()
+    torch.save(state | dict.fromkeys(biases, zeros), buffer)
+    found = open_model(buffer.getvalue())
+    with torch.no_grad():
+        found.module.get_parameter(biases[0]).add_(1)
+    assert not found.module.get_parameter(biases[1]).any()
+    assert_same(open_model(dumps(found)).module, found.module, image(found))
 
 
 def test_what_the_user_says_goes():
