@@ -20,6 +20,11 @@ def model_source(given: str | None) -> str:
     return given or "-"
 
 
+def piped() -> bool:
+    """Whether there is something on stdin, which is waited for; not where that is a terminal."""
+    return not sys.stdin.isatty() and bool(sys.stdin.buffer.peek(1))  # type: ignore[union-attr]  # a BufferedReader
+
+
 def model_target(output: str | None, source: str, suffix: str, ending: str = ".safetensors") -> str:
     """Where a command writes its model: a path, or "-" for stdout.
 

@@ -1,5 +1,6 @@
 """An interrupted run ends where an unbroken one does, to the bit, whatever it trains with and wherever it broke."""
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from networks import named
 from test_train import PREPROCESSING, dataset, network, same, weights
 from torch import Tensor, nn
 
@@ -155,8 +157,6 @@ def finetune(folder: Path, *flags: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from networks import named
-
     folder = tmp_path_factory.mktemp("small")
     torch.save(named("cifar:resnet8", width=4, num_classes=10).state_dict(), folder / "net.pt")
     return folder
@@ -214,6 +214,32 @@ def test_what_is_left_of_a_run_is_enough_to_end_it(small: Path, unbroken: bytes,
     command = [part for part in finetune(tmp_path, "--resume") if not part.endswith("net.pt")]
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert output(tmp_path) == unbroken
+
+
+def test_a_model_on_stdin_is_not_passed_over_for_what_a_run_left(small: Path, tmp_path: Path) -> None:
+    """What a pipeline made anew goes on only if it is the network that the run began with."""
+    command = [part for part in finetune(tmp_path) if not part.endswith("net.pt")]
+    model = (small / "net.pt").read_bytes()
+    subprocess.run([*command, "--time-limit", "0.01"], check=True, capture_output=True, input=model)
+    other = io.BytesIO()
+    torch.save(named("cifar:resnet8", width=8, num_classes=10).state_dict(), other)
+    done = subprocess.run([*command, "--resume"], check=False, capture_output=True, input=other.getvalue())
+    assert done.returncode == 1
+    assert b"the run there has network" in done.stderr
+    done = subprocess.run([*command, "--resume"], check=True, capture_output=True, input=model)
+    assert b"resumed at step" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["net.pt", "out"])
+def test_the_history_is_never_written_over_another_file(name: str, small: Path, tmp_path: Path) -> None:
+    before = (small / "net.pt").read_bytes()
+    (tmp_path / "net.pt").write_bytes(before)
+    flags = ("--history", str(tmp_path / name))
+    done = subprocess.run(finetune(tmp_path, *flags), capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "that is another file of this command; give one of its own" in done.stderr
+    assert os.listdir(tmp_path) == ["net.pt"]
+    assert (tmp_path / "net.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["net.pt", "out", "epochs.jsonl"])

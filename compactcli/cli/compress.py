@@ -106,7 +106,6 @@ def command(
     if dry_run and (epochs or finetune_epochs):
         raise UsageError("--dry-run plans from weights or images, not from training; leave --epochs and --finetune-epochs out")
     training.check_keep(keep)
-    training.check_history(history)
     common.check_dtype(dtype)
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
@@ -139,6 +138,7 @@ def command(
         named = arch.rpartition(":")[2] if fresh and arch else source
         writes = distributed.is_main() and not dry_run
         destination = streams.model_target(output, named, f"{method}-{ratio:g}") if writes else "-"
+        training.check_history(history, (destination, source, teacher, latency_table))
         kept: Path | None = None
         if trains:
             others = (destination, history, source)

@@ -76,7 +76,6 @@ def command(
     torchrun --nproc-per-node 2 -m compactcli finetune small.safetensors --data cifar10 -o tuned.safetensors
     """
     training.check_keep(keep)
-    training.check_history(history)
     common.check_dtype(dtype)
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
@@ -95,9 +94,12 @@ def command(
             device=own_device, precision=precision, compile=compile, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
         quiet = quiet or not distributed.is_main()
-        left: Path | None = distributed.shared(training.left_run(model, output, state) if resume else None)
+        left: Path | None = distributed.shared(
+            training.left_run(model, output, state) if resume and distributed.is_main() else None
+        )
         source = streams.model_source(model) if left is None else str(left)
         destination = streams.model_target(output, source, "tuned") if distributed.is_main() else "-"
+        training.check_history(history, (destination, None if left else source, teacher))
         others = (destination, history, None if left else source)
         own = training.run_file(destination, state, others, resume=resume, quiet=quiet) if distributed.is_main() else None
         kept: Path | None = distributed.shared(own)

@@ -43,10 +43,17 @@ def check_keep(keep: str) -> None:
         raise UsageError(f"--keep {keep}: it is best or last")
 
 
-def check_history(history: Path | None) -> None:
-    """Raise CompactError if --history cannot be written."""
+def check_history(history: Path | None, others: Sequence[str | Path | None]) -> None:
+    """Raise CompactError if --history cannot be written; UsageError if it is one of the command's other files."""
     if history is not None:
         streams.check_folder(str(history))
+        _check_own("--history", history, others)
+
+
+def _check_own(flag: str, path: Path, others: Sequence[str | Path | None]) -> None:
+    """Raise UsageError if the path is one of the others."""
+    if path.resolve() in [Path(other).resolve() for other in others if other not in (None, "-", "none")]:
+        raise UsageError(f"{flag} {path}: that is another file of this command; give one of its own")
 
 
 def teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
@@ -61,9 +68,11 @@ def teacher(network: "Network", wanted: str | None, arch: str | None) -> "Networ
 
 
 def left_run(model: str | None, output: str | None, state: Path | None) -> Path | None:
-    """What an interrupted run left, where no model is given and it is there."""
+    """What an interrupted run left, where no model is given, not through stdin either, and it is there."""
     kept = state or (None if output in (None, "-") else _beside(str(output)))
-    return kept if model is None and kept is not None and kept.exists() else None
+    if model is not None or kept is None or not kept.exists():
+        return None
+    return None if streams.piped() else kept
 
 
 def run_file(
@@ -78,8 +87,7 @@ def run_file(
         if resume:
             raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
         return None
-    if kept.resolve() in [Path(other).resolve() for other in others if other is not None]:
-        raise UsageError(f"--state {kept}: that is another file of this command; give one of its own")
+    _check_own("--state", kept, others)
     streams.check_folder(str(kept))
     if kept.exists():
         from .. import resume as file
