@@ -11,7 +11,7 @@ NAMES = {
 }
 CONTENDERS = {
     "auto": "hinge",
-    "magnitude": "fcf's widths, filters by mean |w|",
+    "magnitude": "fcf's widths, filters by mean absolute weight",
     "prune": "hinge, pruning alone",
     "decompose": "hinge, decomposing alone",
     "calibrated": "hinge, no search",

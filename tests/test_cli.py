@@ -902,3 +902,14 @@ def test_no_data_that_a_file_names_is_run_or_read(tmp_path, monkeypatch, small, 
     line = one_line(run(command, small))
     assert line == f"compactcli: the file names {data!r} as its data, which is none of {', '.join(NAMES)}; give --data"
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_set_once_for_all_commands_contradicts_none(monkeypatch, tmp_path, small):
+    """A flag's environment variable is left out where the flag would mean nothing, and be refused."""
+    monkeypatch.setenv("COMPACTCLI_DATA", "digits")
+    monkeypatch.setenv("COMPACTCLI_JSON", "1")
+    for flags in (("--to", "artefact", "--fold-bn"), ("--to", "pt2")):
+        assert run("export", small, *flags, "-o", tmp_path / "out").exit_code == 0
+        assert "--data" in one_line(run("export", small, *flags, "--data", "digits", "-o", tmp_path / "out"), code=2)
+    assert run("report", small, "--markdown").stdout.startswith("### ")
+    assert "--json" in one_line(run("report", small, "--markdown", "--json"), code=2)

@@ -135,6 +135,12 @@ def _who() -> str:
     return "compactcli" if rank == "0" else f"compactcli, process {rank}"
 
 
+def by_environment(context: typer.Context, name: str) -> bool:
+    """Whether an option has its value from its environment variable, and so is no contradiction where it means nothing."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "ENVIRONMENT"
+
+
 def note(line: str, quiet: bool = False) -> None:
     """A line for people, on stderr."""
     if not quiet:

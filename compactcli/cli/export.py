@@ -17,6 +17,7 @@ OWN_ENDING = ("onnx", "pt2")  # formats after which files are named
 
 @guarded
 def command(
+    context: typer.Context,
     model: common.Model = None,
     *,
     to: Annotated[
@@ -67,6 +68,8 @@ def command(
     that they slow CPUs down (subnormal ones) become zero.
     """
     to = to or _format(output)
+    if common.by_environment(context, "data") and (to != "artefact" or dtype is None):
+        data = None
     _check(to, fold_bn, dtype, data)
     source = streams.model_source(model)
     suffix = (dtype or "folded") if to == "artefact" else to

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 @guarded
 def command(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="MODEL", help="Checkpoint files or folders, several to compare them; - or nothing reads stdin."),
@@ -62,6 +63,7 @@ def command(
     compactcli report resnet56.pt small.safetensors tiny.safetensors --data cifar10 --html compared.html
     """
     sources: Sequence[str | None] = models or [None]
+    json = json and not (common.by_environment(context, "json") and (markdown or html == "-"))
     if sum([json, markdown, html == "-"]) > 1:
         raise UsageError("--json, --markdown and --html - all go to stdout; give one of them")
     if sources.count("-") > 1:
