@@ -192,6 +192,7 @@ def check_finite(network: Network) -> None:
 
 def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     recipe = Recipe.loads(file.metadata[KEY])
+    recipe = replace(recipe, input_shape=wishes.input_shape or recipe.input_shape)
     channels, height, width = recipe.input_shape
     shape = (channels, height, width)
     if len(recipe.preprocessing.mean) != channels or len(recipe.preprocessing.std) != channels:
@@ -201,7 +202,10 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     surgery.apply_(module, recipe.edits)
     _load_(module, _floats(file.tensors))
     run_fake(module, shape)
-    return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, file.notes)
+    own = {"--arch": wishes.arch if is_known(recipe.architecture) else None, "--arch-kwargs": wishes.arch_kwargs}
+    idle = [flag for flag, wish in own.items() if wish and wish != recipe.architecture]
+    notes = (f"the file says itself that it began as {recipe.architecture}; {' and '.join(idle)} left out",) if idle else ()
+    return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, (*file.notes, *notes))
 
 
 def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:

@@ -265,6 +265,23 @@ def test_what_the_user_says_goes():
         open_model(content, Wishes(mean=(0.5,)))
 
 
+def test_what_a_file_says_itself_stays_and_its_input_may_be_another():
+    given = smaller(network(width=4), 0.8)
+    found = open_model(dumps(given), Wishes(input_shape=(3, 48, 40)))
+    assert (found.input_shape, found.notes) == ((3, 48, 40), ())
+    assert_same(open_model(dumps(found)).module, found.module, image(found))
+    for wishes, flags in (
+        (Wishes(arch="cifar:resnet20"), "--arch"),
+        (Wishes(arch="resnet50", arch_kwargs={"width": 3}), "--arch and --arch-kwargs"),
+    ):
+        found = open_model(dumps(given), wishes)
+        assert found.notes == (f"the file says itself that it began as cifar:resnet8; {flags} left out",)
+        assert_same(found.module, given.module, image(given))
+    assert open_model(dumps(given), Wishes(arch="cifar:resnet8")).notes == ()
+    with pytest.raises(CompactError, match="the recipe normalises 3 channels of an input with 1"):
+        open_model(dumps(given), Wishes(input_shape=(1, 32, 32)))
+
+
 def test_weights_that_do_not_fit_say_which():
     state = named("cifar:resnet8", width=4).state_dict()
     for change, message in (
