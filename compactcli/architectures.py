@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import cifar, usercode
 from .errors import CompactError, brief
-from .recipe import Preprocessing
+from .recipe import Preprocessing, preprocessing_of
 from .vision import torchvision
 
 Kwargs = Mapping[str, Any]
@@ -125,6 +125,32 @@ def get(name: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, in
     else:
         raise CompactError(f"unknown architecture {brief(repr(name))}{_suggestion(name)}")
     return architecture if input_shape is None else _with_input(architecture, input_shape)
+
+
+def configured(
+    config: Mapping[str, Any], kwargs: Kwargs | None = None, input_shape: tuple[int, int, int] | None = None
+) -> Architecture:
+    """timm's architecture that the config.json of a folder names, with the input that its weights were trained on.
+
+    timm's own defaults stand in for what the file does not say.
+    Raises CompactError as `get` does, and where what the file says is none of that.
+    """
+    classes = config.get("num_classes")
+    given = {"num_classes": classes} if isinstance(classes, int) else {}
+    plain = get(f"timm:{config['architecture']}", {**given, **(kwargs or {})})
+    tree = config.get("pretrained_cfg", config)
+    try:
+        channels, height, width = (int(side) for side in tree.get("input_size") or plain.input_shape)
+        share = float(tree.get("crop_pct") or plain.input_shape[2] / (plain.preprocessing.resize or plain.input_shape[2]))
+        own = {name: tree.get(name) or getattr(plain.preprocessing, name) for name in ("mean", "std", "interpolation")}
+        described = preprocessing_of({**own, "resize": math.floor(width / share)})
+        if min(channels, height, width) < 1 or len(described.mean) != channels or len(described.std) != channels:
+            raise ValueError(f"an input of {channels}x{height}x{width}")
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as problem:
+        raise CompactError(f"what config.json says of the input is damaged: {brief(str(problem))}; give --arch") from None
+    trained = replace(plain, input_shape=(channels, height, width), preprocessing=described)
+    wished = input_shape or (trained.kwargs.get("in_chans", channels), height, width)
+    return _with_input(trained, wished)
 
 
 def user(spec: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, int] | None = None) -> Architecture:

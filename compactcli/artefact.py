@@ -214,10 +214,7 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
     if wishes.arch is not None:
         architecture = _named(wishes.arch, wishes)
     elif file.config is not None and isinstance(file.config.get("architecture"), str):
-        kwargs = {"num_classes": file.config["num_classes"]} if isinstance(file.config.get("num_classes"), int) else {}
-        architecture = architectures.get(
-            f"timm:{file.config['architecture']}", {**kwargs, **(wishes.arch_kwargs or {})}, wishes.input_shape
-        )
+        architecture = architectures.configured(file.config, wishes.arch_kwargs, wishes.input_shape)
     else:
         foreign = methods.recognise(tensors)
         found = foreign.found if foreign else detection.detect(tensors)

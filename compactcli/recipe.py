@@ -203,22 +203,26 @@ def _plain(value: Any) -> Any:
 def _recipe(tree: dict[str, Any]) -> Recipe:
     source = tree.get("source")
     classes = tree.get("classes")
-    pre = tree["preprocessing"]
     return Recipe(
         architecture=_string(tree["architecture"]),
         kwargs={_string(key): value for key, value in tree["kwargs"].items()},
         input_shape=_input_shape(tree["input_shape"]),
-        preprocessing=Preprocessing(
-            mean=tuple(_number(n) for n in pre["mean"]),
-            std=tuple(_positive(n) for n in pre["std"]),
-            resize=None if pre.get("resize") is None else _integer(pre["resize"], 1, 1 << 16),
-            interpolation=_string(pre["interpolation"]),
-        ),
+        preprocessing=preprocessing_of(tree["preprocessing"]),
         source=None if source is None else _source(source),
         classes=None if classes is None else tuple(_string(name) for name in classes),
         dataset=None if tree.get("dataset") is None else _string(tree["dataset"]),
         steps=tuple(_step(step) for step in tree["steps"]),
         dtype=_optional(_dtype, tree.get("dtype")),
+    )
+
+
+def preprocessing_of(tree: Mapping[str, Any]) -> Preprocessing:
+    """What a file says of it. Raises KeyError, TypeError or ValueError where that is none."""
+    return Preprocessing(
+        mean=tuple(_number(n) for n in tree["mean"]),
+        std=tuple(_positive(n) for n in tree["std"]),
+        resize=_optional(lambda value: _integer(value, 1, 1 << 16), tree.get("resize")),
+        interpolation=_string(tree["interpolation"]),
     )
 
 

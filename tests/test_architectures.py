@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,29 @@ def test_a_users_factory_is_never_found_by_name(tmp_path: Path, monkeypatch: pyt
     for name in ("own_nets.py:make", "own_nets:make"):
         with pytest.raises(CompactError, match="unknown architecture"):
             architectures.get(name)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("name", ["mobilenetv3_large_100.miil_in21k_ft_in1k", "resnet18.a1_in1k", "efficientnet_b0.ra_in1k"])
+def test_a_folder_says_what_its_weights_were_trained_on(timm: Any, name: str, nested: bool) -> None:
+    """As timm's own files do; a network has several weights, of which the best need not be these."""
+    own = timm.get_pretrained_cfg(name).to_dict()
+    expected = architectures.get(f"timm:{name}")
+    config = {"architecture": name.partition(".")[0], "num_classes": 7, **({"pretrained_cfg": own} if nested else own)}
+    found = architectures.configured(config)
+    assert (found.input_shape, found.preprocessing) == (expected.input_shape, expected.preprocessing)
+    assert architectures.configured(config, input_shape=(3, 64, 64)).preprocessing == replace(expected.preprocessing, resize=None)
+    plain = architectures.get(f"timm:{name.partition('.')[0]}")
+    assert architectures.configured({"architecture": name.partition(".")[0]}).preprocessing == plain.preprocessing
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"mean": [0.5]}, {"std": [0, 0, 0]}, {"input_size": [3, 0, 32]}, {"input_size": "large"}, {"crop_pct": -1}, {"mean": 3}, 7],
+)
+def test_a_damaged_description_is_refused(timm: Any, own: Any) -> None:
+    with pytest.raises(CompactError, match=r"what config\.json says of the input is damaged: .*; give --arch"):
+        architectures.configured({"architecture": "resnet18", "pretrained_cfg": own})
 
 
 def test_timm_by_name(timm: Any) -> None:
