@@ -29,6 +29,7 @@ from .vision import torchvision
 
 MEMORY_LIMIT = 8 * 10**9  # bytes of decoded images held at once
 KEEP_LIMIT = 10**9  # bytes up to which `batches` keeps what it decoded for the next pass
+MANY_CLASSES = 10**6  # what a label stays below
 SKIPPED_NAMED = 3  # of the files that were left out
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -360,10 +361,12 @@ def _from_folder(root: Path, form: _Form, skipped: list[Path] | None) -> Dataset
     parts = [part for part in ("train", "test", "val") if (root / part).is_dir() and _folders(root / part)]
     if parts:
         classes = tuple(folder.name for folder in _folders(root / parts[0]))
-        splits = {part: _from_class_folders(root / part, part, classes, form, skipped) for part in parts}
+        splits = {part: _from_class_folders(root / part, part, classes, form, skipped, f"{parts[0]}/") for part in parts}
         return Dataset(name, False, classes, splits.get("train"), splits.get("test", splits.get("val")))
     if _folders(root):
         classes = tuple(folder.name for folder in _folders(root))
+        if loose := _images(root):
+            raise CompactError(f"{loose[0]} lies beside folders, which are classes then; give {root} images or folders of images")
         return Dataset(name, False, classes, _from_class_folders(root, "train", classes, form, skipped), None)
     files = _sound(_images(root), form, skipped)
     if not files:
@@ -371,11 +374,13 @@ def _from_folder(root: Path, form: _Form, skipped: list[Path] | None) -> Dataset
     return Dataset(name, False, None, _from_source(files, None, "all", form), None)
 
 
-def _from_class_folders(root: Path, name: str, classes: tuple[str, ...], form: _Form, skipped: list[Path] | None) -> Split:
-    """The images of the folders `classes` in `root`, labelled by their place in that list."""
+def _from_class_folders(
+    root: Path, name: str, classes: tuple[str, ...], form: _Form, skipped: list[Path] | None, among: str = ""
+) -> Split:
+    """The images of the folders `classes` in `root`, labelled by their place in that list, which is that of `among`."""
     unknown = [folder for folder in _folders(root) if folder.name not in classes]
     if unknown:
-        raise CompactError(f"{unknown[0]} is a class that train/ does not have")
+        raise CompactError(f"{unknown[0]} is a class that {among} does not have")
     files_of = [_sound(_images(root / own), form, skipped) if (root / own).is_dir() else [] for own in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in files_of]))
     if len(labels) == 0:
@@ -411,9 +416,19 @@ def _checked(spec: str, result: Any) -> tuple[Tensor, Tensor | None]:
         raise CompactError(f"{spec} gave no pair of images and labels, as tensors or arrays") from None
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise CompactError(f"{spec} gave images of shape {tuple(images.shape)}; wanted (n, 1 or 3, h, w)")
-    if labels is not None and (labels.shape != (len(images),) or int(labels.min()) < 0):
-        raise CompactError(f"{spec} gave labels of shape {tuple(labels.shape)}; wanted ({len(images)},), none below 0")
-    if images.is_floating_point():
+    kinds = [tensor.dtype for tensor in (images, labels) if tensor is not None and tensor.is_complex()]
+    kinds += [] if labels is None or not labels.is_floating_point() else [labels.dtype]
+    if kinds:
+        raise CompactError(f"{spec} gave {kinds[0]}; wanted images as uint8 or floats, and labels as integers")
+    if labels is not None and (labels.shape != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= MANY_CLASSES):
+        raise CompactError(
+            f"{spec} gave labels of shape {tuple(labels.shape)}; wanted ({len(images)},), from 0 up to {MANY_CLASSES - 1}"
+        )
+    if not images.is_floating_point():
+        images = images if images.dtype == torch.uint8 else images.to(torch.int64)  # torch finds no extremes of uint16
+        if not 0 <= int(images.min()) <= int(images.max()) <= 255:
+            raise CompactError(f"{spec} gave integers from {int(images.min())} to {int(images.max())}; wanted 0 to 255")
+    else:
         if not 0 <= float(images.min()) <= float(images.max()) <= 1:
             raise CompactError(f"{spec} gave floats outside 0 to 1; wanted images before normalisation")
         images = images.mul(255).round()
@@ -505,6 +520,8 @@ def _decode(item: Path | np.ndarray[Any, Any], form: _Form) -> np.ndarray[Any, A
 def _pixels(image: Image.Image, form: _Form) -> np.ndarray[Any, Any]:
     """`image` as uint8 (c, h, w): luma for one channel; shorter side to `resize` and centre crop, or straight to h x w."""
     channels, height, width = form.shape
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError(f"32 bits a pixel, mode {image.mode}, of which nothing says what is white")
     if image.mode.startswith("I"):  # 16 bits; PIL's own conversion would clip them to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")

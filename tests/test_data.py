@@ -1,6 +1,7 @@
 """Datasets: what is found where, in which order, at which size; laws of sampling, normalisation and augmentation."""
 
 import gzip
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert data.sample(dataset.train, 5, seed=0).shape == (1, 3, 4, 4)
     with pytest.raises(CompactError, match="no labels; put them in one folder per class"):
         next(data.batches(dataset.train, COLOUR, 1, "cpu"))
+
+
+def test_images_beside_folders_are_told_of(tmp_path: Path) -> None:
+    """A folder of thumbnails is no class, and a forgotten image is not left out in silence."""
+    image = save(tmp_path / "1.png")
+    save(tmp_path / "thumbs" / "1.png")
+    with pytest.raises(CompactError, match=f"{re.escape(str(image))} lies beside folders, which are classes then"):
+        open_folder(tmp_path)
+
+
+def test_the_classes_of_val_are_those_that_test_has(tmp_path: Path) -> None:
+    save(tmp_path / "val" / "a" / "1.png")
+    save(tmp_path / "test" / "b" / "1.png")
+    with pytest.raises(CompactError, match="a is a class that test/ does not have"):
+        open_folder(tmp_path)
 
 
 def test_a_class_that_is_only_in_test_is_refused(tmp_path: Path) -> None:
@@ -211,6 +227,13 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert pixels(tmp_path / "1.png", (1, 4, 4)).unique().tolist() == [127]
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_thirty_two_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.full((4, 4), 200, kind)).save(tmp_path / "1.tif")
+    with pytest.raises(CompactError, match=r"1\.tif cannot be decoded \(32 bits a pixel, .*; remove it, or leave such files out"):
+        pixels(tmp_path / "1.tif", (1, 4, 4))
+
+
 def test_rows_stay_rows(tmp_path: Path) -> None:
     values = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)  # (h, w, c)
     Image.fromarray(values).save(tmp_path / "1.png")
@@ -312,7 +335,11 @@ def test_a_function_gives_each_split(tmp_path: Path) -> None:
         ("return None", 'gave None for "train" and for "test"'),
         ("return torch.zeros(4, 2, 2), None", r"gave images of shape \(4, 2, 2\); wanted \(n, 1 or 3, h, w\)"),
         ("return torch.full((4, 1, 2, 2), 2.0), None", "gave floats outside 0 to 1"),
-        ("return torch.zeros(4, 1, 2, 2), torch.zeros(3)", r"gave labels of shape \(3,\); wanted \(4,\)"),
+        ("return torch.full((4, 1, 2, 2), 256, dtype=torch.uint16), None", "gave integers from 256 to 256; wanted 0 to 255"),
+        ("return torch.zeros(4, 1, 2, 2), torch.full((4,), 0.7)", "gave torch.float32; wanted images .* and labels as integers"),
+        ("return torch.zeros(4, 1, 2, 2) * 1j, None", "gave torch.complex64; wanted images as uint8 or floats"),
+        ("return torch.zeros(4, 1, 2, 2), torch.full((4,), 10**10)", "gave labels .* wanted .* from 0 up to 999999"),
+        ("return torch.zeros(4, 1, 2, 2), torch.zeros(3, dtype=int)", r"gave labels of shape \(3,\); wanted \(4,\)"),
     ],
 )
 def test_what_a_function_gives_is_checked(tmp_path: Path, body: str, message: str) -> None:
