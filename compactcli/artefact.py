@@ -10,6 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, shape_text, short
 from .graph import run_fake
-from .kernels import Indexed, KernelLayer
+from .kernels import Indexed
 from .methods import Foreign
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
@@ -46,13 +47,17 @@ class Network:
         channels, height, width = self.recipe.input_shape
         return channels, height, width
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
-        """The width of the last linear layer, or of the last convolution in a network without one."""
-        layers = [module for module in self.module.modules() if isinstance(module, nn.Linear | nn.Conv2d | KernelLayer)]
-        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        last = (linear or layers)[-1]
-        return last.outputs if isinstance(last, KernelLayer) else len(last.weight)
+        """How many numbers it gives for an image, or for each of its pixels; of several outputs, the first."""
+        found: list[Any] = []
+
+        def record(shadow: nn.Module) -> None:
+            shadow.register_forward_hook(lambda module, given, output: found.append(output))
+
+        run_fake(self.module, self.input_shape, change=record)
+        shapes = [tensor.shape for tensor in surgery.outputs(found[-1])]
+        return shapes[0][1] if shapes and len(shapes[0]) > 1 else 1
 
 
 @dataclass(frozen=True)

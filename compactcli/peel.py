@@ -9,8 +9,9 @@ from .errors import CompactError, short
 from .pickles import HARMLESS, Call
 
 # Where training scripts put the weights, the best ones first.
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema")
 WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema"),
+    *AVERAGED,
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "base_model.")
@@ -74,9 +75,11 @@ def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | Non
     if not isinstance(tree, dict) or id(tree) in seen:
         return None
     seen.add(id(tree))
-    for name in WRAPPERS:
-        if found := _unwrap(tree.get(name), seen):
-            return found[0], [name, *found[1]]
+    found = {name: inner for name in WRAPPERS if (inner := _unwrap(tree.get(name), seen))}
+    if found:
+        sizes = {name: _size(weights) for name, (weights, _) in found.items()}  # averages may be of parameters alone
+        name = next(name for name in found if name not in AVERAGED or sizes[name] == max(sizes.values()))
+        return found[name][0], [name, *found[name][1]]
     if weights := _weights(tree):
         return weights, []
     # Under no name we know: then the only table of tensors. By identity, since a hostile tree may name one a million times.
@@ -89,6 +92,11 @@ def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | Non
 
 def _weights(tree: dict[Any, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if isinstance(key, str) and key not in NUMBERS and is_tensor(value)}
+
+
+def _size(weights: dict[str, Any]) -> int:
+    """How many tensors there are that a network cannot do without."""
+    return sum(name.rpartition(".")[2] not in COUNTERS | {"num_batches_tracked"} for name in weights)
 
 
 def is_tensor(value: Any) -> bool:

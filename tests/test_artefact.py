@@ -215,6 +215,26 @@ def test_tied_weights_are_stored_once_and_tied_after_loading(tmp_path):
     assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in model.module.parameters())
 
 
+class Gated(nn.Module):
+    """The head is registered first, and a linear layer behind it is not one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+        self.body = nn.Conv2d(3, 8, 3)
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.body(x).mean((2, 3))
+        return self.head(x * self.gate(x).sigmoid()), x
+
+
+def test_the_classes_are_the_numbers_that_come_out():
+    assert Network(Gated(), network().recipe, "gated").num_classes == 5
+    for name, shape, classes in (("cifar:resnet8", (3, 32, 32), 7), ("squeezenet1_1", (3, 64, 64), 3)):
+        assert network(name, shape, num_classes=classes).num_classes == classes
+
+
 def test_a_factory_of_ones_own_is_never_run_unasked(tmp_path):
     (tmp_path / "factory.py").write_text(FACTORY)
     content = dumps(fresh(Wishes(f"{tmp_path / 'factory.py'}:make", input_shape=(3, 8, 8)), 0))

@@ -299,6 +299,14 @@ def test_a_wrapper_comes_off(save, state, wrapper):
 def test_averaged_weights_go_before_raw_ones(save, state):
     raw = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     assert_same(read(save({"model": raw, "state_dict": raw, "model_ema": state})).tensors, state)
+    parameters = {name: tensor for name, tensor in state.items() if "running" not in name}
+    assert 0 < len(parameters) < len(state)
+    for averages in (parameters, {"decay": torch.tensor(0.9), "shadow_params": [raw]}):
+        found = read(save({"ema": averages, "state_dict": state}))  # without statistics, or without names, they are no network
+        assert_same(found.tensors, state)
+        assert "took state_dict (beside ema)" in found.notes
+    counted = {**raw, "total_ops": torch.zeros(1), "bn1.num_batches_tracked": torch.tensor(3)}
+    assert_same(read(save({"model": counted, "ema": state})).tensors, state)
 
 
 def test_wrappers_nest(save, state):
