@@ -343,8 +343,9 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     places: set[int] = set()
     for name, value in values.items():
         values[name] = value.to(own[name].dtype) if value.is_floating_point() else value
-        if values[name].numel() and values[name].data_ptr() in places:  # one tensor under two names, which are two in the network
-            values[name] = values[name].clone()
+        # Numbers that a file holds once, under two names or for many places, are many in the network.
+        if values[name].numel() and (values[name].data_ptr() in places or 0 in values[name].stride()):
+            values[name] = values[name].clone(memory_format=torch.contiguous_format)
         places.add(values[name].data_ptr())
     aliases = _aliases(module)
     module.load_state_dict(values, strict=False, assign=True)

@@ -32,6 +32,7 @@ ZIP_ENTRIES = 100_000
 SHARED_RATIO = 256  # bytes named by all tensors together / bytes of the file (23 in a ResNet-56 with CSG)
 DIMENSIONS = 8
 ELEMENTS = 1 << 48
+EXPANDED = 1 << 20  # numbers of a tensor that repeats those that it holds
 
 _DTYPES = {
     "F64": torch.float64,
@@ -384,7 +385,8 @@ def _build(name: str, call: Call, content: _Content) -> Tensor:
     begin = storage.start * storage.dtype.itemsize
     end = begin + storage.length * storage.dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if not 0 <= begin <= end <= len(data) or max(count, last + 1) * dtype.itemsize > end - begin:
+    held = (last + 1) if 0 in stride and count <= EXPANDED else max(count, last + 1)
+    if not 0 <= begin <= end <= len(data) or held * dtype.itemsize > end - begin:
         raise CompactError(
             f"{short(name)} {size} does not fit in its storage of {len(data)} bytes; the file is damaged or hostile"
         )

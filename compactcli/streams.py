@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .errors import CompactError, UsageError
 
+ENDINGS = frozenset({".pt", ".pth", ".th", ".t7", ".bin", ".ckpt", ".tar", ".safetensors"})  # of models, in their names
+
 
 def model_source(given: str | None) -> str:
     """Where a command reads its model: what was given, else "-" for stdin.
@@ -17,6 +19,8 @@ def model_source(given: str | None) -> str:
     """
     if given is None and sys.stdin.isatty():
         raise UsageError("no model: give a file, or pipe one in")
+    if given == "":
+        raise UsageError("the model's name is empty (is a variable unset?); give a file")
     return given or "-"
 
 
@@ -37,12 +41,16 @@ def model_target(output: str | None, source: str, suffix: str, ending: str = ".s
         raise UsageError("give -o FILE: a model does not go to a terminal")
     if output == "-" and sys.stdout.isatty():
         raise UsageError("a model does not go to a terminal; give -o FILE or a pipe")
-    target = output or f"{Path(source).name.split('.')[0]}.{suffix}{ending}"
-    if output is None and Path(target).resolve() == Path(source).resolve():
-        target = f"{Path(source).stem}.{suffix}{ending}"  # a command never overwrites what it reads unasked
+    target = output or f"{_bare(source)}.{suffix}{ending}"
     if target != "-":
         check_folder(target)
     return target
+
+
+def _bare(source: str) -> str:
+    """A model's name without its folder and its ending."""
+    path = Path(Path(source).name)
+    return path.stem if path.suffix.lower() in ENDINGS else path.name
 
 
 def check_folder(target: str) -> None:

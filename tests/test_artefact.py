@@ -266,10 +266,13 @@ def test_one_tensor_under_two_names_becomes_two():
     biases = [name for name, tensor in state.items() if name.endswith("bn1.bias") and tensor.shape == zeros.shape]
     assert len(biases) > 1
     buffer = io.BytesIO()
-    torch.save(state | dict.fromkeys(biases, zeros), buffer)
+    torch.save(state | dict.fromkeys(biases, zeros) | {"bn1.weight": torch.ones(1).expand(4)}, buffer)
     found = open_model(buffer.getvalue())
+    assert torch.equal(found.module.bn1.weight, torch.ones(4))
     with torch.no_grad():
+        found.module.bn1.weight[0] = 2
         found.module.get_parameter(biases[0]).add_(1)
+    assert torch.equal(found.module.bn1.weight, torch.tensor([2.0, 1.0, 1.0, 1.0]))
     assert not found.module.get_parameter(biases[1]).any()
     assert_same(open_model(dumps(found)).module, found.module, image(found))
 

@@ -913,3 +913,19 @@ def test_what_is_set_once_for_all_commands_contradicts_none(monkeypatch, tmp_pat
         assert "--data" in one_line(run("export", small, *flags, "--data", "digits", "-o", tmp_path / "out"), code=2)
     assert run("report", small, "--markdown").stdout.startswith("### ")
     assert "--json" in one_line(run("report", small, "--markdown", "--json"), code=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--arch-kwargs", "x=NaN"), "--arch-kwargs x=NaN: give a finite number"),
+        (("--input-shape", "3x3²x32"), "--input-shape 3x3²x32: give it as CxHxW"),
+        (("--device", "meta", "--data", "digits"), "--device meta: not to be had here"),
+        (("--device", "hpu", "--data", "digits"), "--device hpu: not to be had here"),
+        (("--std", "0", "--data", "digits"), "--std 0: each must be more than 0"),
+    ],
+)
+def test_odd_values_are_refused_in_one_line(net, flags, message):
+    result = run("evaluate", net, *flags, "-q")
+    assert message in one_line(result, code=result.exit_code)
+    assert result.exit_code in (1, 2)

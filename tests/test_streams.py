@@ -162,12 +162,21 @@ def test_a_terminal_gets_no_model(monkeypatch, tmp_path):
         streams.model_target("-", "net.pt", "tuned")
 
 
-def test_the_made_up_name_is_not_the_inputs(monkeypatch, tmp_path):
-    """Twice the same command, the second time on what the first one made."""
+def test_names_made_up_are_of_the_whole_input(monkeypatch, tmp_path):
+    """Not that of another: of what the first of two commands made for the second, or of what is alike up to a point."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", Terminal())
     first = streams.model_target(None, "net.pt", "hinge-0.5")
-    assert streams.model_target(None, first, "hinge-0.5") != first
+    assert first == "net.hinge-0.5.safetensors"
+    assert streams.model_target(None, first, "hinge-0.5") == "net.hinge-0.5.hinge-0.5.safetensors"
+    assert streams.model_target(None, "folder/run.v1.safetensors", "tuned") == "run.v1.tuned.safetensors"
+    assert streams.model_target(None, "folder/run.v1", "tuned") == "run.v1.tuned.safetensors"
+    assert streams.model_target(None, "net.PTH", "onnx", "") == "net.onnx"
+
+
+def test_an_empty_name_is_refused():
+    with pytest.raises(UsageError, match="the model's name is empty"):
+        streams.model_source("")
 
 
 @pytest.mark.parametrize(("target", "message"), [("no/model", "the folder 'no' does not exist"), ("made", "made: is a folder")])

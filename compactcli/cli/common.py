@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from .. import streams
-from ..errors import CompactError, UsageError
+from ..errors import CompactError, UsageError, brief
 from ..recipe import DTYPES
 
 if TYPE_CHECKING:
@@ -258,9 +260,9 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).strip().splitlines()[0]
+        torch.zeros(1, device=device).item()  # which "meta" has not
+    except (RuntimeError, AssertionError, ImportError) as problem:
+        reason = brief(str(problem).strip().partition("\n")[0])
         raise CompactError(f"--device {device}: not to be had here ({reason}); try --device cpu") from None
 
 
@@ -270,9 +272,12 @@ def _assignment(pair: str) -> tuple[str, Any]:
     if not equals:
         raise UsageError(f"--arch-kwargs {pair}: give it as NAME=VALUE")
     try:
-        return name, json.loads(text.lower() if text in ("True", "False") else text)
+        value = json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:
         return name, text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"--arch-kwargs {pair}: give a finite number")
+    return name, value
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
@@ -280,7 +285,7 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.lower().replace(",", "x").split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,8}", part) for part in parts):
         raise UsageError(f"--input-shape {text}: give it as CxHxW, e.g. 3x32x32")
     channels, height, width = map(int, parts)
     return channels, height, width
