@@ -16,6 +16,7 @@ WRAPPERS = (
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "base_model.")
 INNER = ("features.", "module.")  # a part wrapped in DataParallel, as torchvision's old training script does
+LIGHTNING = "pytorch-lightning_version"  # what says that a checkpoint is of a Lightning module
 # What else lies beside weights: numbers of the training run, and what thop and AveragedModel leave behind.
 NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step", "n_averaged"})
 COUNTERS = frozenset({"total_ops", "total_params"})
@@ -41,6 +42,9 @@ def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"took {' / '.join(short(name) for name in path)}{others}")
     if len(entries) < len(table):
         notes.append(f"dropped {len(table) - len(entries)} counters that thop left behind (total_ops, total_params)")
+    if beside := _beside_network(tree, list(entries)):
+        notes.append(f"dropped what lies beside the network: {_some(beside)}")
+        entries = {name: value for name, value in entries.items() if name not in set(beside)}
     if prefix := _shared_prefix(list(entries)):
         notes.append(f"stripped the prefix {prefix} from all {len(entries)} names")
     entries = {name.removeprefix(prefix): value for name, value in entries.items()}
@@ -56,6 +60,14 @@ def _wrapped(names: list[str]) -> dict[str, str]:
     if not all(name.startswith(outer + inner) and name != outer + inner for name in inside):
         return {}
     return {name: outer + name.removeprefix(outer + inner) for name in inside}
+
+
+def _beside_network(tree: Any, names: list[str]) -> list[str]:
+    """The tensors of a Lightning module, losses and metrics, that are not of the network in it, which holds most of them."""
+    if LIGHTNING not in tree:
+        return []
+    outside = ([name for name in names if not name.startswith(prefix)] for prefix in PREFIXES)
+    return next((others for others in outside if 2 * len(others) < len(names)), [])
 
 
 def _shared_prefix(names: list[str]) -> str:

@@ -309,6 +309,15 @@ def test_averaged_weights_go_before_raw_ones(save, state):
     assert_same(read(save({"model": counted, "ema": state})).tensors, state)
 
 
+def test_what_a_lightning_module_holds_beside_the_network_is_dropped(save, state):
+    """Metrics and the weights of a loss; any other file may hold a network with a part of that name."""
+    held = {f"model.{name}": tensor for name, tensor in state.items()} | {"criterion.weight": torch.ones(10)}
+    found = read(save({"state_dict": held, "pytorch-lightning_version": "2.5.0"}))
+    assert_same(found.tensors, state)
+    assert "dropped what lies beside the network: criterion.weight" in found.notes
+    assert list(read(save({"state_dict": held})).tensors) == list(held)
+
+
 def test_wrappers_nest(save, state):
     found = read(save({"model": {"state_dict": state, "epoch": 1}}))
     assert_same(found.tensors, state)
