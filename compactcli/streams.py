@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import CompactError, UsageError
@@ -60,7 +61,7 @@ def check_folder(target: str) -> None:
         raise CompactError(f"{target}: the folder {folder.name!r} does not exist; make it, or write elsewhere")
     if Path(target).is_dir():
         raise CompactError(f"{target}: is a folder; give a file")
-    if _passes_on(Path(target)):
+    if passes_on(Path(target)):
         return
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -83,11 +84,12 @@ def write(data: bytes, target: str) -> None:
         except OSError as problem:
             raise CompactError(f"stdout: {(problem.strerror or str(problem)).lower()}") from None
         return
-    if _passes_on(Path(target)):
+    if passes_on(Path(target)):
+        descriptor = opened(target)
         try:
-            Path(target).write_bytes(data)
-        except OSError as problem:
-            raise CompactError(f"{target}: {(problem.strerror or str(problem)).lower()}") from None
+            give(data, descriptor, target)
+        finally:
+            os.close(descriptor)
         return
     path = Path(os.path.realpath(target))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -111,9 +113,31 @@ def write(data: bytes, target: str) -> None:
         raise
 
 
-def _passes_on(path: Path) -> bool:
+def passes_on(path: Path) -> bool:
     """Whether there is something at the path that is neither a file nor a folder."""
     return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def opened(path: str) -> int:
+    """A descriptor of what passes bytes on. Raises CompactError where it may not be written to."""
+    with _told(path):
+        return os.open(path, os.O_WRONLY)
+
+
+def give(data: bytes, descriptor: int, path: str) -> None:
+    """Write all the bytes to what was opened. Raises CompactError where that fails."""
+    with _told(path):
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """What the system says of writing, as a CompactError."""
+    try:
+        yield
+    except OSError as problem:
+        raise CompactError(f"{path}: {(problem.strerror or str(problem)).lower()}") from None
 
 
 def _created(temporary: Path) -> tuple[int, bool]:

@@ -929,3 +929,12 @@ def test_odd_values_are_refused_in_one_line(net, flags, message):
     result = run("evaluate", net, *flags, "-q")
     assert message in one_line(result, code=result.exit_code)
     assert result.exit_code in (1, 2)
+
+
+def test_a_history_goes_through_a_pipe_line_by_line(net):
+    """Each epoch once, as it ends: what reads them need not wait, or leave any out."""
+    script = "compactcli finetune net.pt --data digits --limit 100 --epochs 2 -o out --history >(cat > epochs.jsonl); sleep 0.5"
+    done = shell(script, net.parent)
+    assert done.returncode == 0, done.stderr.decode()
+    lines = (net.parent / "epochs.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]

@@ -216,6 +216,12 @@ def test_a_named_pipe_passes_the_bytes_on(tmp_path):
         reader = pool.submit(pipe.read_bytes)
         streams.write(DATA, str(pipe))
         assert reader.result() == DATA
+        reader = pool.submit(pipe.read_bytes)
+        descriptor = streams.opened(str(pipe))
+        streams.give(DATA, descriptor, str(pipe))
+        streams.give(DATA, descriptor, str(pipe))
+        os.close(descriptor)
+        assert reader.result() == DATA * 2
     assert pipe.is_fifo()
     streams.check_folder(os.devnull)
     streams.write(DATA, os.devnull)

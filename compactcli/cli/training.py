@@ -121,19 +121,26 @@ def history_writer(
     path: Path | None, stage: str | None = None, *, after: str | None = None
 ) -> "Callable[[Sequence[EpochRecord]], None]":
     """What writes a JSON line per epoch, of that stage of a command that has several, behind the lines that there are of the
-    stage `after`. The file is whole at any moment.
+    stage `after`. The file is whole at any moment; a pipe is given each line once.
     """
     told = {} if stage is None else {"stage": stage}
     before = []
-    if path is not None and path.exists() and after is not None:
+    if path is not None and path.is_file() and after is not None:
         try:
-            before = [line for line in path.read_text().splitlines() if json.loads(line).get("stage") == after]
+            before = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line).get("stage") == after]
         except (ValueError, AttributeError):
             raise CompactError(f"--history {path}: that is no history of this command; give it a file of its own") from None
 
+    pipe = streams.opened(str(path)) if path is not None and streams.passes_on(path) else None  # to the end: one stream
+    given = 0
+
     def write(records: "Sequence[EpochRecord]") -> None:
-        if path is not None:
-            lines = [*before, *(json.dumps(told | asdict(record)) for record in records)]
-            streams.write("".join(f"{line}\n" for line in lines).encode(), str(path))
+        nonlocal given
+        lines = [*before, *(json.dumps(told | asdict(record)) + "\n" for record in records)]
+        if pipe is not None:
+            streams.give("".join(lines[given:]).encode(), pipe, str(path))
+        elif path is not None:
+            streams.write("".join(lines).encode(), str(path))
+        given = len(lines)
 
     return write
