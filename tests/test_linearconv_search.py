@@ -77,7 +77,7 @@ def test_numbers_that_are_given_are_those_of_every_layer(digits):
     outputs = {name: module.out_channels for name, module in digits[0].named_modules() if isinstance(module, nn.Conv2d)}
     for edit in begun(digits, 0.6, "variant=lowrank", "share=0.25", "rank=3")[0]:
         assert edit.options == {"primary": outputs[edit.module] // 4, "rank": 3}
-    for edit in begun(digits, 0.6, "variant=rankratio", "share=0.25", "ratio=0.5")[0]:
+    for edit in begun(digits, 0.6, "variant=rankratio", "share=0.25", "rank_share=0.5")[0]:
         assert edit.options == {"primary": outputs[edit.module] // 4, "rank": outputs[edit.module] // 8}
     for edit in begun(digits, 0.6, "variant=sparse", "share=0.5", "kept=0.3")[0]:
         half = outputs[edit.module] // 2
@@ -85,7 +85,7 @@ def test_numbers_that_are_given_are_those_of_every_layer(digits):
         assert len(edit.tensors["values"]) == edit.options["kept"]
 
 
-@pytest.mark.parametrize("options", [("variant=rankratio", "ratio=4"), ("variant=lowrank", "rank=100")])
+@pytest.mark.parametrize("options", [("variant=rankratio", "rank_share=4"), ("variant=lowrank", "rank=100")])
 def test_a_rank_that_there_cannot_be_is_as_many_as_filters(digits, options):
     for edit in begun(digits, 0.7, *options)[0]:
         assert edit.options["rank"] <= len(edit.tensors["place"])

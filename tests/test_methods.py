@@ -58,6 +58,16 @@ def test_every_method_describes_itself(name):
 
 
 @pytest.mark.parametrize("name", names())
+def test_no_option_has_the_name_of_what_every_step_records(name):
+    """The ratio of the history is the one that was asked for."""
+    method = get(name)()
+    step = compress(network(width=8), name, method, Target(0.8, nearest=True)).recipe.steps[-1]
+    assert step.options.keys() - method.recorded().keys() == {"ratio", "of", "round", "images"}
+    assert "search" not in method.recorded()
+    assert step.options["ratio"] == 0.8
+
+
+@pytest.mark.parametrize("name", names())
 def test_every_method_meets_its_budget_from_the_weights_alone(name):
     method = get(name)()
     of = method.of[0]

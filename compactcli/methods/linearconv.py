@@ -48,7 +48,7 @@ class Options:
     ] = "auto"
     share: Annotated[float, "share of a layer's filters that are primary (the paper: 0.5); 0: by error per parameter"] = 0.0
     rank: Annotated[int, "lowrank: rank of the coefficients (the paper: 10); 0: by error per parameter"] = 0
-    ratio: Annotated[float, "rankratio: rank of the coefficients as a share of the primary filters"] = 0.5
+    rank_share: Annotated[float, "rankratio: rank of the coefficients as a share of the primary filters"] = 0.5
     kept: Annotated[float, "sparse: share of the coefficients that are stored; 0: by error per parameter"] = 0.0
     correlation: Annotated[float, "training: weight of the sum of |correlation| over pairs of primary filters"] = 0.01
     every: Annotated[int, "training: steps from one with that loss to the next"] = 10
@@ -62,7 +62,7 @@ class Options:
         for name, good, wanted in (
             ("share", 0 <= self.share < 1, "from 0 to below 1"),
             ("rank", self.rank >= 0, "0 or more"),
-            ("ratio", self.ratio > 0, "above 0"),
+            ("rank_share", self.rank_share > 0, "above 0"),
             ("kept", 0 <= self.kept <= 1, "from 0 to 1"),
             ("correlation", self.correlation >= 0, "0 or more"),
             ("every", self.every >= 1, "1 or more"),
@@ -124,7 +124,7 @@ class LinearConv(Method):
             result += [(Form("full", p), curves.full(p)) for p in every]
         for p in some if options.variant in ("auto", "lowrank", "rankratio") else ():
             errors = curves.lowrank(p)
-            tied = {"lowrank": options.rank, "rankratio": max(1, int(options.ratio * p))}.get(options.variant, 0)
+            tied = {"lowrank": options.rank, "rankratio": max(1, int(options.rank_share * p))}.get(options.variant, 0)
             ranks = [min(tied, len(errors) - 1)] if tied else range(1, len(errors))
             result += [(Form("lowrank", p, min(tied, outputs) or r), float(errors[r])) for r in ranks]
         for p in some if options.variant in ("auto", "sparse") else ():
