@@ -403,6 +403,14 @@ def test_a_bench_that_cannot_be_is_one_line(net, tmp_path):
     assert "in batches of 900000000: " in one_line(run("bench", "-q", net, *beyond))
 
 
+def test_bench_does_not_write_over_what_it_reads(net, monkeypatch):
+    content = net.read_bytes()
+    monkeypatch.chdir(net.parent)
+    for save in (net, Path(net.name), Path("..", net.parent.name, net.name)):
+        assert "that is a file that this command reads; give another" in one_line(run("bench", "-q", net, "--save", save), 2)
+    assert net.read_bytes() == content
+
+
 # What is served
 
 
