@@ -29,6 +29,9 @@ ROUNDS = 9  # at least
 SECONDS = 0.05  # for each kind of layer, at least
 WHOLE = 20  # times as long for the network
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by axes
+
 Point = tuple[int, int, float]  # (outputs, inputs, milliseconds)
 
 
@@ -191,7 +194,9 @@ class _Bench:
         self.kind = repr((type(self.owner), layer.shape, layer.positions, layer.norm is not None, image, geometry))
 
     def points(self, seconds: float) -> tuple[tuple[Point, ...], ...]:
-        """Of the layer, of a pointwise one on its outputs, and of what comes behind it."""
+        """Of the layer, of a pointwise one on its outputs, and of what comes behind it; none where it is of another kind."""
+        if not isinstance(self.owner, (nn.Linear, *CONVOLUTIONS)):
+            return (), (), ()
         first, second = (self._widths(axis) for axis in (0, 1))
         timers = {("kernel", a, b): self._timer(*self._kernel(a, b)) for a in first for b in second}
         with torch.inference_mode():
@@ -201,7 +206,7 @@ class _Bench:
         if self.layer.norm is not None:
             axis = self.layer.out_axis
             for out in self._widths(axis):
-                behind = nn.Sequential(nn.BatchNorm2d(out), nn.ReLU())
+                behind = nn.Sequential(NORMS[len(written)](out), nn.ReLU())
                 timers["after", *((out, 0) if axis == 0 else (0, out))] = self._timer(behind, (written[0], out, *written[2:]))
         time_in_turn(list(timers.values()), seconds)
         return tuple(
@@ -221,7 +226,7 @@ class _Bench:
         """The layer with other widths, and the shape of what it reads then."""
         if isinstance(self.owner, nn.Linear):
             return nn.Linear(second, first), (*self.image[:-1], second)
-        assert isinstance(self.owner, nn.Conv2d | nn.ConvTranspose2d)
+        assert isinstance(self.owner, CONVOLUTIONS)
         groups = self.owner.groups
         if groups > 1 and self.layer.shape[1] == 1:  # each channel by itself: there are fewer groups then
             groups = max(1, groups * first // self.layer.shape[0])
@@ -243,8 +248,9 @@ def timer(module: nn.Module, shape: Sequence[int], device: str, memory_format: M
     """A network or layer that is to be timed on images of a shape (n, c, h, w), on a device and in a memory format."""
     form = FORMATS[memory_format] if len(shape) == 4 else torch.contiguous_format
     module = module.eval().to(device)
-    if len(shape) == 4:
-        module = module.to(memory_format=form)  # type: ignore[call-overload]
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:  # others have no such format
+            tensor.data = tensor.data.to(memory_format=form)
     return Timer(module, torch.rand(*shape).to(device, memory_format=form))
 
 

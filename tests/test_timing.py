@@ -113,9 +113,15 @@ def test_what_layers_do_not_take_goes_by_their_outputs():
             torch.nn.Conv2d(8, 12, 3, groups=4, stride=2), torch.nn.ConvTranspose2d(12, 6, 2, stride=2), torch.nn.BatchNorm2d(6),
             torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5),
         ),
+        torch.nn.Sequential(
+            torch.nn.Flatten(2), torch.nn.Conv1d(3, 8, 3, padding=1), torch.nn.BatchNorm1d(8),
+            torch.nn.Unflatten(2, (1, 8, 8)), torch.nn.Conv3d(8, 6, (1, 3, 3)), torch.nn.BatchNorm3d(6),
+            torch.nn.ConvTranspose3d(6, 4, 1), torch.nn.Flatten(2), torch.nn.ConvTranspose1d(4, 4, 2),
+            torch.nn.Flatten(), torch.nn.Linear(148, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 5),
+        ),
         named("cifar:resnet8"),
     ],
-    ids=["kinds", "resnet"],
+    ids=["kinds", "dimensions", "resnet"],
 )  # fmt: skip
 def test_every_layer_is_timed(model, monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "SECONDS", 0.0)
@@ -136,3 +142,27 @@ def test_every_layer_is_timed(model, monkeypatch, tmp_path):
     assert measured.original == pytest.approx(table.whole_ms)
     with pytest.raises(CompactError, match="of another network"):
         table.times(layers(trace(named("cifar:resnet8", width=4), (3, 32, 32))))
+
+
+def test_a_layer_of_another_kind_takes_no_time_of_its_own(monkeypatch):
+    """Its time is of what the network takes beside the layers that are timed."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    given = own(Attention())
+    table = timing.table(given, threads=1)
+    found = layers(trace(given.module, given.input_shape))
+    timed = {timed.name: timed for timed in table.layers}
+    assert timed["attention"].kernel == timed["attention"].pointwise == timed["attention"].after == ()
+    assert timed["first"].kernel
+    assert table.times(found).whole == table.whole_ms
+
+
+class Attention(torch.nn.Module):
+    """A layer whose weight is of none of torch's linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = torch.nn.Conv2d(3, 8, 8, stride=8), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = self.first(image).flatten(2).transpose(1, 2)
+        return self.attention(pixels, pixels, pixels)[0].mean(1)
