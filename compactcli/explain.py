@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from .artefact import Network
 from .channels import Axis, Channels
@@ -72,11 +73,11 @@ def explanation_tables(tree: Mapping[str, Any]) -> RenderableType:
 
 
 def _table(layer: str, side: str, groups: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=f"{layer}: {side}", title_justify="left")
+    table = Table(title=Text(f"{layer}: {side}"), title_justify="left")
     table.add_column("sets", justify="right")
     table.add_column("one set takes")
     table.add_column("locked")
     for group in groups:
         taken = [f"{each['tensor']} ({each['channels']} of its {each['side']})" for each in group["together"]]
-        table.add_row(f"{group['sets']:,}", "\n".join(taken), group["locked"] or "")
+        table.add_row(f"{group['sets']:,}", Text("\n".join(taken)), Text(group["locked"] or ""))
     return table

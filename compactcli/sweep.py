@@ -302,7 +302,7 @@ COLUMNS = {
 def sweep_table(tree: Mapping[str, Any]) -> RenderableType:
     """The rows as a Rich table, the best figure of each column marked, and what each row is Pareto-optimal for."""
     model, settings, rows = tree["model"], tree["settings"], tree["rows"]
-    table = Table(title=f"{model['arch']}, input {shape_text(model['input_shape'])}", title_justify="left")
+    table = Table(title=Text(f"{model['arch']}, input {shape_text(model['input_shape'])}"), title_justify="left")
     for name in ("method", "kept", *COLUMNS, "seconds", "Pareto for"):
         table.add_column(name, justify="left" if name in ("method", "kept", "Pareto for") else "right", overflow="fold")
     best = {key: _best(rows, key, choose) for key, _, choose in COLUMNS.values()}

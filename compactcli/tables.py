@@ -115,7 +115,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
     """The analysis as Rich tables; with `verbose` the coupled sets, and what is known of activations, too."""
     model = tree["model"]
     title = f"{model['arch']}: {model['params']:,} parameters, {model['macs']:,} MACs, input {shape_text(model['input_shape'])}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=Text(title), title_justify="left", caption_justify="left")
     timed, sensed = (any(layer[key] for layer in tree["layers"]) for key in ("time", "sensitivity"))
     seen = verbose and any(layer["activations"] for layer in tree["layers"])
     names = [
@@ -147,7 +147,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
         if sensed:
             found = layer["sensitivity"] or {"channels": None, "ranks": None}
             row += [_sensed(found["channels"]), _sensed(found["ranks"])]
-        table.add_row(*row, layer["locked"] or "")
+        table.add_row(*row, Text(layer["locked"] or ""))
     if sensed:
         scale = "accuracy" if any(_accurate(layer) for layer in tree["layers"]) else "relative output error"
         table.caption = f"channels, rank: predicted {scale} with 75, 50 and 25 % of that layer's left, the others whole"
@@ -156,7 +156,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
         parts.append(_sets_table(tree["sets"]))
     if tree["predictions"]:
         parts.append(_predictions(tree["predictions"]))
-    return Group(*parts, f"try: {tree['suggestion']['command']}")
+    return Group(*parts, Text(f"try: {tree['suggestion']['command']}"))
 
 
 def _alike(redundancy: Mapping[str, float] | None) -> list[str]:
@@ -185,7 +185,7 @@ def _sets_table(sets: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name.endswith("by") else "right", overflow="fold")
     for each in sets:
         sizes = (number(each["params"]), number(each["macs"]))
-        table.add_row(str(each["sets"]), ", ".join(each["made_by"]), ", ".join(each["read_by"]), *sizes)
+        table.add_row(str(each["sets"]), *(Text(", ".join(each[key])) for key in ("made_by", "read_by")), *sizes)
     return table
 
 
@@ -198,7 +198,7 @@ def _predictions(rows: Sequence[Mapping[str, Any]]) -> Table:
         if at and row["ratio"] != rows[at - 1]["ratio"]:
             table.add_section()
         figures = error(row["error"]), percent(row["accuracy"])
-        table.add_row(row["method"], f"{100 * row['ratio']:g} % of {row['of']}", *figures, row["reason"] or "")
+        table.add_row(row["method"], f"{100 * row['ratio']:g} % of {row['of']}", *figures, Text(row["reason"] or ""))
     return table
 
 
@@ -210,14 +210,14 @@ def plan_table(tree: Mapping[str, Any]) -> RenderableType:
     for name in ("layer", "before", "after", "parameters kept", "MACs kept", "output error", "why"):
         table.add_column(name, justify="left" if name in ("layer", "before", "after", "why") else "right", overflow="fold")
     for layer in tree["layers"]:
-        table.add_row(Text(layer["name"]), *_change(layer), error(layer["error"]), layer["why"])
+        table.add_row(Text(layer["name"]), *_change(layer), error(layer["error"]), Text(layer["why"]))
     return table
 
 
 def bench_table(tree: Mapping[str, Any]) -> RenderableType:
     """The latencies as a Rich table: for each setting a row per model, with the ratio to the first."""
     title = f"latency of a batch, input {shape_text(tree['input_shape'])}, {tree['processor']}, torch {tree['torch']}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=Text(title), title_justify="left", caption_justify="left")
     table.caption = "spread: interquartile range; ratio: to the first model"
     memory = any(own["peak_memory_bytes"] for model in tree["models"] for own in model["latency"])
     names = ["model", "batch", "threads", "format", "median ms", "spread", "images/s", "ratio", *["memory"] * memory]

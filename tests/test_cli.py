@@ -488,6 +488,23 @@ def test_the_suggested_command_can_be_run(net, monkeypatch, flags):
     assert run(*shlex.split(command)[1:], "-o", "out.safetensors").exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["net[best].pt", "a[/x].pt", "net:ok:.pt"])
+def test_names_are_shown_as_they_are(net, monkeypatch, name):
+    """Whatever tables take for markup or an emoji."""
+    monkeypatch.chdir(net.parent)
+    Path(name).parent.mkdir(exist_ok=True)
+    net.rename(name)
+    shown = run("analyze", name).stdout
+    command = shown.partition("try: ")[2].split("\n")[0]
+    assert shlex.split(command)[2] == name
+    assert name in run("bench", "--repeats", "2", name).stdout
+    factory = Path(name).with_suffix(".py")
+    factory.write_text("from compactcli import cifar\ndef made(): return cifar.NETWORKS['resnet8'](width=8, in_channels=1)")
+    wishes = ("--arch", f"{factory}:made", "--input-shape", "1x32x32")
+    for command in (("report",), ("analyze",), ("sweep", "--methods", "hinge", "--ratios", "0.9")):
+        assert f"{factory.name}:made" in run(*command, name, *wishes).stdout
+
+
 ENVIRONMENT = {name: [name, "nowhere.pt"] for name in FLAGS} | {
     "compress": ["compress", "nowhere.pt", *HINGE, "0.5"],
     "export": ["export", "nowhere.pt", "--dtype", "float16", "-o", "out"],

@@ -151,11 +151,11 @@ def note(line: str, quiet: bool = False) -> None:
 
 
 def show(renderable: "RenderableType", *, err: bool = False) -> None:
-    """Tables, on stdout or stderr; never cut off where the output is no terminal."""
+    """Tables, on stdout or stderr; never cut off where the output is no terminal, and words as they are."""
     from rich.console import Console
 
     stream = sys.stderr if err else sys.stdout
-    Console(file=stream, width=None if stream.isatty() else 160).print(renderable)
+    Console(file=stream, width=None if stream.isatty() else 160, markup=False, emoji=False).print(renderable)
 
 
 @contextlib.contextmanager
