@@ -1,6 +1,7 @@
 """What a network is now, what it was, and how it got there: the documents that --json prints."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -235,13 +236,13 @@ def params_of(module: nn.Module, parts: Sequence[Layer]) -> int:
 
 
 def evaluation(network: Network, evaluated: Evaluated) -> dict[str, Any]:
-    """Accuracy and loss: schema compactcli/evaluation/1."""
+    """Accuracy, and loss where it is finite: schema compactcli/evaluation/1."""
     accuracy = evaluated.accuracy
     return {
         "schema": "compactcli/evaluation/1",
         "accuracy": accuracy.top1,
         "accuracy_top5": accuracy.top5,
-        "loss": accuracy.loss,
+        "loss": accuracy.loss if math.isfinite(accuracy.loss) else None,
         **evaluated.to_json(),
         "model": about(network, measure.macs(network.module, network.input_shape)),
     }

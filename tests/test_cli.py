@@ -634,6 +634,17 @@ def test_evaluate_json(small):
     assert "on 20 test images of digits" in line
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_a_loss_that_is_not_finite_is_null_and_told(tmp_path, value):
+    broken = {name: tensor * value if name == "linear.weight" else tensor for name, tensor in state().items()}
+    torch.save(broken, tmp_path / "net.pt")
+    judged = ("evaluate", tmp_path / "net.pt", "--data", "digits", "--limit", "20")
+    for result in (run(*judged, "--json"), run(*judged)):
+        assert result.exit_code == 0, result.stderr
+        assert "warning: net.pt: outputs hold NaN or Inf, or are so large that the loss is not finite" in result.stderr
+    assert json.loads(run(*judged, "--json", "-q").stdout)["loss"] is None
+
+
 def exported(path: Path, *flags: str) -> bytes:
     """What export writes into a pipe."""
     result = run("export", "-q", path, *flags)

@@ -1,5 +1,7 @@
 """`compactcli evaluate`."""
 
+import math
+
 from ..errors import UsageError
 from . import common
 from .common import guarded, open_data, open_network
@@ -51,6 +53,8 @@ def command(
     from .. import report
 
     evaluated = report.evaluate(network, dataset, batch_size=batch_size, device=device)
+    if not math.isfinite(evaluated.accuracy.loss):
+        common.note(f"warning: {network.name}: outputs hold NaN or Inf, or are so large that the loss is not finite", quiet)
     if json:
         common.write_json(report.evaluation(network, evaluated))
     else:
