@@ -12,8 +12,9 @@ LEFT = {"", "network", "Pareto for", "command"}  # headings of words; under the 
 def report_markdown(tree: Mapping[str, Any]) -> str:
     """A report: the measures, and the history."""
     parts = [f"### {_text(tables.title(tree['model']))}", _table(tables.HEADINGS, tables.summary_rows(tree))]
-    if tree["model"]["evaluated"]:
-        parts.append(_text(tables.judged_by(tree["model"])) + ".")
+    judged = tables.judged_by(tree["model"], tree["baseline"])
+    if judged:
+        parts.append(_text(judged) + ".")
     if tree["steps"]:
         parts += ["#### History", _table(tables.STEP_HEADINGS, list(map(tables.step_row, tree["steps"])))]
     return "\n\n".join([*parts, f"Measured by compactcli {__version__}."]) + "\n"

@@ -98,7 +98,8 @@ def _beside(network: Network, model: dict[str, Any], first: dict[str, Any] | Non
         for name, key in (("params", "params"), ("macs", "macs"), ("size_bytes", "size_bytes"), ("latency", "latency_ms"))
     }
     delta = None
-    if first is not None and None not in (model["accuracy"], first["accuracy"]):
+    alike = first is not None and model["evaluated"] is not None and model["evaluated"] == first["evaluated"]
+    if first is not None and alike and None not in (model["accuracy"], first["accuracy"]):
         delta = model["accuracy"] - first["accuracy"]
     return {
         "model": model,

@@ -22,8 +22,9 @@ def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> Renderabl
         summary.add_column(name, justify="left" if not name else "right")
     for row in summary_rows(tree):
         summary.add_row(*row)
-    if model["evaluated"]:
-        summary.caption = Text(judged_by(model))
+    judged = judged_by(model, tree["baseline"])
+    if judged:
+        summary.caption = Text(judged)
         summary.caption_justify = "left"
     parts: list[RenderableType] = [summary]
     if tree["steps"]:
@@ -38,10 +39,18 @@ def title(model: Mapping[str, Any]) -> str:
     return f"{model['arch']}, input {shape_text(model['input_shape'])}"
 
 
-def judged_by(model: Mapping[str, Any]) -> str:
-    """What a network's accuracy was measured on; "" where that is not known."""
+def judged_by(model: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> str:
+    """What a network's accuracy was measured on, and the original's where that is other images; "" where it is not known."""
+    told = f"Accuracy on {_images(model)}" if model["evaluated"] else ""
+    if not first or None in (model["accuracy"], first["accuracy"]) or model["evaluated"] == first["evaluated"]:
+        return told
+    other = f"on {_images(first)}" if first["evaluated"] else "on images that are not known"
+    return "; ".join(filter(None, (told, f"the original's {other}")))
+
+
+def _images(model: Mapping[str, Any]) -> str:
     what = model["evaluated"]
-    return f"Accuracy on {number(what['images'])} {what['split']} images of {what['dataset']}" if what else ""
+    return f"{number(what['images'])} {what['split']} images of {what['dataset']}"
 
 
 HEADINGS = ("", "original", "now", "kept")

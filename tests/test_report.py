@@ -20,6 +20,8 @@ from compactcli.artefact import Wishes, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.explain import explanation
+from compactcli.markdown import report_markdown
+from compactcli.page import document, report_page
 from compactcli.recipe import Measures, Preprocessing, Replace
 
 # DESIGN.md, "JSON, stable within a major version": every key, and no other.
@@ -191,6 +193,25 @@ def test_the_history_knows_the_accuracy_of_the_baseline_that_it_began_with(pair)
     assert (
         report.report(replace(small, recipe=replace(small.recipe, source=other)), original, None)["baseline"]["accuracy"] is None
     )
+
+
+@pytest.mark.parametrize("other", [{"dataset": "digits", "split": "test", "images": 7}, None])
+def test_accuracies_on_other_images_are_not_compared(pair, digits, other):
+    """Only of the same images is there a difference, and all that people read says what each was measured on."""
+    original, small = pair
+    judged = report.evaluate(original, digits)
+    for evaluated, alike in ((judged.to_json(), True), (other, False)):
+        source = small.recipe.source
+        known = replace(source, measures=replace(source.measures, accuracy=90.5, evaluated=evaluated))
+        recalled = replace(small, recipe=replace(small.recipe, source=known))
+        tree = report.report(recalled, None, digits)
+        check_report(tree)
+        assert tree["baseline"]["accuracy"] == 90.5
+        assert tree["accuracy_delta"] == (tree["model"]["accuracy"] - 90.5 if alike else None)
+        told = f"the original's on {'7 test images of digits' if other else 'images that are not known'}"
+        page = report_page(document(tree, recalled, None, None)).replace("&#39;", "'").replace("&#x27;", "'")
+        for text in (text_of(tables.report_tables(tree)), report_markdown(tree), page):
+            assert (told in " ".join(text.split())) is not alike
 
 
 def test_tables_show_a_dash_for_what_is_not_known(pair):

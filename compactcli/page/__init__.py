@@ -108,7 +108,8 @@ def _cards(shown: Mapping[str, Any]) -> Markup:
     cards.append(_card("Latency", next(times), "for one image", next(times), shown["ratios"]["latency"]))
     accuracies, judged = (tables.percent(each.get("accuracy")) for each in (model, first)), model["evaluated"]
     what = f"of {tables.number(judged['images'])} {judged['split']} images" if judged else "top-1"
-    change = None if shown["accuracy_delta"] is None else f"{shown['accuracy_delta']:+.2f} points"
+    delta, known = shown["accuracy_delta"], None not in (model["accuracy"], first.get("accuracy"))
+    change = f"{delta:+.2f} points" if delta is not None else "on other images" if known else None
     cards.append(_card("Accuracy", next(accuracies), what, next(accuracies), None, change))
     return tag("section", *cards, class_="cards", aria_label="Headline figures")
 
@@ -254,7 +255,8 @@ def _step(step: Mapping[str, Any]) -> Markup:
 
 
 def _figures(shown: Mapping[str, Any]) -> Markup:
-    return _section("In figures", tables.judged_by(shown["model"]), _table(tables.HEADINGS, tables.summary_rows(shown)))
+    told = tables.judged_by(shown["model"], shown["baseline"])
+    return _section("In figures", told, _table(tables.HEADINGS, tables.summary_rows(shown)))
 
 
 def _pareto(models: Sequence[Mapping[str, Any]]) -> Markup:
