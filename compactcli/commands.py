@@ -1,7 +1,7 @@
 """The command that makes a step of a history again, as far as the file tells it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,12 +9,18 @@ from . import methods
 from .optim import Settings
 
 # The options of a step that are flags of its command, in the order in which they are written.
+TRAINING = ("epochs", "lr", "weight_decay", "optimizer", "schedule")
 FLAGS = {
     "compress": ("ratio", "of", "round"),
-    "finetune": ("epochs", "lr", "optimizer", "schedule", "batch_size", "teacher", "distill_weight", "keep", "seed"),
+    "finetune": (
+        *(*TRAINING, "milestones", "warmup_epochs", "batch_size", "accumulate", "teacher", "distill_weight", "temperature"),
+        *("label_smoothing", "cutout", "clip_grad", "ema", "batch_norm", "keep", "precision", "seed"),
+    ),
     "export": ("dtype", "fold_bn"),
 }
+SEARCH = (*TRAINING, "batch_size", "teacher", "distill_weight", "temperature", "precision", "seed")  # those of compress
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "epochs"} | {"keep": "best"}
+BATCH_NORM = {"frozen": "--freeze-bn", "sync": "--sync-bn"}
 
 
 def command_line(step: Mapping[str, Any]) -> str:
@@ -27,20 +33,35 @@ def command_line(step: Mapping[str, Any]) -> str:
         return " ".join(filter(None, (name, step["method"])))
     words = ["compactcli", name, *(() if step["method"] is None else ("--method", step["method"]))]
     kind = methods.get(step["method"]) if step["method"] in methods.names() else None
-    plain = DEFAULTS if kind is None else {"of": kind.of[0]}
-    for option in FLAGS[name]:
-        if options.get(option) not in (None, plain.get(option)):
-            words += [f"--{option.replace('_', '-')}", *([] if options[option] is True else [_word(options[option])])]
+    words += _flags(FLAGS[name], options, DEFAULTS if kind is None else {"of": kind.of[0]})
     if isinstance(options.get("search"), Mapping):
-        words += ["--epochs", _word(options["search"].get("epochs"))]
+        words += _flags(SEARCH, options["search"], DEFAULTS)
     for known in () if kind is None else methods.option_list(kind):
         if options.get(known.name, known.default) != known.default:
             words += ["--set", f"{known.name}={_word(options[known.name])}"]
     return shlex.join(words)
 
 
+def _flags(names: Sequence[str], options: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+    """The options of those names that are not the default, as flags."""
+    words: list[str] = []
+    for name in names:
+        value = options.get(name)
+        flag = f"--{name.replace('_', '-')}"
+        if name == "teacher" and name in options:
+            words += [flag, "none" if value is None else _word(value)]
+        elif name == "batch_norm":
+            words += [BATCH_NORM[value]] if isinstance(value, str) and value in BATCH_NORM else []
+        elif value is not None and value is not False and _word(value) != _word(plain.get(name)):
+            words += [flag, *([] if value is True else [_word(value)])]
+    return words
+
+
 def _word(value: object) -> str:
     """A value as the command line takes it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(_word, value))
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
