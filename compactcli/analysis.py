@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from . import budget, data, measure, methods, predict
 from .artefact import Network
@@ -119,7 +119,7 @@ def _analysed(module: nn.Module, channels: Channels, layer: Layer, linear: bool)
     owner = module.get_submodule(layer.name)
     out = (layer.weight, 1 if layer.transposed else 0)
     wanted = linear or not isinstance(owner, nn.Linear)
-    redundancy = measure.redundancy(module.get_parameter(layer.weight)) if wanted else None
+    redundancy = measure.redundancy(_filters(module.get_parameter(layer.weight), layer)) if wanted else None
     return {
         "name": layer.name,
         "type": type(owner).__name__,
@@ -133,6 +133,14 @@ def _analysed(module: nn.Module, channels: Channels, layer: Layer, linear: bool)
         "activations": None,
         "sensitivity": None,
     }
+
+
+def _filters(weight: Tensor, layer: Layer) -> Tensor:
+    """The weight with its outputs first (o, i / groups, ...), as that of a layer that is not transposed lies already."""
+    if not layer.transposed:
+        return weight
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])  # (groups, i / groups, o / groups, ...)
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def _suggestion(

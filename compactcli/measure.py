@@ -332,13 +332,14 @@ def _correlation(filters: Tensor, gram: Tensor) -> Tensor:
 def activation_redundancy(
     model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], images: int = ACTIVATION_IMAGES
 ) -> dict[str, Redundancy]:
-    """How alike the channels are that each of the named layers makes of images, from `images` at most."""
+    """How alike the channels are that each of the named convolutions and linear layers makes of images, from `images` at most."""
     layers = {model.get_submodule(name): name for name in names}
+    layers = {layer: name for layer, name in layers.items() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)}
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}  # positions, sum (o,), products (o, o), about the mean of the first batch
     origins: dict[str, Tensor] = {}
 
     def add(layer: nn.Module, _args: object, output: Tensor) -> None:
-        rows = output.flatten(2).transpose(1, 2).flatten(0, 1) if isinstance(layer, nn.Conv2d) else output.flatten(0, -2)
+        rows = (output if isinstance(layer, nn.Linear) else output.movedim(1, -1)).flatten(0, -2)
         rows = rows[:: -(-len(rows) // ACTIVATION_ROWS)]
         name = layers[layer]
         rows = rows - origins.setdefault(name, rows.mean(0))

@@ -5,6 +5,7 @@ import itertools
 import math
 
 import networks
+import numpy as np
 import pytest
 import torch
 from networks import AWKWARD, SHAPE, named, randomise_
@@ -306,6 +307,30 @@ def test_tall_and_wide_weights_give_the_same_rank(shape):
     values = torch.linalg.svdvals(weight.flatten(1).double())
     share = values / values.sum()
     assert measure.redundancy(weight).effective_rank == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-6)
+
+
+KINDS = [
+    (torch.nn.Linear(4, 6), (3, 4)),
+    (torch.nn.Conv1d(4, 6, 3), (4, 9)),
+    (torch.nn.Conv2d(4, 6, 3), (4, 5, 6)),
+    (torch.nn.Conv3d(4, 6, (1, 3, 3)), (4, 2, 5, 6)),
+    (torch.nn.ConvTranspose1d(4, 6, 3), (4, 9)),
+    (torch.nn.ConvTranspose2d(4, 6, 3, groups=2), (4, 5, 6)),
+    (torch.nn.ConvTranspose3d(4, 6, 3), (4, 2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), KINDS, ids=lambda value: type(value).__name__)
+def test_activations_are_alike_along_the_channels(layer, shape):
+    """Of any number of dimensions: as the correlations of numpy say, of the channels' values."""
+    images = torch.randn(8, *shape)
+    (found,) = measure.activation_redundancy(torch.nn.Sequential(layer), ["0"], [images]).values()
+    with torch.no_grad():
+        made = layer(images)
+    values = made.movedim(-1 if isinstance(layer, torch.nn.Linear) else 1, 0).flatten(1)
+    alike = abs(np.corrcoef(values.double().numpy())) - np.eye(6)
+    assert found.max_abs_corr == pytest.approx(alike.max(1).mean(), abs=1e-4)
+    assert found.mean_abs_corr == pytest.approx(alike.sum() / 30, abs=1e-4)
 
 
 def test_what_has_no_redundancy():

@@ -412,6 +412,20 @@ def test_an_analysis(linear):
     assert sum(layer["macs"] for layer in tree["layers"]) == tree["model"]["macs"] == measure.macs(given.module, (3, 32, 32))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_of_a_transposed_convolution_are_those_of_the_plain_one(groups):
+    """One and the same map of a 1 x 1 convolution, written either way, is as redundant."""
+    plain = torch.nn.Conv2d(8, 12, 1, groups=groups, bias=False)
+    turned = torch.nn.ConvTranspose2d(8, 12, 1, groups=groups, bias=False)
+    weight = plain.weight.detach().unflatten(0, (groups, -1))
+    turned.weight.data = weight.transpose(1, 2).flatten(0, 1)
+    image = torch.randn(2, 8, 5, 5)
+    assert torch.allclose(plain(image), turned(image), atol=1e-6)
+    ends = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(12, 4, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    found = [analyse(own(torch.nn.Sequential(ends[0], layer, *ends[1:])))["layers"][1] for layer in (plain, turned)]
+    assert found[0]["redundancy"] == pytest.approx(found[1]["redundancy"])
+
+
 def test_the_suggestion_works():
     for redundant in (False, True):
         given = network(width=16)
