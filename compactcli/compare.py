@@ -25,6 +25,7 @@ def comparison(
     datasets: Sequence[data.Dataset | None],
     *,
     counter: str | None = None,
+    arch: str | None = None,
 ) -> dict[str, Any]:
     """The reports on several networks, timed in turn: schema compactcli/comparison/1.
 
@@ -36,7 +37,7 @@ def comparison(
     if other is not None:
         sizes = f"takes {shape_text(other.input_shape)}, {networks[0].name} {shape_text(shape)}"
         raise CompactError(f"{other.name}: {sizes}; compare networks of one input, or give all one with --input-shape CxHxW")
-    trees = report.described(networks, baseline, datasets, counter=counter)
+    trees = report.described(networks, baseline, datasets, counter=counter, arch=arch)
     models = [tree["model"] for tree in trees]
     marks: list[list[str]] = [[] for _ in models]
     if _judged_alike(models):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import architectures, artefact, counters, data, kernels, measure, surgery
+from . import artefact, counters, data, kernels, measure, surgery
 from .artefact import Network
 from .data import Split
 from .errors import CompactError, shape_text
@@ -51,18 +51,29 @@ def _split_name(dataset: data.Dataset, split: Split) -> str:
 
 
 def report(
-    network: Network, baseline: Network | None, dataset: data.Dataset | None, *, counter: str | None = None
+    network: Network,
+    baseline: Network | None,
+    dataset: data.Dataset | None,
+    *,
+    counter: str | None = None,
+    arch: str | None = None,
 ) -> dict[str, Any]:
     """The measures of a network beside those of the first of its history: schema compactcli/report/1.
 
-    With `counter`, a paper's own count as well. Raises UsageError if there is none of that name.
+    With `counter`, a paper's own count as well; `arch` is the user's own factory, where that built the network: without it
+    nothing is known of each layer's past. Raises UsageError if there is no counter of that name.
     """
-    (tree,) = described([network], baseline, [dataset], counter=counter)
+    (tree,) = described([network], baseline, [dataset], counter=counter, arch=arch)
     return {"schema": "compactcli/report/1", **tree}
 
 
 def described(
-    networks: Sequence[Network], baseline: Network | None, datasets: Sequence[data.Dataset | None], *, counter: str | None = None
+    networks: Sequence[Network],
+    baseline: Network | None,
+    datasets: Sequence[data.Dataset | None],
+    *,
+    counter: str | None = None,
+    arch: str | None = None,
 ) -> list[dict[str, Any]]:
     """The report on each network, without its schema: all timed in turn, with the baseline as the last, that is measured once.
 
@@ -77,7 +88,7 @@ def described(
     models = [measured(each, own, time.median_ms) for each, own, time in zip(every, evaluated, found, strict=True)]
     first = None if baseline is None else models.pop()
     return [
-        _beside(network, model, _source(network) if first is None else _recalled(first, network))
+        _beside(network, model, _source(network) if first is None else _recalled(first, network), arch)
         | ({} if counter is None else {"counter": _counted(counter, network, baseline)})
         for network, model in zip(networks, models, strict=True)
     ]
@@ -91,7 +102,7 @@ def _recalled(first: dict[str, Any], network: Network) -> dict[str, Any]:
     return first | {"accuracy": source.measures.accuracy, "evaluated": source.measures.evaluated}
 
 
-def _beside(network: Network, model: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+def _beside(network: Network, model: dict[str, Any], first: dict[str, Any] | None, arch: str | None) -> dict[str, Any]:
     """A network's measures, those of the first one, and how it came from there."""
     ratios = {
         name: ratio(model[key], None if first is None else first[key])
@@ -119,7 +130,7 @@ def _beside(network: Network, model: dict[str, Any], first: dict[str, Any] | Non
             }
             for step in network.recipe.steps
         ],
-        "layers": _layers(network),
+        "layers": _layers(network, arch),
     }
 
 
@@ -195,14 +206,11 @@ def ratio(now: float | None, before: float | None) -> float | None:
     return None if now is None or not before else now / before
 
 
-def _layers(network: Network) -> list[dict[str, Any]]:
-    """Each layer of the first network, with what stands in its place now."""
-    recipe = network.recipe
-    first = network.module
-    if recipe.steps and artefact.is_known(recipe.architecture):
-        first = architectures.get(recipe.architecture, recipe.kwargs, network.input_shape).build().eval()
-        surgery.apply_(first, recipe.opened)
-    before = kernels.folded(first)
+def _layers(network: Network, arch: str | None) -> list[dict[str, Any]]:
+    """Each layer of the first network, with what stands in its place now; of the network itself where that is not known."""
+    first = _first(network, arch)
+    module = network.module if first is None else first
+    before = kernels.folded(module)
     now = layers(trace(kernels.folded(network.module), network.input_shape))
     result = []
     for layer in layers(trace(before, network.input_shape)):
@@ -211,13 +219,25 @@ def _layers(network: Network) -> list[dict[str, Any]]:
             {
                 "name": layer.name,
                 "type": type(before.get_submodule(layer.name)).__name__,
-                "before": _shape(first, [layer]),
+                "before": None if first is None else _shape(first, [layer]),
                 "after": _shape(network.module, parts),
                 "params": params_of(network.module, parts),
                 "macs": sum(part.macs for part in parts),
             }
         )
     return result
+
+
+def _first(network: Network, arch: str | None) -> nn.Module | None:
+    """The first network of the history, untrained; None if a user's own factory built it that is not given."""
+    recipe = network.recipe
+    if not recipe.steps:
+        return network.module
+    if arch is None and not artefact.is_known(recipe.architecture):
+        return None
+    first = artefact.first_architecture(recipe, arch).build().eval()
+    surgery.apply_(first, recipe.opened)
+    return first
 
 
 def _shape(module: nn.Module, parts: Sequence[Layer]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> Renderabl
     parts: list[RenderableType] = [summary]
     if tree["steps"]:
         parts.append(_history(tree["steps"]))
-    if layers:
+    if layers and layers_known(tree["layers"]):
         parts.append(_changed(tree["layers"]))
     return Group(*parts)
 
@@ -101,6 +101,11 @@ def step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
     """A step of the history as people read it, under STEP_HEADINGS: without the files, and options at their defaults."""
     sizes = number(step["params"]), number(step["macs"])
     return command_line(step), *sizes, percent(step["accuracy"]), error(step["error"])
+
+
+def layers_known(layers: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether it is known what the layers were."""
+    return all(layer["before"] is not None for layer in layers)
 
 
 def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:

@@ -565,3 +565,25 @@ def test_a_file_of_someone_elses_factory_can_be_reported_on(tmp_path):
     given = artefact.fresh(Wishes(f"{tmp_path / 'mine.py'}:make", input_shape=(3, 8, 8)), 0)
     randomise_(given.module)
     check_report(report.report(given, None, None))
+
+
+def test_the_layers_of_someone_elses_factory_are_those_that_it_builds(tmp_path):
+    """With the factory as of any other network; without it nothing is told of what layers were."""
+    known, factory = named("cifar:resnet8", width=8), tmp_path / "mine.py"
+    factory.write_text("from compactcli.cifar import NETWORKS\ndef make(): return NETWORKS['resnet8'](width=8)\n")
+    torch.save(known.state_dict(), tmp_path / "net.pt")
+    arch, shape = f"{factory}:make", (3, 32, 32)
+    found = {}
+    for name, wishes in (("own", Wishes(arch, input_shape=shape)), ("ours", Wishes("cifar:resnet8", {"width": 8}, shape))):
+        target = tmp_path / f"{name}.safetensors"
+        artefact.save(smaller(open_model(tmp_path / "net.pt", wishes), 0.5), str(target))
+        found[name] = open_model(target, Wishes(arch) if name == "own" else None)
+    tree, wanted = report.report(found["own"], None, None, arch=arch), report.report(found["ours"], None, None)
+    assert tree["layers"] == wanted["layers"]
+    assert any(layer["before"] != layer["after"] for layer in tree["layers"])
+    blind = report.report(found["own"], None, None)
+    assert [layer["before"] for layer in blind["layers"]] == [None] * len(blind["layers"])
+    assert "layers that changed" not in text_of(tables.report_tables(blind, layers=True))
+    page = report_page(document(blind, found["own"], None, None))
+    assert "layers changed" not in page
+    assert "layers changed" in report_page(document(tree, found["own"], None, None))

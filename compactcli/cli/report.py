@@ -90,11 +90,11 @@ def command(
         networks, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
     )
     if len(networks) == 1:
-        tree = report.report(networks[0], other, datasets[0], counter=counter)
+        tree = report.report(networks[0], other, datasets[0], counter=counter, arch=arch)
         shown, text = tables.report_tables(tree, layers=verbose), report_markdown(tree)
         whole = html and page.report_page(page.document(tree, networks[0], other, epochs))
     else:
-        tree = compare.comparison(networks, other, datasets, counter=counter)
+        tree = compare.comparison(networks, other, datasets, counter=counter, arch=arch)
         shown, text = compare.table(tree), comparison_markdown(tree)
         whole = html and page.comparison_page(tree)
     if html and whole:

@@ -131,8 +131,10 @@ def _card(label: str, now: str, told: str, before: str, kept: float | None, chan
     return tag("article", tag("h2", label), *lines, class_="card")
 
 
-def _costs(layers: Sequence[Mapping[str, Any]]) -> Markup:
-    """What each layer stores and computes, before and after."""
+def _costs(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """What each layer stores and computes, before and after; None where that is not known."""
+    if not tables.layers_known(layers):
+        return None
     names = [layer["name"] for layer in layers]
     plots = []
     for title, key in (("MACs", "macs"), ("Parameters", "params")):
