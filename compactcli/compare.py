@@ -9,7 +9,6 @@ from rich.text import Text
 
 from . import data, report
 from .artefact import Network
-from .errors import CompactError, shape_text
 from .pareto import optimal
 from .tables import judged_by, number, percent, share
 
@@ -32,11 +31,6 @@ def comparison(
     Each has its `name` and, as `pareto`, the costs of COSTS for which no other is as accurate at less, or more accurate at no
     more: none unless all accuracies are known and of the same images. Raises CompactError if they take different inputs.
     """
-    shape = networks[0].input_shape
-    other = next((each for each in [*networks, baseline] if each is not None and each.input_shape != shape), None)
-    if other is not None:
-        sizes = f"takes {shape_text(other.input_shape)}, {networks[0].name} {shape_text(shape)}"
-        raise CompactError(f"{other.name}: {sizes}; compare networks of one input, or give all one with --input-shape CxHxW")
     trees = report.described(networks, baseline, datasets, counter=counter, arch=arch)
     models = [tree["model"] for tree in trees]
     marks: list[list[str]] = [[] for _ in models]

@@ -61,7 +61,8 @@ def report(
     """The measures of a network beside those of the first of its history: schema compactcli/report/1.
 
     With `counter`, a paper's own count as well; `arch` is the user's own factory, where that built the network: without it
-    nothing is known of each layer's past. Raises UsageError if there is no counter of that name.
+    nothing is known of each layer's past. Raises UsageError if there is no counter of that name,
+    CompactError if the baseline takes another input.
     """
     (tree,) = described([network], baseline, [dataset], counter=counter, arch=arch)
     return {"schema": "compactcli/report/1", **tree}
@@ -78,8 +79,13 @@ def described(
     """The report on each network, without its schema: all timed in turn, with the baseline as the last, that is measured once.
 
     `datasets` holds for each network the images that it is evaluated on; the baseline shares those of the first.
+    Raises CompactError if they take different inputs.
     """
     every = [*networks, *([] if baseline is None else [baseline])]
+    other = next((each for each in every if each.input_shape != networks[0].input_shape), None)
+    if other is not None:
+        sizes = f"takes {shape_text(other.input_shape)}, {networks[0].name} {shape_text(networks[0].input_shape)}"
+        raise CompactError(f"{other.name}: {sizes}; compare networks of one input, or give all one with --input-shape CxHxW")
     pairs = zip(every, [*datasets, datasets[0]], strict=False)
     evaluated = [None if dataset is None else evaluate(each, dataset) for each, dataset in pairs]
     # Folded, and in the memory format, as load() gives them.

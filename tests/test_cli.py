@@ -599,6 +599,15 @@ def test_report_json(net, small):
     assert "layers that changed" in run("report", "-v", small).stdout
 
 
+def test_the_input_that_is_asked_for_is_the_baselines_too(net, tmp_path):
+    other = tmp_path / "other.pt"
+    torch.save(named("cifar:resnet8", width=4, in_channels=1).state_dict(), other)
+    result = run("report", "-q", net, "--baseline", other, "--input-shape", "1x24x24", "--json")
+    assert result.exit_code == 0, result.stderr
+    tree = json.loads(result.stdout)
+    assert tree["model"]["input_shape"] == tree["baseline"]["input_shape"] == [1, 24, 24]
+
+
 def test_report_counts_as_a_paper_does(net, small):
     tree = json.loads(run("report", "--json", small, "--baseline", net, "--counter", "hinge").stdout)
     assert tree["counter"]["count"] < tree["counter"]["baseline"]

@@ -131,6 +131,13 @@ def test_a_report_beside_the_original(pair, digits):
     assert tree["accuracy_delta"] == tree["model"]["accuracy"] - tree["baseline"]["accuracy"]
 
 
+def test_a_baseline_of_another_input_is_refused(pair):
+    """Its MACs and its time would be of other work."""
+    small = pair[1]
+    with pytest.raises(CompactError, match=r"random: takes 3x32x32, small\.safetensors 1x32x32; compare networks of one input"):
+        report.report(small, network(width=4), None)
+
+
 def test_layers_add_up(pair):
     _, small = pair
     tree = report.report(small, None, None)

@@ -86,6 +86,9 @@ def command(
     from ..markdown import comparison_markdown, report_markdown
 
     other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch)
+    shape = common.parse_shape(input_shape)
+    if baseline is not None and other is not None and shape not in (None, other.input_shape):
+        other = artefact.open_model(baseline, artefact.Wishes(input_shape=shape))
     datasets = _datasets(
         networks, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
     )
