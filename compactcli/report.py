@@ -212,7 +212,7 @@ def ratio(now: float | None, before: float | None) -> float | None:
     return None if now is None or not before else now / before
 
 
-def _layers(network: Network, arch: str | None) -> list[dict[str, Any]]:
+def _layers(network: Network, arch: str | None = None) -> list[dict[str, Any]]:
     """Each layer of the first network, with what stands in its place now; of the network itself where that is not known."""
     first = _first(network, arch)
     module = network.module if first is None else first

@@ -1,5 +1,6 @@
 """Files of CSG's authors: recognised, computed as the authors do, kept in the recipe, trained and compressed further."""
 
+import json
 import math
 import os
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from networks import named, outputs
 from test_cli import run
@@ -284,6 +286,37 @@ def test_generators_are_read_from_their_files(tmp_path, small):
     torch.save(named("cifar:resnet8").state_dict(), tmp_path / "plain.pt")
     with pytest.raises(CompactError, match=r"plain\.pt: there is no generator of csg in it"):
         _csg_files.generators(str(tmp_path / "plain.pt"))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *({key: None} for key in ("height", "width", "outputs", "inputs", "code")),
+        *({key: value} for key in ("height", "outputs", "code") for value in (0, 5)),
+    ],
+    ids=str,
+)
+def test_a_generator_that_is_not_what_its_recipe_says_is_one_line(tmp_path, small, broken):
+    """Whichever of the sizes is absent or another: never a traceback."""
+    found, name = open_model(small), tmp_path / "broken.safetensors"
+    content = dumps(found)
+    tensors = safetensors.torch.load(content)
+    tree = json.loads(found.recipe.dumps())
+    for edit in (edit for step in tree["steps"] for edit in step["edits"] if edit["kind"] == "share"):
+        edit["options"] = {key: value for key, value in (edit["options"] | broken).items() if value is not None}
+    safetensors.torch.save_file(tensors, name, {"compactcli": json.dumps(tree)})
+    with pytest.raises(CompactError, match=r"broken\.safetensors: the generator csg_3x3 is 144x6, which is not what its"):
+        _csg_files.generators(str(name))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_generator_is_of_finite_numbers(tmp_path, value):
+    tensors = theirs(named("cifar:resnet8", **SMALL), RESNET, 4, 6)
+    for name in tensors:
+        if name.endswith("CLG.weight"):
+            tensors[name][0, 0] = value
+    with pytest.raises(CompactError, match=r"broken\.t7: the generator of csg in it is not of finite numbers"):
+        _csg_files.generators(str(write(tmp_path / "broken.t7", tensors)))
 
 
 # The published files

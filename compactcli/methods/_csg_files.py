@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checkpoint, detection
 from ..detection import Partial
-from ..errors import CompactError, shape_text
+from ..errors import CompactError, shape_text, short
 from ..kernels import SHARED
 from ..recipe import Edit, Recipe, Replace, Share
 from ..signatures import Shape
@@ -157,8 +157,15 @@ def _ours(recipe: Recipe, tensors: Mapping[str, Tensor]) -> dict[tuple[int, ...]
     for edit in recipe.edits:
         weight = tensors.get(f"{SHARED}.{edit.name}.weight") if isinstance(edit, Share) else None
         if isinstance(edit, Share) and edit.layer == "csg.generator" and weight is not None:
-            options = edit.options
-            result[options["height"], options["width"]] = Given(weight.float(), (options["outputs"], options["inputs"]), by_rows)
+            height, width, outputs, inputs, code = (
+                edit.options.get(key, 0) for key in ("height", "width", "outputs", "inputs", "code")
+            )
+            numbers = outputs * inputs * height * width
+            if not numbers or weight.shape != (numbers, code):
+                raise CompactError(
+                    f"the generator {short(edit.name)} is {shape_text(weight.shape)}, which is not what its recipe says"
+                )
+            result[height, width] = Given(_usable(weight), (outputs, inputs), by_rows)
     if not result:
         raise CompactError("there is no generator of csg in it")
     return result
@@ -170,7 +177,14 @@ def _theirs(tensors: Mapping[str, Tensor]) -> dict[tuple[int, ...], Given]:
         raise CompactError("there is no generator of csg in it")
     weight = _one(copies)
     kernel, side = _square(len(weight))
-    return {kernel: Given(weight.float(), (side, side), True)}
+    return {kernel: Given(_usable(weight), (side, side), True)}
+
+
+def _usable(weight: Tensor) -> Tensor:
+    """A generator in float32. Raises CompactError if it makes nothing, or a number is not finite."""
+    if not weight.shape[1] or not weight.is_floating_point() or not weight.isfinite().all():
+        raise CompactError("the generator of csg in it is not of finite numbers")
+    return weight.float()
 
 
 def _square(numbers: int) -> tuple[tuple[int, int], int]:
