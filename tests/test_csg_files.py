@@ -19,7 +19,7 @@ import compactcli
 from compactcli import architectures, artefact, data, finetune, kernels, measure, methods, report
 from compactcli.artefact import Wishes, dumps, open_model
 from compactcli.compress import Target, compress
-from compactcli.errors import CompactError
+from compactcli.errors import CompactError, UsageError
 from compactcli.methods import _csg_files, get
 from compactcli.optim import Settings
 from compactcli.recipe import Recipe, Replace, Share
@@ -317,6 +317,15 @@ def test_a_generator_is_of_finite_numbers(tmp_path, value):
             tensors[name][0, 0] = value
     with pytest.raises(CompactError, match=r"broken\.t7: the generator of csg in it is not of finite numbers"):
         _csg_files.generators(str(write(tmp_path / "broken.t7", tensors)))
+
+
+@pytest.mark.parametrize("pair", ["slice=4x4", "code=6"])
+def test_what_a_generator_from_a_file_says_is_not_asked_for(small, pair):
+    """It would be left aside, and yet be in the history."""
+    method = get("csg")(methods.parse_options(get("csg"), [f"generator={small}", pair]))
+    network = artefact.fresh(Wishes("cifar:resnet8"), 0)
+    with pytest.raises(UsageError, match=f"--set {pair.partition('=')[0]}: the generator from a file says that; leave it out"):
+        compress(network, "csg", method, Target(0.9, nearest=True))
 
 
 # The published files

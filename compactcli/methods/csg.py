@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..allocate import Choice
 from ..budget import Budget, Of
 from ..channels import Channels
-from ..errors import CompactError, shape_text
+from ..errors import CompactError, UsageError, shape_text
 from ..kernels import KernelLayer, layers, shared
 from ..layers import Layer
 from ..recipe import Edit, Replace, Share
@@ -108,7 +108,14 @@ class CSG(Method):
         *,
         trains: bool = False,
     ) -> list[Edit]:
-        """The generators, and the layers that are made by them, so that the budget is met."""
+        """The generators, and the layers that are made by them, so that the budget is met.
+
+        Raises UsageError for a wish that a generator from a file does not leave open.
+        """
+        plain = Options()
+        idle = [name for name in ("slice", "code") if getattr(self.options, name) != getattr(plain, name)]
+        if self.options.generator and idle:
+            raise UsageError(f"--set {idle[0]}: the generator from a file says that; leave it out")
         metrics = Metrics(model, channels, budget, moments)
         given = generators(self.options.generator) if self.options.generator else {}
         groups: Groups = {}
