@@ -22,14 +22,17 @@ import copy
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from . import __version__, artefact, data, kernels, measure, methods, report
 from .artefact import Network
@@ -43,6 +46,7 @@ from .train import VALIDATION_LIMIT
 
 SCHEMA = "compactcli/sweep/1"
 COSTS = {"params": "params", "macs": "macs", "latency": "latency_ratio"}  # what a row may be the best at -> its figure
+SEEN = 256  # test images that tell a folder's from those of another of its name
 FIGURES = (
     *("params", "params_materialised", "macs", "macs_synthesis", "size_bytes"),
     *("latency_ms", "latency_ratio", "error", "accuracy"),
@@ -64,6 +68,20 @@ class Terms:
     def judged(self) -> bool:
         """Whether there are test images with labels."""
         return self.dataset is not None and self.dataset.test is not None and self.dataset.test.labels is not None
+
+    @cached_property
+    def seen(self) -> str:
+        """A digest of the labels, and of images: those to calibrate on, and some of those that are judged by."""
+        found: list[Tensor | None] = [None if self.calibration is None else self.calibration.images]
+        if self.dataset is not None:
+            found += [None if split is None else split.labels for split in (self.dataset.train, self.dataset.test)]
+        if self.judged and self.dataset is not None and self.dataset.test is not None:
+            found.append(data.sample(self.dataset.test, SEEN, self.settings.seed))
+        digest = hashlib.sha256()
+        for tensor in found:
+            digest.update(b"-" if tensor is None else f"{tuple(tensor.shape)}".encode())
+            digest.update(b"" if tensor is None else tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def training(self) -> dict[str, Any] | None:
         """How rows are trained; None if they are not."""
@@ -139,11 +157,33 @@ def loads(text: str, name: str) -> dict[str, Any]:
         tree = json.loads(text)
     except (ValueError, RecursionError):
         tree = None
-    ours = isinstance(tree, dict) and tree.get("schema") == SCHEMA and isinstance(tree.get("model"), dict)
+    ours = isinstance(tree, dict) and tree.get("schema") == SCHEMA and _is_model(tree.get("model"))
     rows = tree.get("rows") if ours else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() == ROW for row in rows):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise CompactError(f"{name} is not what a sweep wrote; leave --resume out to begin one")
     return dict(tree)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether that is a row as a document has it: words, and finite numbers where a row has them."""
+    if not isinstance(row, dict) or row.keys() != ROW:
+        return False
+    words = all(row[key] is None or isinstance(row[key], str) for key in ("method", "of", "reason"))
+    known = {*FIGURES} - {"error", "accuracy"} if row["reason"] is None else set()
+    known |= {"ratio"} if row["method"] is not None else set()
+    numbers = all(_is_number(row[key]) or (row[key] is None and key not in known) for key in (*FIGURES, "ratio", "seconds"))
+    return words and numbers and isinstance(row["identity"], str)
+
+
+def _is_model(model: Any) -> bool:
+    """Whether that describes a network, as far as tables show it."""
+    if not isinstance(model, dict) or not isinstance(model.get("arch"), str):
+        return False
+    return isinstance(model.get("input_shape"), list) and all(map(_is_number, model["input_shape"]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def pareto(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -193,6 +233,7 @@ def _identity(network: Network, cell: Cell | None, terms: Terms) -> str:
         "model": network.sha256,
         "recipe": network.recipe.dumps(),
         "data": None if dataset is None else [dataset.name, *(None if split is None else len(split) for split in splits)],
+        "seen": terms.seen,
     }
     if cell is not None:
         told |= {

@@ -300,12 +300,14 @@ def test_what_was_made_otherwise_is_made_again(unbroken, folder, tmp_path, monke
     assert [(row["method"], row["ratio"]) for row in tree["rows"] if row["reason"]] == again
 
 
-@pytest.mark.parametrize("what", ["weights", "version", "images", "teacher"])
+@pytest.mark.parametrize("what", ["weights", "version", "images", "other images", "other labels", "calibration", "teacher"])
 def test_what_another_thing_made_is_not_kept(folder, monkeypatch, what):
     network = artefact.open_model(folder / "net.pt")
     shape, preprocessing = network.input_shape, network.recipe.preprocessing
     own = data.open_dataset(f"{folder / 'own.py'}:load", input_shape=shape, preprocessing=preprocessing)
-    cell, terms = sweeping.Cell("hinge", None, 0.5), Terms(None, own, Settings(epochs=1), artefact.open_model(folder / "net.pt"))
+    calibration = driver.Calibration(data.sample(own.train, 8, 0), own.name)
+    cell = sweeping.Cell("hinge", None, 0.5)
+    terms = Terms(calibration, own, Settings(epochs=1), artefact.open_model(folder / "net.pt"))
     before = sweeping._identity(network, cell, terms)
     assert sweeping._identity(artefact.open_model(folder / "net.pt"), cell, terms) == before
     if what == "weights":
@@ -314,6 +316,12 @@ def test_what_another_thing_made_is_not_kept(folder, monkeypatch, what):
         monkeypatch.setattr(sweeping, "__version__", "9.9")
     elif what == "images":
         terms = replace(terms, dataset=replace(own, test=own.test.subset(torch.arange(9))))
+    elif what == "other images":  # as many, of the same name
+        terms = replace(terms, dataset=replace(own, test=replace(own.test, read=lambda index: 255 - own.test.read(index))))
+    elif what == "other labels":
+        terms = replace(terms, dataset=replace(own, train=replace(own.train, labels=own.train.labels.flip(0))))
+    elif what == "calibration":
+        terms = replace(terms, calibration=replace(calibration, images=255 - calibration.images))
     else:
         terms = replace(terms, teacher=replace(terms.teacher, sha256="0" * 64))
     assert sweeping._identity(network, cell, terms) != before
@@ -333,7 +341,12 @@ def test_without_resume_a_file_is_replaced(unbroken, folder, tmp_path, made):
 def test_resume_takes_only_what_a_sweep_wrote(unbroken, folder, tmp_path):
     path = tmp_path / "sweep.json"
     broken = unbroken | {"rows": [{"identity": "0"}]}
-    for content in ("{", "[]", "{}", json.dumps(broken), "\0", json.dumps({"schema": SCHEMA, "rows": []})):
+    changes = [{"accuracy": "x"}, {"identity": ["a"]}, {"macs": None}, {"error": float("nan")}, {"method": 1}, {"of": []}]
+    changes += [{"params": 10**400}, {"ratio": None}, {"latency_ms": True}, {"reason": {}}]
+    rows = [json.dumps(unbroken | {"rows": [unbroken["rows"][0], unbroken["rows"][1] | change]}) for change in changes]
+    models = [json.dumps(unbroken | {"model": model}) for model in ({}, {"arch": "a", "input_shape": 3}, None)]
+    empty = json.dumps({"schema": SCHEMA, "rows": []})
+    for content in ("{", "[]", "{}", json.dumps(broken), "\0", empty, *rows, *models):
         path.write_text(content)
         line = one_line(swept(folder, "-q", "-o", path, "--resume"))
         assert line == "compactcli: sweep.json is not what a sweep wrote; leave --resume out to begin one"
