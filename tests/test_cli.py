@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import typer
 from networks import named
+from PIL import Image
 from test_report import ANALYSIS, EVALUATION, LAYER, MODEL, REPORT, check_bench, check_report
 from typer.testing import CliRunner, Result
 
@@ -486,6 +487,21 @@ def test_the_suggested_command_can_be_run(net, monkeypatch, flags):
     assert result.exit_code == 0, result.stderr
     command = json.loads(result.stdout)["suggestion"]["command"]
     assert run(*shlex.split(command)[1:], "-o", "out.safetensors").exit_code == 0
+
+
+def test_the_suggested_command_reads_what_analyze_read(net):
+    """The same weights and the same images: each flag that says which is in it."""
+    shown = json.loads(run("analyze", "--json", "--fresh", "--arch", "cifar:resnet8", "--seed", "7").stdout)
+    assert "--fresh --arch cifar:resnet8 --seed 7 --method" in shown["suggestion"]["command"]
+    shown = json.loads(run("analyze", "--json", net, "--trust-pickle", "--seed", "7").stdout)
+    assert f"{net} --trust-pickle --method" in shown["suggestion"]["command"]
+    folder = net.parent / "images"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("L", (32, 32), 60 * number).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    shown = json.loads(run("analyze", "--json", net, "--data", folder, "--skip-corrupt").stdout)
+    assert f"{net} --skip-corrupt --data {folder} --method" in shown["suggestion"]["command"]
 
 
 @pytest.mark.parametrize("name", ["net[best].pt", "a[/x].pt", "net:ok:.pt"])

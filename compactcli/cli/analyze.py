@@ -78,8 +78,10 @@ def command(
             network, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=seed, quiet=quiet
         )
         given: list[str | None] = ["-" if model is None and not fresh else model, *(["--fresh"] * fresh)]
+        given += ["--skip-corrupt"] * (skip_corrupt and data is not None) + ["--trust-pickle"] * (trust_pickle and not fresh)
         pairs = [("--data", data), ("--data-dir", data_dir), ("--arch", arch), ("--input-shape", input_shape)]
         pairs += [("--mean", mean), ("--std", std), *(("--arch-kwargs", pair) for pair in arch_kwargs or ())]
+        pairs += [("--seed", str(seed))] if fresh and seed else []
         given += [part for flag, value in pairs if value is not None for part in (flag, str(value))]
         tree = analyse(
             network,
