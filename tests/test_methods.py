@@ -67,6 +67,16 @@ def test_no_option_has_the_name_of_what_every_step_records(name):
     assert step.options["ratio"] == 0.8
 
 
+@pytest.mark.parametrize("nearest", [False, True])
+@pytest.mark.parametrize("name", ["csg", "hetconv", "linearconv"])
+def test_where_a_method_finds_no_layer_it_says_so(name, nearest):
+    """The nearest to any ratio would be the network as it is."""
+    module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    given = Network(module.eval(), Recipe("own.py:make", {}, SHAPE, Preprocessing((0.5,) * 3, (0.5,) * 3)), "own")
+    with pytest.raises(CompactError, match=rf"there are no convolutions here that {name} could"):
+        compress(given, name, get(name)(), Target(0.5, nearest=nearest))
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_method_meets_its_budget_from_the_weights_alone(name):
     method = get(name)()

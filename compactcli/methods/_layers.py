@@ -48,7 +48,7 @@ def meet(
     Costs are in what the budget counts. Where the parts are layers that will be `refitted`, errors count by what is then left
     of them (`Budget.left`). Raises CompactError if there is nothing to choose, or the target is out of reach.
     """
-    if all(len(each.costs) < 2 for each in choices) and not budget.nearest:
+    if all(len(each.costs) < 2 for each in choices):
         raise CompactError(f"there are no convolutions here that {method} could {what}")
     fixed = float(budget.cost(budget.along(), budget.ranks())) - sum(float(each.costs[0]) for each in choices)
     least = fixed + sum(float(each.costs.min()) for each in choices)
