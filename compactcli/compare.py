@@ -5,12 +5,11 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from . import data, report
 from .artefact import Network
 from .pareto import optimal
-from .tables import judged_by, number, percent, share
+from .tables import judged_by, number, percent, share, words
 
 COSTS = {"params": "params", "macs": "macs", "latency": "latency_ms"}  # what a network may be the best at -> its figure
 HEADINGS = ("network", "parameters", "kept", "MACs", "kept", "file", "latency", "accuracy", "Pareto for")
@@ -82,6 +81,6 @@ def table(tree: Mapping[str, Any]) -> RenderableType:
     for name in HEADINGS:
         shown.add_column(name, justify="left" if name in ("network", "Pareto for") else "right", overflow="fold")
     for row in rows(tree):
-        shown.add_row(*map(Text, row))
-    shown.caption = Text(caption(tree))
+        shown.add_row(*map(words, row))
+    shown.caption = words(caption(tree))
     return shown

@@ -15,6 +15,7 @@ from .errors import UsageError
 from .layers import Layer, layers
 from .plain import plained
 from .plan import plan
+from .tables import printable, words
 
 Together = tuple[str | None, tuple[tuple[Axis, int], ...]]  # (why locked, what one set takes along each axis)
 
@@ -73,11 +74,11 @@ def explanation_tables(tree: Mapping[str, Any]) -> RenderableType:
 
 
 def _table(layer: str, side: str, groups: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title=Text(f"{layer}: {side}"), title_justify="left")
+    table = Table(title=words(f"{layer}: {side}"), title_justify="left")
     table.add_column("sets", justify="right")
     table.add_column("one set takes")
     table.add_column("locked")
     for group in groups:
         taken = [f"{each['tensor']} ({each['channels']} of its {each['side']})" for each in group["together"]]
-        table.add_row(f"{group['sets']:,}", Text("\n".join(taken)), Text(group["locked"] or ""))
+        table.add_row(f"{group['sets']:,}", Text("\n".join(map(printable, taken))), words(group["locked"] or ""))
     return table

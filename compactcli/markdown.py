@@ -33,4 +33,4 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _text(value: str) -> str:
     """Words of a file as words of Markdown: one line, with nothing in it that has a meaning there."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", " ".join(value.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", tables.printable(" ".join(value.split())))

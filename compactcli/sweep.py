@@ -37,11 +37,12 @@ from torch import Tensor
 from . import __version__, artefact, data, kernels, measure, methods, report
 from .artefact import Network
 from .compress import Calibration, Target, compress
-from .errors import CompactError, UsageError, shape_text
+from .errors import CompactError, UsageError
 from .finetune import check, finetune
 from .history import Watch
 from .optim import Settings
 from .pareto import optimal
+from .tables import printable, title, words
 from .train import VALIDATION_LIMIT
 
 SCHEMA = "compactcli/sweep/1"
@@ -343,7 +344,7 @@ COLUMNS = {
 def sweep_table(tree: Mapping[str, Any]) -> RenderableType:
     """The rows as a Rich table, the best figure of each column marked, and what each row is Pareto-optimal for."""
     model, settings, rows = tree["model"], tree["settings"], tree["rows"]
-    table = Table(title=Text(f"{model['arch']}, input {shape_text(model['input_shape'])}"), title_justify="left")
+    table = Table(title=words(title(model)), title_justify="left")
     for name in ("method", "kept", *COLUMNS, "seconds", "Pareto for"):
         table.add_column(name, justify="left" if name in ("method", "kept", "Pareto for") else "right", overflow="fold")
     best = {key: _best(rows, key, choose) for key, _, choose in COLUMNS.values()}
@@ -351,7 +352,7 @@ def sweep_table(tree: Mapping[str, Any]) -> RenderableType:
         whole = row["method"] is None
         figures = [_shown(row[key], form, not whole and row[key] == best[key]) for key, form, _ in COLUMNS.values()]
         kept = "" if whole else f"{100 * row['ratio']:g} % of {row['of']}"
-        note = Text(row["reason"] or ", ".join(row["pareto"]), style="bold" if row["pareto"] else "")
+        note = Text(printable(row["reason"] or ", ".join(row["pareto"])), style="bold" if row["pareto"] else "")
         table.add_row(row["method"] or "original", kept, *figures, _shown(row["seconds"], "{:,.1f}"), note)
         if whole:
             table.add_section()

@@ -17,14 +17,14 @@ MADE = ("params_materialised", "params_without_shared", "macs_synthesis")  # fig
 def report_tables(tree: Mapping[str, Any], *, layers: bool = False) -> RenderableType:
     """The report as Rich tables: the measures, the history, and with `layers` each layer that changed."""
     model = tree["model"]
-    summary = Table(title=Text(title(model)), title_justify="left")
+    summary = Table(title=words(title(model)), title_justify="left")
     for name in HEADINGS:
         summary.add_column(name, justify="left" if not name else "right")
     for row in summary_rows(tree):
         summary.add_row(*row)
     judged = judged_by(model, tree["baseline"])
     if judged:
-        summary.caption = Text(judged)
+        summary.caption = words(judged)
         summary.caption_justify = "left"
     parts: list[RenderableType] = [summary]
     if tree["steps"]:
@@ -90,7 +90,7 @@ def _history(steps: Sequence[Mapping[str, Any]]) -> Table:
     for name in STEP_HEADINGS:
         table.add_column(name, justify="left" if name == "command" else "right")
     for step in steps:
-        table.add_row(*map(Text, step_row(step)))
+        table.add_row(*map(words, step_row(step)))
     return table
 
 
@@ -114,7 +114,7 @@ def _changed(layers: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right" if name.endswith("kept") else "left")
     for layer in layers:
         if layer["before"] != layer["after"]:
-            table.add_row(Text(layer["name"]), *_change(layer))
+            table.add_row(words(layer["name"]), *_change(layer))
     return table
 
 
@@ -129,7 +129,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
     """The analysis as Rich tables; with `verbose` the coupled sets, and what is known of activations, too."""
     model = tree["model"]
     title = f"{model['arch']}: {model['params']:,} parameters, {model['macs']:,} MACs, input {shape_text(model['input_shape'])}"
-    table = Table(title=Text(title), title_justify="left", caption_justify="left")
+    table = Table(title=words(title), title_justify="left", caption_justify="left")
     timed, sensed = (any(layer[key] for layer in tree["layers"]) for key in ("time", "sensitivity"))
     seen = verbose and any(layer["activations"] for layer in tree["layers"])
     names = [
@@ -149,7 +149,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
         table.add_column(name, justify="left" if name in ("layer", "weight", "locked") else "right")
     for layer in tree["layers"]:
         row: list[RenderableType] = [
-            Text(layer["name"]),
+            words(layer["name"]),
             shape_text(layer["weight_shape"]),
             number(layer["params"]),
             number(layer["macs"]),
@@ -161,7 +161,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
         if sensed:
             found = layer["sensitivity"] or {"channels": None, "ranks": None}
             row += [_sensed(found["channels"]), _sensed(found["ranks"])]
-        table.add_row(*row, Text(layer["locked"] or ""))
+        table.add_row(*row, words(layer["locked"] or ""))
     if sensed:
         scale = "accuracy" if any(_accurate(layer) for layer in tree["layers"]) else "relative output error"
         table.caption = f"channels, rank: predicted {scale} with 75, 50 and 25 % of that layer's left, the others whole"
@@ -170,7 +170,7 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
         parts.append(_sets_table(tree["sets"]))
     if tree["predictions"]:
         parts.append(_predictions(tree["predictions"]))
-    return Group(*parts, Text(f"try: {tree['suggestion']['command']}"))
+    return Group(*parts, words(f"try: {tree['suggestion']['command']}"))
 
 
 def _alike(redundancy: Mapping[str, float] | None) -> list[str]:
@@ -199,7 +199,7 @@ def _sets_table(sets: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name.endswith("by") else "right", overflow="fold")
     for each in sets:
         sizes = (number(each["params"]), number(each["macs"]))
-        table.add_row(str(each["sets"]), *(Text(", ".join(each[key])) for key in ("made_by", "read_by")), *sizes)
+        table.add_row(str(each["sets"]), *(words(", ".join(each[key])) for key in ("made_by", "read_by")), *sizes)
     return table
 
 
@@ -212,7 +212,7 @@ def _predictions(rows: Sequence[Mapping[str, Any]]) -> Table:
         if at and row["ratio"] != rows[at - 1]["ratio"]:
             table.add_section()
         figures = error(row["error"]), percent(row["accuracy"])
-        table.add_row(row["method"], f"{100 * row['ratio']:g} % of {row['of']}", *figures, Text(row["reason"] or ""))
+        table.add_row(row["method"], f"{100 * row['ratio']:g} % of {row['of']}", *figures, words(row["reason"] or ""))
     return table
 
 
@@ -224,14 +224,14 @@ def plan_table(tree: Mapping[str, Any]) -> RenderableType:
     for name in ("layer", "before", "after", "parameters kept", "MACs kept", "output error", "why"):
         table.add_column(name, justify="left" if name in ("layer", "before", "after", "why") else "right", overflow="fold")
     for layer in tree["layers"]:
-        table.add_row(Text(layer["name"]), *_change(layer), error(layer["error"]), Text(layer["why"]))
+        table.add_row(words(layer["name"]), *_change(layer), error(layer["error"]), words(layer["why"]))
     return table
 
 
 def bench_table(tree: Mapping[str, Any]) -> RenderableType:
     """The latencies as a Rich table: for each setting a row per model, with the ratio to the first."""
     title = f"latency of a batch, input {shape_text(tree['input_shape'])}, {tree['processor']}, torch {tree['torch']}"
-    table = Table(title=Text(title), title_justify="left", caption_justify="left")
+    table = Table(title=words(title), title_justify="left", caption_justify="left")
     table.caption = "spread: interquartile range; ratio: to the first model"
     memory = any(own["peak_memory_bytes"] for model in tree["models"] for own in model["latency"])
     names = ["model", "batch", "threads", "format", "median ms", "spread", "images/s", "ratio", *["memory"] * memory]
@@ -241,10 +241,20 @@ def bench_table(tree: Mapping[str, Any]) -> RenderableType:
         for model, own in zip(tree["models"], setting, strict=True):
             figures = [f"{own[key]:,.3f}" for key in ("median_ms", "iqr_ms")]
             figures += [f"{own['images_per_second']:,.1f}", f"{own['ratio']:.3f}"]
-            row = [Text(model["name"]), str(own["batch"]), str(own["threads"]), own["memory_format"], *figures]
+            row = [words(model["name"]), str(own["batch"]), str(own["threads"]), own["memory_format"], *figures]
             table.add_row(*row, *[number(own["peak_memory_bytes"], " B")] * memory)
         table.add_section()
     return table
+
+
+def printable(text: str) -> str:
+    """Words of a file or of the user with a mark in the place of all that would steer a terminal, or cannot be written."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def words(text: str) -> Text:
+    """Words of a file or of the user as a Rich table shows them: as they are, but printable."""
+    return Text(printable(text))
 
 
 def number(value: float | None, unit: str = "") -> str:

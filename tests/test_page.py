@@ -261,6 +261,24 @@ def test_nothing_in_a_file_becomes_the_markup_of_tables(made, compared):
         assert "[/red]" in text_of(table)
 
 
+def steering(tree: Any) -> Any:
+    """The document with what would steer a terminal, and half a character, in every word."""
+    if isinstance(tree, dict):
+        return {key: steering(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [steering(value) for value in tree]
+    return f"{tree}\x1b[31m\x9b2J\x07\u202e\udcff" if isinstance(tree, str) else tree
+
+
+def test_nothing_in_a_file_steers_a_terminal(made, compared):
+    """Not the commands of the history either: all that people read can be printed."""
+    report_, several = steering(made[0]), steering(compared[0])
+    texts = [text_of(tables.report_tables(report_, layers=True)), text_of(compare.table(several))]
+    for text in (*texts, report_markdown(report_), comparison_markdown(several)):
+        assert [char for char in text if not char.isprintable() and char != "\n"] == []
+        assert "\N{REPLACEMENT CHARACTER}" in text
+
+
 def test_a_command_to_paste_is_one_command():
     options = {"ratio": 0.5, "teacher": "x; rm -rf ~", "epochs": 3, "lr": 0.05, "keep": "last"}
     step = {"command": "finetune", "method": None, "options": options}
