@@ -67,7 +67,8 @@ def value_bytes(graph: Graph) -> int:
 def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *, seed: int = 0) -> dict[str, Moments]:
     """Moments of those of the named layers that can be regressed, from MOMENT_IMAGES at most.
 
-    One forward and one backward pass per batch, against random directions of the outputs.
+    One forward and one backward pass per batch, against random directions of the outputs. Of layers that the network runs
+    without gradients there are none.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {name: model.get_submodule(name) for name in names}
@@ -81,7 +82,8 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
             if not values.isfinite().all():
                 break
             images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
-            (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
+            if logits.requires_grad:
+                (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
             if images >= MOMENT_IMAGES:
                 break
     if not values.isfinite().all():
@@ -137,9 +139,13 @@ class _Sums:
 def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[None]:
     """While it lasts, every backward pass adds to the layers' sums what they read and the gradients of what they made."""
 
-    def record(layer: nn.Module, args: Any, output: Tensor) -> None:
+    def record(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
         image = args[0].detach()
-        output.register_hook(lambda gradient: layers[layer].add(image, gradient))  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and not output.requires_grad:  # behind what the network runs without gradients
+            output = output.detach().requires_grad_().clone()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: layers[layer].add(image, gradient))  # type: ignore[no-untyped-call]
+        return output
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as hooks:

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from networks import randomise_
+from networks import Code, conv, head, randomise_
+from test_compress import own
 from torch import nn
 
 from compactcli import artefact, budget, calibrate, cifar, data, measure, moments, surgery
@@ -286,3 +287,47 @@ def test_values_carried_forward_stay_within_the_limit(monkeypatch):
     calibrate.refit_(model, target, edits, batches(256))
     assert max(most) <= limit
     assert max(joined) > 1
+
+
+def small(count: int = 3) -> list[nn.Module]:
+    torch.manual_seed(0)
+    widths = (3, 16, 24, 24)
+    return [layer for i in range(count) for layer in (conv(widths[i], widths[i + 1]), nn.ReLU())]
+
+
+def errors(model: nn.Module, name: str = "hinge", **options: object) -> tuple[float, float]:
+    """The relative output error of a network on images that it has not seen, compressed without images and calibrated."""
+    randomise_(model).eval()
+    images = torch.randint(0, 256, (256, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    held_out = data.normalise(images[128:], own(model).recipe.preprocessing)
+    found = []
+    for calibration in (None, Calibration(images[:128], "noise")):
+        given = own(copy.deepcopy(model), SHAPE)
+        method = get(name)
+        made = compress(given, name, method(method.Options(**options)), Target(0.6), calibration=calibration)
+        with torch.no_grad():
+            wanted, got = model(held_out), made.module(held_out)
+        found.append(float((got - wanted).norm() / (wanted - wanted.mean(0)).norm()))
+    return found[0], found[1]
+
+
+def without_gradients(parts: slice) -> nn.Module:
+    """A network of which a part runs under no_grad, whoever trains it."""
+
+    def run(s: Code, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(s.body):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number not in range(10)[parts]):
+                x = layer(x)
+        return x
+
+    return Code(run, body=nn.Sequential(*small(), *head(24)))
+
+
+@pytest.mark.parametrize("name", ["hinge", "fcf"])
+@pytest.mark.parametrize("parts", [slice(4), slice(None)], ids=["backbone", "all"])
+def test_what_runs_without_gradients_is_judged_by_its_weights_and_refitted(parts, name):
+    model = without_gradients(parts)
+    known = moments.gather(model, [f"body.{n}" for n in (0, 2, 4, 8)], batches())
+    assert set(known) == ({"body.4", "body.8"} if parts.stop else set())
+    cut, after = errors(model, name)
+    assert after < 0.5 * cut

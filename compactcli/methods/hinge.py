@@ -251,7 +251,7 @@ class Hinge(Method):
 def rank_errors(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
     """The layers that may be decomposed."""
     result = []
-    worth = worths(model, channels, budget) if moments is None else {}
+    worth = worths(model, channels, budget) if not moments else {}
     for index, layer in _decomposable(model, channels, budget):
         weight = model.get_parameter(layer.weight).detach().flatten(1).double()
         if moments is not None and layer.name in moments:
