@@ -196,11 +196,14 @@ def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:
 
 
 def _behind(graph: Graph, node: fx.Node) -> tuple[str | None, fx.Node | None]:
-    """(the batch normalisation that alone reads the node, what is added right after), where there are such."""
+    """(the batch normalisation that alone reads the node, and nothing else, what is added right after), where there are such."""
     found = norm_behind(graph, node)
     if found is None:
         return None, None
     norm, reader = found
+    mean: Any = reader.args[3]
+    if len(mean.users) > 1:  # a shift of one layer's mean would be one of all
+        return None, None
     value = next((user for user in reader.users if user.args[1] == 0), None)
     after = next(iter(value.users)) if value is not None and len(value.users) == 1 else None
     if after is None or not str(after.target).startswith("aten.add") or after.kwargs:

@@ -311,6 +311,24 @@ def errors(model: nn.Module, name: str = "hinge", **options: object) -> tuple[fl
     return found[0], found[1]
 
 
+def normed() -> nn.Module:
+    """One batch normalisation behind several convolutions."""
+
+    def run(s: Code, x: torch.Tensor) -> torch.Tensor:
+        for layer in s.layers:
+            x = torch.relu(s.norm(layer(x)))
+        return s.head(x)
+
+    torch.manual_seed(0)
+    layers_ = nn.ModuleList(conv(width, 24, bias=False) for width in (3, 24, 24))
+    return Code(run, layers=layers_, norm=nn.BatchNorm2d(24), head=nn.Sequential(*head(24)))
+
+
+def test_no_layer_shifts_the_mean_of_a_batch_normalisation_that_others_have_too():
+    cut, after = errors(normed(), mode="decompose")
+    assert after < 0.1 * cut
+
+
 def without_gradients(parts: slice) -> nn.Module:
     """A network of which a part runs under no_grad, whoever trains it."""
 
