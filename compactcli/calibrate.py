@@ -238,6 +238,7 @@ def _refit_site_(
     bias = last.bias if isinstance(last, nn.Conv2d | nn.Linear) else None
     known = None if bias is None else bias.clone()
     sums = _RegressionSums(start.flatten(1), known, centred=norm is not None or bias is not None)
+    applied = _as_applied(old, site.model)
     wanted = max(1, POSITIONS // sum(len(values[site.target]) for values in streams.target.values))
     for theirs, ours in zip(streams.target.values, streams.model.values, strict=True):
         output, image = theirs[site.target], streams.model.value(site.model.args[_image_at(site.model)], ours)  # type: ignore[arg-type]
@@ -247,7 +248,7 @@ def _refit_site_(
         else:
             missing = _shortcut_error(site, theirs, ours, at, outputs_kept, output.shape, scale)
             rows = (_sampled(output, at, outputs_kept) + missing).transpose(1, 2)  # (n, p, o)
-        sums.add(patches(old, image, at).flatten(0, 1), rows.reshape(-1, len(start)))
+        sums.add(patches(applied, image, at).flatten(0, 1), rows.reshape(-1, len(start)))
     if not sums.ready():
         raise CompactError(f"{site.name}: its inputs for these images are too large to be squared; try --no-calibrate")
     regression, shift = sums.solve(scale.abs())
@@ -267,6 +268,15 @@ def _refit_site_(
         norm.running_mean.sub_(shift(reached))
     elif bias is not None:
         bias.add_(shift(reached))
+
+
+def _as_applied(layer: nn.Conv2d | nn.Linear, node: fx.Node) -> nn.Module:
+    """A layer of the geometry that the node has: what it reads may be padded before, or code apply the weight in its own way."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    stride, padding, dilation = (tuple(each) for each in node.args[3:6])  # type: ignore[arg-type]
+    kernel: Any = layer.kernel_size
+    return nn.Conv2d(1, 1, kernel, stride, padding, dilation, device="meta")
 
 
 def _image_at(node: fx.Node) -> int:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import Code, conv, head, randomise_
 from test_compress import own
 from torch import nn
@@ -118,6 +119,25 @@ def test_where_nothing_was_removed_the_logits_stay(shortcut):
         difference = (model(image) - target(image)).abs().max() / target(image).abs().max()
     assert error < 1e-4
     assert float(difference) < 1e-4
+
+
+def of_another_geometry() -> nn.Module:
+    """Code that applies a layer's weight with numbers that are not the layer's."""
+    run = Code(lambda s, x: F.conv2d(x, s.layer.weight, s.layer.bias, 2, 2, 2), layer=conv(6, 8))
+    return nn.Sequential(conv(3, 6), nn.ReLU(), run, nn.ReLU(), *head(8))
+
+
+def padded(mode: str) -> nn.Module:
+    return nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 8, padding_mode=mode, stride=2), nn.ReLU(), *head(8))
+
+
+@pytest.mark.parametrize("name", ["reflect", "replicate", "circular", "code"])
+def test_where_nothing_was_removed_the_logits_stay_whatever_the_geometry(name):
+    target = randomise_(of_another_geometry() if name == "code" else padded(name)).eval()
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "0")]
+    surgery.apply_(model, edits)
+    assert calibrate.refit_(model, target, edits, batches()) < 1e-4
 
 
 def test_a_filter_that_the_others_can_replace_is_replaced():
