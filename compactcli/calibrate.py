@@ -44,7 +44,7 @@ def refit_(
 ) -> float:
     """Regress the layers of `model` (or those named) onto `target` in place; the relative error left in the outputs.
 
-    `edits` are those that made the one from the other. Nothing is changed before the first edited layer.
+    `edits` are those that made the one from the other. Nothing is changed before what the first of them changed.
     The mean of each output is met through the batch normalisation behind it, or the bias.
     """
     trim()
@@ -58,7 +58,8 @@ def refit_(
         theirs, ours = (_Stream(trace(network, shape, batch=size), network) for network in (target, plain))
         streams = _Streams(theirs, ours, batches)
         sites = _sites(streams, kinds)
-        first = next((index for index, site in enumerate(sites) if site.name in changed), len(sites))
+        start = _first_changed(theirs.graph, changed)
+        first = next((index for index, site in enumerate(sites) if theirs.position[site.target] >= start), len(sites))
         for index, site in enumerate(sites[first:], first + 1):
             if only is not None and site.name not in only:
                 continue
@@ -183,6 +184,15 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
         shortcut = None if added is None or original is None else (original, added)
         sites.append(_Site(name, parts[-1], node, ours[parts[0]], norm, shortcut))
     return sites
+
+
+def _first_changed(graph: Graph, changed: Collection[str]) -> int:
+    """The place of the first node that reads a parameter of the modules, or tensors, that were changed; else beyond the last."""
+    for place, node in enumerate(graph.nodes):
+        names = [graph.tensors.get(used, "") for used in node.all_input_nodes]
+        if any(name in changed or name.rpartition(".")[0] in changed for name in names):
+            return place
+    return len(graph.nodes)
 
 
 def _layer_nodes(graph: Graph) -> dict[str, fx.Node]:
