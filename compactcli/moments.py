@@ -139,8 +139,8 @@ class _Sums:
 def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[None]:
     """While it lasts, every backward pass adds to the layers' sums what they read and the gradients of what they made."""
 
-    def record(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-        image = args[0].detach()
+    def record(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        image = (args[0] if args else kwargs["input"]).detach()
         if torch.is_grad_enabled() and not output.requires_grad:  # behind what the network runs without gradients
             output = output.detach().requires_grad_().clone()
         if output.requires_grad:
@@ -150,7 +150,7 @@ def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[N
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(record))
+            hooks.enter_context(layer.register_forward_hook(record, with_kwargs=True))
         model.eval().requires_grad_(False)
         try:
             yield

@@ -89,6 +89,17 @@ def test_moments_leave_the_network_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_moments_do_not_depend_on_how_a_layer_is_given_its_input():
+    torch.manual_seed(0)
+    layers_ = {"layer": conv(3, 4), "last": nn.Linear(4, 5)}
+    by_place = Code(lambda s, x: s.last(s.layer(x).mean((2, 3))), **layers_)
+    by_name = Code(lambda s, x: s.last(input=s.layer(input=x).mean((2, 3))), **layers_)
+    wanted, got = (moments.gather(model, list(layers_), batches()) for model in (by_place, by_name))
+    assert set(got) == set(layers_)
+    assert all(torch.equal(got[name].inputs, wanted[name].inputs) for name in got)
+    assert all(torch.equal(got[name].worth, wanted[name].worth) for name in got)
+
+
 @pytest.mark.parametrize("first", [nn.Identity(), nn.ReLU(inplace=True)], ids=["plain", "in place"])
 def test_moments_leave_the_images_as_they_were(first):
     """Given as plain tensors, whatever the network does to its input."""
