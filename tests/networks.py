@@ -123,6 +123,12 @@ def product() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), run, nn.ReLU(), nn.Linear(6, 5))
 
 
+def scalar_gain() -> nn.Module:
+    """A parameter of one element, as a number."""
+    run = Code(lambda s, x: x * s.gain.view(()) + s.shift.reshape([]), gain=parameter(1), shift=parameter(1, 1))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
+
+
 def tokens() -> nn.Module:
     run = Code(lambda s, x: s.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), mix=nn.Linear(8, 6))
     return nn.Sequential(conv(3, 8), nn.GELU(), run, conv(6, 5), *head(5))
@@ -620,7 +626,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
         *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
         *(padded_tokens, computed_linear, largest_positions, largest_channels, pooled_channels, squeezed),
-        *(one_channel_repeated, normalised_with_constants),
+        *(one_channel_repeated, normalised_with_constants, scalar_gain),
         *(
             encoded_positions,
             log_sigmoid,

@@ -306,7 +306,11 @@ def _view(walk: Walk, node: fx.Node) -> list[Label]:
     before, after = tuple(source.meta["val"].shape), tuple(node.meta["val"].shape)
     result = []
     for label in walk.of(source):
-        old, new = next(block for block in _blocks(before, after) if block[0].start <= label.axis < block[0].stop)
+        blocks = (block for block in _blocks(before, after) if block[0].start <= label.axis < block[0].stop)
+        old, new = next(blocks, (None, None))
+        if old is None or new is None:  # one element, of no axis any more
+            walk.lock([label], f"dropped or spread by {operation(node)}")
+            continue
         spread = _spread(label.ids, label.axis - old.start, old.stop - old.start)
         full = np.broadcast_to(spread, before[old]).reshape(after[new])
         if len(label.ids) == 1 < full.size:
