@@ -114,10 +114,11 @@ def _weight(graph: Graph, node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node 
     if direct is not None:
         return direct, True
     arguments: Any = node.args
+    product = operation(node) == "mm"
     seen = (
         [arguments[1]]
         if operation(node) == "convolution"
-        else [each for each in node.all_input_nodes if each.op != "placeholder"]
+        else [each for each in node.all_input_nodes if each.op != "placeholder" or product]  # addmm's may be the bias
     )
     seen = [each for each in seen if each not in moving]
     shapes = [tuple(each.meta["val"].shape) for each in seen]

@@ -144,8 +144,9 @@ def _mm(walk: Walk, node: fx.Node) -> list[Label]:
 
 
 def _product(walk: Walk, left: Any, right: Any) -> list[Label]:
-    """left (n, i) times right (i, o): the contraction axis is tied, rows and columns pass."""
-    _contract(walk, walk.along(left, 1), walk.along(right, 0))
+    """left (n, i) times right (i, o): the contraction axis is tied, rows and columns pass. Images may come from either side."""
+    inner = walk.along(left, 1), walk.along(right, 0)
+    _contract(walk, *(inner[::-1] if right in walk.moving and left not in walk.moving else inner))
     return [Label(0, ids) for ids in walk.along(left, 0)] + [Label(1, ids) for ids in walk.along(right, 1)]
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import fx, nn
 
-from ..graph import Graph, operation
+from ..graph import Graph, operation, per_image
 from ..recipe import COUNTS
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -71,6 +71,7 @@ class Walk:
     locks: dict[str, list[Ids]] = field(default_factory=lambda: defaultdict(list))  # reason -> ids
     consumed: set[Axis] = field(default_factory=set)
     slots: dict[tuple[str, str], Ids] = field(default_factory=dict)
+    moving: set[fx.Node] = field(default_factory=set)  # the nodes whose value depends on the images
     first_ids: list[int] = field(default_factory=list)  # of every run of fresh ids, ascending
     made_for: list[Axis | None] = field(default_factory=list)  # what that run labels
     next_id: int = 1
@@ -146,6 +147,7 @@ class Walk:
 
     def run(self) -> None:
         """Visit every node of the graph."""
+        self.moving = per_image(self.graph)
         for node in self.graph.nodes:
             self.visit(node)
 
