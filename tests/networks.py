@@ -129,6 +129,11 @@ def product_from_the_left() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), run, nn.ReLU(), nn.Linear(6, 5))
 
 
+def sorted_channels() -> nn.Module:
+    """Channels in the order of their values, by an operation that is told the axis by name."""
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), Code(lambda s, x: x.sort(dim=1, stable=True)[0]), conv(8, 6), *head(6))
+
+
 def scalar_gain() -> nn.Module:
     """A parameter of one element, as a number."""
     run = Code(lambda s, x: x * s.gain.view(()) + s.shift.reshape([]), gain=parameter(1), shift=parameter(1, 1))
@@ -632,7 +637,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
         *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
         *(padded_tokens, computed_linear, largest_positions, largest_channels, pooled_channels, squeezed),
-        *(one_channel_repeated, normalised_with_constants, scalar_gain, product_from_the_left),
+        *(one_channel_repeated, normalised_with_constants, scalar_gain, product_from_the_left, sorted_channels),
         *(
             encoded_positions,
             log_sigmoid,

@@ -193,6 +193,7 @@ LOCKED = [
     ("reads_its_input", "0.norm.weight", 0, "normalises the network's input"),
     ("several_outputs", "2.aux.weight", 0, OUTPUT),
     ("scalar_gain", "2.gain", 0, "dropped or spread by view"),
+    ("sorted_channels", "0.weight", 0, "compared across channels by sort"),
     ("written_into_zeros", "2.a.weight", 0, "met by a tensor without channels"),
     ("written_to_out", "2.a.weight", 0, "written into a given tensor by cat"),
     ("written_to_out", "2.d.weight", 0, "written into a given tensor by sort"),
@@ -275,7 +276,7 @@ FREE_IN_AWKWARD = {
     **{"written_to_out": 7 + 6 + 6, "sampled": 8 + 6 + 5, "groups_of_the_input": 8 + 5, "folded": 8 + 5},
     **{"uneven_groups": 4 + 5, "padded_tokens": 8 + 6, "computed_linear": 12 + 6 + 1, "largest_positions": 8 + 6},
     **{"largest_channels": 5, "pooled_channels": 6, "squeezed": 8 + 5, "one_channel_repeated": 1 + 5},
-    **{"normalised_with_constants": 5, "scalar_gain": 8 + 6, "product_from_the_left": 8 + 6},
+    **{"normalised_with_constants": 5, "scalar_gain": 8 + 6, "product_from_the_left": 8 + 6, "sorted_channels": 6},
 }
 
 

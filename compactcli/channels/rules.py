@@ -622,7 +622,7 @@ def _padding(walk: Walk, node: fx.Node, attribute: str, amount: int) -> Ids:
 
 def _axis(node: fx.Node, index: int, default: int) -> int:
     """The axis that an argument names, counted from the first of the tensor, or of the first one's result for a list."""
-    value: Any = node.args[index] if len(node.args) > index else default
+    value: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", default)
     rank = len(shape_of(node)) if operation(node) in ("cat", "stack") else len(shape_of(argument(node, 0)))
     return int(value) % rank
 
