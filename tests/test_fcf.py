@@ -175,6 +175,20 @@ def test_the_whole_way_on_digits():
         assert int((v > 0.5).sum()) == method.kept[family]
 
 
+def test_scalars_of_layers_that_a_step_leaves_out_move_by_the_penalty_alone():
+    """As where code drops a block at random."""
+    ends = []
+    for slope in (None, 0.0):
+        method, _, _ = begun(small())
+        given_(method, 0.3)
+        for v in method.scalars.values():
+            v.grad = None if slope is None else torch.full_like(v, slope)
+        method.search.descend(progress())
+        ends.append([v.detach().clone() for v in method.scalars.values()])
+    assert all(map(torch.equal, *ends))
+    assert all(float(v.min()) != 0.3 for v in ends[0])
+
+
 # What goes wrong in the authors' code (PAPERS.md 2.4)
 
 

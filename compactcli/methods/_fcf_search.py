@@ -99,8 +99,8 @@ class Search:
         self.admm.to_(matrix.device)
         drawn = self.admm.gradient(matrix) + self.ties.to(matrix.device)
         for v, row, size in zip(self.scalars.values(), drawn, self.sizes.tolist(), strict=True):
-            assert v.grad is not None
-            v.data -= options.rate * (options.alpha * row[:size] + (1 - options.alpha) * v.grad)
+            slope = torch.zeros_like(v) if v.grad is None else v.grad  # None where the network left its layers out this time
+            v.data -= options.rate * (options.alpha * row[:size] + (1 - options.alpha) * slope)
             v.grad = None  # the optimizer leaves them alone
 
     def ascend(self) -> None:
