@@ -142,6 +142,7 @@ def not_finite(model: nn.Module, images: Tensor, which: str) -> CompactError:
         return hook
 
     inner = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
+    inner = [(name, module) for name, module in inner if _hookable(module)]
     with ExitStack() as hooks, torch.inference_mode():
         for name, module in inner:
             hooks.enter_context(module.register_forward_hook(look(name)))
@@ -229,7 +230,10 @@ def _notes(model: nn.Module, calls: _Calls) -> Iterator[tuple[dict[fx.Node, str]
     owners: dict[fx.Node, str] = {}
     chunks: set[fx.Node] = set()
     stack = [""]
-    names = {module: name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if not _hookable(module) and any(True for _ in module.parameters()):
+            raise CompactError(f"{name} is a ScriptModule, whose layers cannot be changed; give the module that it was made of")
+    names = {module: name for name, module in model.named_modules() if _hookable(module)}
 
     # Both hooks return None explicitly: a returned value would replace inputs or outputs.
     def enter(module: nn.Module, _args: Any) -> None:
@@ -256,6 +260,11 @@ def _notes(model: nn.Module, calls: _Calls) -> Iterator[tuple[dict[fx.Node, str]
             yield owners, chunks
         finally:
             fx.Tracer.create_node = original  # type: ignore[method-assign]
+
+
+def _hookable(module: nn.Module) -> bool:
+    """Whether hooks can be put on a module: TorchScript's take none, and what they do belongs to the module around them."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def _first_line(problem: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
@@ -132,6 +133,16 @@ def product_from_the_left() -> nn.Module:
 def sorted_channels() -> nn.Module:
     """Channels in the order of their values, by an operation that is told the axis by name."""
     return nn.Sequential(conv(3, 8), nn.Sigmoid(), Code(lambda s, x: x.sort(dim=1, stable=True)[0]), conv(8, 6), *head(6))
+
+
+def script(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        return torch.jit.script(module)
+
+
+def scripted() -> nn.Module:
+    """An activation that TorchScript runs: no hooks can be put on it."""
+    return nn.Sequential(conv(3, 8), script(nn.SiLU()), conv(8, 6), *head(6))
 
 
 def scalar_gain() -> nn.Module:
@@ -637,7 +648,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(selected, softmax_of_channels, largest_channel, attention, pixels, shuffle_module, unpooled, edges, linear_unit),
         *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
         *(padded_tokens, computed_linear, largest_positions, largest_channels, pooled_channels, squeezed),
-        *(one_channel_repeated, normalised_with_constants, scalar_gain, product_from_the_left, sorted_channels),
+        *(one_channel_repeated, normalised_with_constants, scalar_gain, product_from_the_left, sorted_channels, scripted),
         *(
             encoded_positions,
             log_sigmoid,

@@ -171,3 +171,9 @@ def test_code_that_depends_on_values_runs_on_random_images_and_leaves_the_networ
     assert [str(node.target) for node in graph.nodes] == [str(node.target) for node in trace(model, SHAPE, train=train).nodes]
     assert snapshot(model) == before
     assert all(torch.equal(tensor, values[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_script_module_with_parameters_is_refused():
+    model = nn.Sequential(networks.conv(3, 8), networks.script(networks.conv(8, 6)))
+    with pytest.raises(CompactError, match="1 is a ScriptModule, whose layers cannot be changed"):
+        trace(model, SHAPE)
