@@ -1,6 +1,7 @@
 """What a change of each layer's weights would do to the network's outputs, from images without labels."""
 
 import ctypes
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
     generator = torch.Generator().manual_seed(seed)
     layers = {name: model.get_submodule(name) for name in names}
     sums = {name: _Sums(layer, generator) for name, layer in layers.items() if regressible(layer)}
-    images, total, square = 0, torch.zeros(()), torch.zeros(())
+    images, total, square, unit = 0, torch.zeros(()), torch.zeros(()), 0.0
     with _recorded(model, {layers[name]: own for name, own in sums.items()}):
         for batch in batches:
             image = batch.detach().requires_grad_().clone()  # no leaf: the network may work in place
@@ -82,15 +83,23 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
             if not values.isfinite().all():
                 break
             images, total, square = images + len(batch), total + values.sum(0), square + values.square().sum()
+            unit = unit or _unit(values)
             if logits.requires_grad:
-                (logits * torch.randn(logits.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
+                direction = unit * torch.randn(logits.shape, generator=generator)
+                (logits * direction).sum().backward()  # type: ignore[no-untyped-call]
             if images >= MOMENT_IMAGES:
                 break
     if not values.isfinite().all():
         raise not_finite(model, batch, "these images")
     trim()
-    deviation = float(square - total.square().sum() / images)
+    deviation = unit**2 * float(square - total.square().sum() / images)
     return {name: own.moments(deviation) for name, own in sums.items() if own.count}
+
+
+def _unit(values: Tensor) -> float:
+    """The power of two by which outputs deviate from their mean by about one, so that no square of gradients is lost."""
+    deviation = float((values - values.mean(0)).square().mean().sqrt())
+    return 2.0 ** -min(max(math.frexp(deviation)[1], -60), 60)
 
 
 def trim() -> None:

@@ -15,7 +15,7 @@ from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
 from compactcli.graph import trace
 from compactcli.layers import layers
-from compactcli.methods import get
+from compactcli.methods import _errors, get
 from compactcli.methods.hinge import Hinge, Options, _decompose
 from compactcli.recipe import Preprocessing, Replace
 
@@ -77,6 +77,21 @@ def test_errors_of_neighbours_add_up():
         with torch.no_grad():
             worth.append(float(known.worth.trace()) * float((model(images) - model(images).mean(0)).square().sum()))
     assert worth[0] / worth[1] == pytest.approx(16, rel=0.3)
+
+
+@pytest.mark.parametrize("exponent", [-50, -20, 20])
+def test_moments_do_not_depend_on_the_unit_of_the_outputs(exponent):
+    """A share of their deviation is the same of small outputs and large ones, bit for bit where no square is lost."""
+    known = []
+    for unit in (1.0, 2.0**exponent):
+        model = resnet()
+        with torch.no_grad():
+            model.linear.weight.mul_(unit)
+            model.linear.bias.mul_(unit)
+        known.append(moments.gather(model, ["layer1.0.conv1", "layer3.0.conv2"], batches()))
+    for name, own_ in known[0].items():
+        assert torch.equal(known[1][name].inputs, own_.inputs)
+        assert torch.equal(known[1][name].worth, own_.worth)
 
 
 def test_moments_leave_the_network_as_it_was():
@@ -402,3 +417,9 @@ def test_what_runs_without_gradients_is_judged_by_its_weights_and_refitted(parts
     assert set(known) == ({"body.4", "body.8"} if parts.stop else set())
     cut, after = errors(model, name)
     assert after < 0.5 * cut
+
+
+def test_a_matrix_that_rounding_made_indefinite_has_a_root_all_the_same():
+    matrix = torch.diag(torch.tensor([1.0, 0.5, -1e-4]))
+    root = _errors.root(matrix)
+    assert float((root.T @ root - matrix).abs().max()) < 0.02

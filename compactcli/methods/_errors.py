@@ -117,6 +117,14 @@ def ridge_(matrix: Tensor, share: float) -> Tensor:
 
 
 def root(matrix: Tensor) -> Tensor:
-    """R in float64 with R^T R the positive semidefinite matrix, to a millionth of its trace, in which rounding is lost."""
-    root: Tensor = torch.linalg.cholesky(ridge_(matrix.to(torch.float64, copy=True), 1e-6)).T
-    return root
+    """R in float64 with R^T R the positive semidefinite matrix, to a millionth of its trace, in which rounding is lost.
+
+    To more of it where there is more rounding.
+    """
+    root: Tensor
+    for share in (1e-6, 1e-4):
+        root, failed = torch.linalg.cholesky_ex(ridge_(matrix.to(torch.float64, copy=True), share))
+        if not failed:
+            return root.T
+    root = torch.linalg.cholesky(ridge_(matrix.to(torch.float64, copy=True), 1e-2))
+    return root.T
