@@ -5,6 +5,7 @@ Shapes: n images, c channels, h x w pixels. Images are uint8 (n, c, h, w), alrea
 """
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections import deque
@@ -30,6 +31,7 @@ from .vision import torchvision
 MEMORY_LIMIT = 8 * 10**9  # bytes of decoded images held at once
 KEEP_LIMIT = 10**9  # bytes up to which `batches` keeps what it decoded for the next pass
 MANY_CLASSES = 10**6  # what a label stays below
+SEEN = 256  # images that tell a split from others
 SKIPPED_NAMED = 3  # of the files that were left out
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -185,6 +187,13 @@ def training_parts(dataset: Dataset, share: float, limit: int, seed: int) -> tup
 def sample(split: Split, count: int, seed: int) -> Tensor:
     """`count` images (all, if there are fewer), uint8 (n, c, h, w), evenly over the classes where there are labels."""
     return split.images(choose(split.labels, len(split), min(count, len(split)), seed))
+
+
+def digest(split: Split, seed: int) -> str:
+    """What tells a split from another of its name and size: its labels, and SEEN of its images."""
+    told = hashlib.sha256(b"" if split.labels is None else split.labels.contiguous().numpy().data)
+    told.update(sample(split, SEEN, seed).numpy().data)
+    return told.hexdigest()
 
 
 def choose(labels: Tensor | None, size: int, count: int, seed: int) -> Tensor:

@@ -143,9 +143,11 @@ def kept_run(
 
     `more` is what else must be the same for it to go on.
     """
+    images = data.training_images(dataset)
     identity = {
         **settings.identity(),
-        "data": [dataset.name, len(data.training_images(dataset))],
+        "data": [dataset.name, len(images)],
+        "images": data.digest(images, settings.seed),
         "teacher": None if teacher is None else teacher.sha256,
         "network": hashlib.sha256(network.recipe.dumps().encode()).hexdigest(),
         **(more or {}),

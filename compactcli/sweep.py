@@ -32,7 +32,6 @@ from typing import Any, Literal
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from . import __version__, artefact, data, kernels, measure, methods, report
 from .artefact import Network
@@ -47,7 +46,6 @@ from .train import VALIDATION_LIMIT
 
 SCHEMA = "compactcli/sweep/1"
 COSTS = {"params": "params", "macs": "macs", "latency": "latency_ratio"}  # what a row may be the best at -> its figure
-SEEN = 256  # test images that tell a folder's from those of another of its name
 FIGURES = (
     *("params", "params_materialised", "macs", "macs_synthesis", "size_bytes"),
     *("latency_ms", "latency_ratio", "error", "accuracy"),
@@ -72,17 +70,11 @@ class Terms:
 
     @cached_property
     def seen(self) -> str:
-        """A digest of the labels, and of images: those to calibrate on, and some of those that are judged by."""
-        found: list[Tensor | None] = [None if self.calibration is None else self.calibration.images]
-        if self.dataset is not None:
-            found += [None if split is None else split.labels for split in (self.dataset.train, self.dataset.test)]
-        if self.judged and self.dataset is not None and self.dataset.test is not None:
-            found.append(data.sample(self.dataset.test, SEEN, self.settings.seed))
-        digest = hashlib.sha256()
-        for tensor in found:
-            digest.update(b"-" if tensor is None else f"{tuple(tensor.shape)}".encode())
-            digest.update(b"" if tensor is None else tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        """A digest of the images to calibrate on, and of some that are trained on and judged by, with the labels of all."""
+        told = hashlib.sha256(b"-" if self.calibration is None else self.calibration.images.contiguous().numpy().data)
+        for split in () if self.dataset is None else (self.dataset.train, self.dataset.test):
+            told.update(b"-" if split is None else data.digest(split, self.settings.seed).encode())
+        return told.hexdigest()
 
     def training(self) -> dict[str, Any] | None:
         """How rows are trained; None if they are not."""

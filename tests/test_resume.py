@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 from networks import named
+from test_artefact import network as opened
 from test_train import PREPROCESSING, dataset, network, same, weights
 from torch import Tensor, nn
 
 from compactcli import train
 from compactcli.errors import CompactError
+from compactcli.finetune import kept_run
 from compactcli.history import EpochRecord, History, Watch
 from compactcli.methods import Method, Progress
 from compactcli.optim import Settings
@@ -228,6 +230,22 @@ def test_a_model_on_stdin_is_not_passed_over_for_what_a_run_left(small: Path, tm
     assert b"the run there has network" in done.stderr
     done = subprocess.run([*command, "--resume"], check=True, capture_output=True, input=model)
     assert b"resumed at step" in done.stderr
+
+
+def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(tmp_path: Path) -> None:
+    """A folder of the same name may hold as many others."""
+    network, images, chosen = opened(), dataset(), settings()
+    assert images.train is not None
+    assert images.train.labels is not None
+    begun = kept_run(tmp_path / "run.safetensors", network, images, chosen, None).identity
+    assert kept_run(tmp_path / "run.safetensors", network, dataset(), chosen, None).identity == begun
+    read_ = images.train.read
+    for part in (
+        replace(images.train, read=lambda index: 255 - read_(index)),
+        replace(images.train, labels=images.train.labels.flip(0)),
+    ):
+        other = kept_run(tmp_path / "run.safetensors", network, replace(images, train=part), chosen, None).identity
+        assert {name for name in begun if begun[name] != other[name]} == {"images"}
 
 
 @pytest.mark.parametrize("name", ["net.pt", "out"])
