@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -613,6 +614,15 @@ def test_report_json(net, small):
     assert "Parameters" in run("report", small).stdout
     assert "layers that changed" not in run("report", small).stdout
     assert "layers that changed" in run("report", "-v", small).stdout
+
+
+def test_a_file_whose_name_is_no_text_is_compared(net):
+    other = os.fsdecode(bytes(net.parent) + b"/net\xff.pt")
+    shutil.copy(net, other)
+    page = net.parent / "page.html"
+    result = run("report", "-q", net, other, "--html", page)
+    assert result.exit_code == 0, result.output
+    assert "net?.pt" in page.read_text(encoding="utf-8")
 
 
 def test_the_input_that_is_asked_for_is_the_baselines_too(net, tmp_path):

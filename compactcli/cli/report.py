@@ -101,8 +101,9 @@ def command(
         shown, text = compare.table(tree), comparison_markdown(tree)
         whole = html and page.comparison_page(tree)
     if html and whole:
-        streams.write(whole.encode(), html)
-        note(f"wrote {len(whole.encode()):,} bytes to {'stdout' if html == '-' else html}", quiet)
+        content = whole.encode(errors="replace")  # names of files need not be text
+        streams.write(content, html)
+        note(f"wrote {len(content):,} bytes to {'stdout' if html == '-' else html}", quiet)
     if json:
         common.write_json(tree)
     elif markdown:
