@@ -10,6 +10,7 @@ from test_chaining import made
 
 from compactcli import folding, methods, plain, recipe
 from compactcli.artefact import open_model
+from compactcli.methods._slices import name_of
 from compactcli.recipe import Recipe, Replace, Share
 from compactcli.surgery import LAYERS
 
@@ -38,6 +39,12 @@ def test_the_command_line_is_documented():
 def test_the_recipe_of_the_document_is_one_and_shows_every_key():
     assert json.loads(Recipe.loads(json.dumps(example())).dumps()) == example()
     assert rows("key").keys() == example().keys()
+
+
+def test_a_generator_of_the_document_has_the_name_that_layers_look_for():
+    shares = [edit for edit in Recipe.loads(json.dumps(example())).edits if isinstance(edit, Share)]
+    assert shares
+    assert {edit.name for edit in shares} == {name_of((edit.options["height"], edit.options["width"])) for edit in shares}
 
 
 def test_every_kind_of_edit_is_documented_with_its_keys():
