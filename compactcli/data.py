@@ -492,9 +492,9 @@ def _from_source(source: Sequence[Path] | np.ndarray[Any, Any], labels: Tensor |
         each = prod(form.shape)
         if len(index) * each > MEMORY_LIMIT:
             size = f"{len(index):,} images of {' x '.join(map(str, form.shape))} take {len(index) * each / 1e9:.1f} GB"
-            raise CompactError(
-                f"{size}, more than the {MEMORY_LIMIT / 1e9:.0f} GB held at once; try --limit {MEMORY_LIMIT // each}"
-            )
+            fitting = MEMORY_LIMIT // each
+            way = f"--limit {fitting}" if fitting else "a smaller --input-shape"
+            raise CompactError(f"{size}, more than the {MEMORY_LIMIT / 1e9:.0f} GB held at once; try {way}")
         images = torch.empty((len(index), *form.shape), dtype=torch.uint8)
         target = images.numpy()
 

@@ -192,6 +192,15 @@ def test_images_beyond_memory_are_refused_before_they_are_decoded(tmp_path: Path
         train.images()
 
 
+def test_where_not_one_image_fits_a_smaller_shape_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "1.png")
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 47)
+    train = open_folder(tmp_path).train
+    assert train is not None
+    with pytest.raises(CompactError, match=r"1 images of 3 x 4 x 4 take .* held at once; try a smaller --input-shape"):
+        train.images()
+
+
 def test_all_images_are_decoded_once(tmp_path: Path) -> None:
     path = save(tmp_path / "1.png", (1, 1, 1))
     train = open_folder(tmp_path).train
