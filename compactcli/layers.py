@@ -83,7 +83,7 @@ def costs(graph: Graph) -> tuple[list[Layer], int]:
             shape=shape,
             groups=arguments[8] if convolution else 1,
             transposed=transposed,
-            called=direct and graph.owners[node] == module,
+            called=direct and graph.owners[node] == module and (name not in found or found[name].called),
             norm=norm and norm[0],
             normed=_normed(node) and (name not in found or found[name].normed),  # each time that it is called
         )

@@ -145,6 +145,13 @@ def scripted() -> nn.Module:
     return nn.Sequential(conv(3, 8), script(nn.SiLU()), conv(8, 6), *head(6))
 
 
+def tied_layers() -> nn.Module:
+    """Two convolutions with one weight; the one that runs first is registered last."""
+    run = Code(lambda s, x: torch.relu(s.a(torch.relu(s.b(x)))), a=conv(8, 8), b=conv(8, 8))
+    run.b.weight = run.a.weight
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
+
+
 def scalar_gain() -> nn.Module:
     """A parameter of one element, as a number."""
     run = Code(lambda s, x: x * s.gain.view(()) + s.shift.reshape([]), gain=parameter(1), shift=parameter(1, 1))
@@ -649,6 +656,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
         *(padded_tokens, computed_linear, largest_positions, largest_channels, pooled_channels, squeezed),
         *(one_channel_repeated, normalised_with_constants, scalar_gain, product_from_the_left, sorted_channels, scripted),
+        *(tied_layers,),
         *(
             encoded_positions,
             log_sigmoid,

@@ -383,6 +383,15 @@ def test_awkward_networks_are_made_smaller_under_the_law(name, mode):
     assert macs(model, networks.SHAPE) <= task.original
 
 
+@pytest.mark.parametrize("name", ["tied_layers", "borrowed", "functional"])
+def test_no_layer_is_decomposed_whose_weight_another_has(name):
+    """Two layers would stand in for it, and its weight be there as before."""
+    model = randomise_(AWKWARD[name]())
+    task, sets = plan(model, 0.6, networks.SHAPE, of="params", nearest=True)
+    edits = Hinge(parse_options(Hinge, ["mode=decompose"])).finish(model, sets, task, None)
+    assert not any(edit.module.startswith("2.") for edit in edits)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 8, 3), nn.BatchNorm2d(8)], ids=str)
 def test_what_cannot_be_decomposed_is_refused(layer):
     with pytest.raises(CompactError, match="which cannot be"):

@@ -7,6 +7,7 @@ Where a shortcut ties the outputs of several layers, only the rank is free.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -297,12 +298,15 @@ def _losses(
 
 
 def _decomposable(model: nn.Module, channels: Channels, budget: Budget) -> list[tuple[int, Layer]]:
-    """(index, layer) of the layers that may be decomposed: not the stem, not the classifier."""
+    """(index, layer) of the layers that may be decomposed: not the stem, not the classifier, none whose weight is another's."""
     result = []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    holders = Counter(map(id, parameters.values()))
     for index, layer in enumerate(budget.layers):
         ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
         at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
-        plain = isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
+        own = holders[id(parameters.get(layer.weight))] == 1
+        plain = own and isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
         if plain and layer.called and layer.groups == 1 and min(layer.shape[:2]) >= 2 and not at_end:
             result.append((index, layer))
     return result
