@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from networks import named
 from test_cli import one_line, run
@@ -389,6 +392,20 @@ def test_ticks_cover_what_they_are_for(low, high):
     assert marks[-1] >= high - 1e-9
     assert 2 <= len(marks) <= 7
     assert marks == sorted(set(marks))
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(NUMBERS | st.sampled_from([1.7e308, -1.7e308, 5e-324, 0.0]), min_size=1, max_size=4))
+def test_any_numbers_have_a_place_on_a_scale(values):
+    """However large or small: a history may be of a training that went wrong."""
+    marks = charts.ticks(min(values), max(values))
+    assert 2 <= len(marks) <= 7
+    assert marks == sorted(set(marks))
+    assert all(math.isfinite(mark) for mark in marks)
+    assert all(0 <= charts._share(value, marks) <= 1 for value in values)
+    assert "nan" not in charts.lines("loss", [""] * len(values), [charts.Series("loss", values)])
 
 
 # In a real browser

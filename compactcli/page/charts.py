@@ -12,6 +12,7 @@ from itertools import groupby
 from .markup import Markup, join, tag
 
 HEIGHT = 100.0  # of every drawing
+LEAST, MOST = 1e-290, 1e290  # of what a scale tells apart, and reaches
 SHORT = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 
 
@@ -44,9 +45,12 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that cover low to high, about as many as wanted."""
-    if high <= low:
-        low, high = low - (abs(low) or 1) / 20, high + (abs(high) or 1) / 20
+    """Round numbers that cover low to high, about as many as wanted; nothing beyond MOST."""
+    low, high = min(max(low, -MOST), MOST), min(max(high, -MOST), MOST)
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, LEAST):
+        room = (size if size > LEAST else 1) / 20
+        low, high = low - room, high + room
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * each for each in (1, 2, 2.5, 5, 10) if power * each >= rough * 0.999)
@@ -207,6 +211,7 @@ def _height(value: float, marks: Sequence[float]) -> float:
 
 
 def _share(value: float, marks: Sequence[float]) -> float:
+    value = min(max(value, marks[0]), marks[-1])
     return (value - marks[0]) / (marks[-1] - marks[0])
 
 
