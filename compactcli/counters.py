@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import UsageError
 from .graph import operation, run_fake, trace
@@ -66,7 +67,7 @@ def hetconv(model: nn.Module, input_shape: Sequence[int]) -> int:
     normalisations, activations and pooling are left out. Singh et al., CVPR 2019.
     """
     calls = _calls(model, input_shape)
-    each = [call.output.numel() * (one.numel() + 1) * _used(call) for call, one in _kernels(calls)]
+    each = [(places * one.numel() + call.output.numel()) * _used(call) for call, places, one in _kernels(calls)]
     return round(sum(each, Fraction(_weights(calls))))
 
 
@@ -101,18 +102,26 @@ def _elements(calls: Sequence[_Call], kind: type[nn.Module]) -> int:
     return sum(call.output.numel() for call in calls if isinstance(call.module, kind))
 
 
-def _kernels(calls: Sequence[_Call]) -> list[tuple[_Call, torch.Size]]:
-    """Every run of a convolution, and the shape of one filter, stored or made."""
-    found = [call for call in calls if isinstance(call.module, nn.Conv2d | KernelLayer)]
-    shapes = [call.module.shape if isinstance(call.module, KernelLayer) else call.module.weight.shape for call in found]
-    return [(call, torch.Size(shape[1:])) for call, shape in zip(found, shapes, strict=True)]
+def _kernels(calls: Sequence[_Call]) -> list[tuple[_Call, int, torch.Size]]:
+    """Every run of a convolution, how often a filter is applied, and the shape of one, stored or made.
+
+    Of a transposed one that is what an input is multiplied with, once for each input.
+    """
+    found = []
+    for call in calls:
+        if isinstance(call.module, KernelLayer):
+            found.append((call, call.output.numel(), torch.Size(call.module.shape[1:])))
+        elif isinstance(call.module, _ConvNd):
+            places = call.image if call.module.transposed else call.output
+            found.append((call, places.numel(), call.module.weight.shape[1:]))
+    return found
 
 
 def _convolutions(calls: Sequence[_Call]) -> int:
     return int(
         sum(
-            call.output.numel() * (call.module.executed if isinstance(call.module, KernelLayer) else one.numel())
-            for call, one in _kernels(calls)
+            places * (call.module.executed if isinstance(call.module, KernelLayer) else one.numel())
+            for call, places, one in _kernels(calls)
         )
     )
 
@@ -123,7 +132,14 @@ def _used(call: _Call) -> Fraction:
 
 
 def _input_biases(calls: Sequence[_Call]) -> int:
-    return sum(call.output.numel() * one[0] for call, one in _kernels(calls) if call.module.bias is not None)
+    runs = [(call, one) for call, _, one in _kernels(calls) if call.module.bias is not None]
+    return sum(call.output.numel() * _inputs(call.module, one) for call, one in runs)
+
+
+def _inputs(module: Any, one: torch.Size) -> int:
+    """How many channels an output is made of."""
+    transposed = isinstance(module, _ConvNd) and module.transposed
+    return module.in_channels // module.groups if transposed else one[0]
 
 
 def _synthesis(calls: Sequence[_Call]) -> int:

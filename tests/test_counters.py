@@ -52,6 +52,37 @@ def test_what_a_layer_counts_for_each_element(layer: nn.Module, hinge: int, fcf:
     assert counters.hetconv(model, SHAPE) == CONV + LINEAR + ELEMENTS  # a bias, and nothing else
 
 
+def flat(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(2), layer, nn.Unflatten(2, (8, -1)))
+
+
+def deep(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (4, 2)), layer, nn.Flatten(1, 2))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("build", "inputs", "places"),
+    [
+        (lambda bias: nn.Conv2d(8, 8, 3, groups=2, padding=1, bias=bias), 4, 64),
+        (lambda bias: flat(nn.Conv1d(8, 8, 3, padding=1, bias=bias)), 8, 64),
+        (lambda bias: deep(nn.Conv3d(4, 4, 3, padding=1, bias=bias)), 4, 64),
+        (lambda bias: flat(nn.ConvTranspose1d(8, 8, 2, stride=2, bias=bias)), 8, 128),
+        (lambda bias: nn.ConvTranspose2d(8, 8, 3, stride=2, groups=4, bias=bias), 2, 17 * 17),
+        (lambda bias: deep(nn.ConvTranspose3d(4, 4, 1, bias=bias)), 4, 64),
+    ],
+    ids=["grouped", "1d", "3d", "transposed 1d", "transposed 2d", "transposed 3d"],
+)
+def test_convolutions_of_every_kind_are_counted(build: Callable[[bool], nn.Module], inputs: int, places: int, bias: bool) -> None:
+    """As torch counts their products; a bias once for each output, or for each input of it."""
+    model, outputs = network(build(bias)), 8 * places
+    macs = measure.macs(model, SHAPE)
+    assert macs > CONV + LINEAR
+    assert counters.hinge(model, SHAPE) == macs
+    assert counters.linearconv(model, SHAPE) == macs + 3 * ELEMENTS + (inputs * outputs if bias else 0)
+    assert counters.hetconv(model, SHAPE) == macs + ELEMENTS + outputs  # as if each had one
+
+
 def on_values(code: Code, x: Tensor) -> Tensor:
     return code.relu(x) if float(x.sum()) > 0 else code.relu(-x)
 
