@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from . import kernels
 from .errors import CompactError
-from .graph import Graph, trace
+from .graph import Graph, operation, trace
 from .layers import norm_behind, weight_of
 from .moments import patches, regressible, trim
 from .recipe import Edit, Keep, Replace, Share
@@ -136,6 +136,7 @@ class _Site:
     last: str  # the module that holds its bias: itself, or the last part of what replaced it
     target: fx.Node  # makes the target's output
     model: fx.Node  # reads the model's input
+    biased: bool  # whether the target's output has the bias in it: code may add that later
     norm: str | None  # the batch normalisation that alone reads it
     shortcut: tuple[fx.Node, fx.Node] | None  # what is then added to it, in target and model
 
@@ -179,11 +180,27 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
         parts = [path for path in ours if path == name or (name in kinds and path.startswith(f"{name}."))]
         if not parts or not regressible(old) or (name in kinds and LAYERS[kinds[name]].refit is None):
             continue
+        upright, bias = _applied(streams.target.graph, node)
+        own = bias is not None and streams.target.graph.tensors.get(bias) == f"{name}.bias"
+        later = bias is None and (old.bias is None or streams.target.graph.owners[node] == name)
+        if not upright or not (own or later):
+            continue
         norm, added = _behind(streams.model.graph, ours[parts[-1]])
         _, original = _behind(streams.target.graph, node)
         shortcut = None if added is None or original is None else (original, added)
-        sites.append(_Site(name, parts[-1], node, ours[parts[0]], norm, shortcut))
+        sites.append(_Site(name, parts[-1], node, ours[parts[0]], own, norm, shortcut))
     return sites
+
+
+def _applied(graph: Graph, node: fx.Node) -> tuple[bool, fx.Node | None]:
+    """(whether a node applies its weight as layers do, not turned or in groups; the bias that it adds)."""
+    arguments: Any = node.args
+    match operation(node):
+        case "convolution":
+            return not arguments[6] and arguments[8] == 1, arguments[2]
+        case "addmm":
+            return arguments[2] not in graph.tensors and not node.kwargs, arguments[0]
+    return arguments[1] not in graph.tensors, None
 
 
 def _first_changed(graph: Graph, changed: Collection[str]) -> int:
@@ -246,7 +263,7 @@ def _refit_site_(
     scale = _scale(norm, len(start))
     outputs_kept = kept.get((site.name, 0))
     bias = last.bias if isinstance(last, nn.Conv2d | nn.Linear) else None
-    known = None if bias is None else bias.clone()
+    known = bias.clone() if bias is not None and site.biased else None
     sums = _RegressionSums(start.flatten(1), known, centred=norm is not None or bias is not None)
     applied = _as_applied(old, site.model)
     wanted = max(1, POSITIONS // sum(len(values[site.target]) for values in streams.target.values))

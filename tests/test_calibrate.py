@@ -153,13 +153,33 @@ def of_another_geometry() -> nn.Module:
     return nn.Sequential(conv(3, 6), nn.ReLU(), run, nn.ReLU(), *head(8))
 
 
+def turned() -> nn.Module:
+    """Code that multiplies with a linear layer's weight the other way round."""
+    run = Code(lambda s, x: x.mean((2, 3)) @ s.layer.weight, layer=nn.Linear(7, 6, bias=False))
+    return nn.Sequential(conv(3, 6), nn.ReLU(), run, nn.ReLU(), nn.Linear(7, 5))
+
+
+def without_its_bias() -> nn.Module:
+    run = Code(lambda s, x: F.conv2d(x, s.layer.weight, padding=1) + 1, layer=conv(6, 8))
+    return nn.Sequential(conv(3, 6), nn.ReLU(), run, nn.ReLU(), *head(8))
+
+
+def patch_tokens() -> nn.Module:
+    """A linear layer over tokens that do not lie together: its bias is added after the product."""
+    run = Code(lambda s, x: torch.relu(s.layer(x.flatten(2).transpose(1, 2))).mean(1), layer=nn.Linear(6, 8))
+    return nn.Sequential(conv(3, 6), nn.ReLU(), run, nn.Linear(8, 5))
+
+
 def padded(mode: str) -> nn.Module:
     return nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 8, padding_mode=mode, stride=2), nn.ReLU(), *head(8))
 
 
-@pytest.mark.parametrize("name", ["reflect", "replicate", "circular", "code"])
-def test_where_nothing_was_removed_the_logits_stay_whatever_the_geometry(name):
-    target = randomise_(of_another_geometry() if name == "code" else padded(name)).eval()
+OWN_WAYS = {each.__name__: each for each in (of_another_geometry, turned, without_its_bias, patch_tokens)}
+
+
+@pytest.mark.parametrize("name", ["reflect", "replicate", "circular", *OWN_WAYS])
+def test_where_nothing_was_removed_the_logits_stay_however_a_weight_is_applied(name):
+    target = randomise_(OWN_WAYS[name]() if name in OWN_WAYS else padded(name)).eval()
     model = copy.deepcopy(target)
     edits = [full_rank(model, "0")]
     surgery.apply_(model, edits)
