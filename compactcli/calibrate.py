@@ -163,12 +163,17 @@ class _Streams:
 
     def error(self) -> float:
         """|difference| / |deviation of the target's outputs from their mean|."""
-        ends = [stream.graph.nodes[-1].all_input_nodes[0] for stream in (self.target, self.model)]
+        ends = [_scores(stream.graph) for stream in (self.target, self.model)]
         self.target.advance(ends[0], through=True)
         self.model.advance(ends[1], through=True)
         wanted = torch.cat([values[ends[0]] for values in self.target.values])
         got = torch.cat([values[ends[1]] for values in self.model.values])
         return float((got - wanted).norm() / (wanted - wanted.mean(0)).norm().clamp_min(1e-30))
+
+
+def _scores(graph: Graph) -> fx.Node:
+    """What makes the first floating-point output."""
+    return next(node for node in graph.nodes[-1].all_input_nodes if node.meta["val"].is_floating_point())
 
 
 def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:

@@ -255,7 +255,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     loss = 0.0
     with torch.inference_mode():
         for image, label in batches:
-            logits = model(image).float()
+            logits = surgery.scores(model(image)).float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == label[:, None]  # (n, 5)
             top1 += int(ranked[:, 0].sum())
             top5 += int(ranked.any(1).sum())
@@ -267,13 +267,13 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
 
 
 def probed(model: nn.Module, input_shape: Sequence[int], *, finite: bool = False) -> Tensor:
-    """The first output (PROBES, ...) in eval mode for random images, always the same.
+    """The first floating-point output (PROBES, ...) in eval mode for random images, always the same.
 
     Raises CompactError if it must be `finite` and holds NaN or Inf.
     """
     images = torch.randn(PROBES, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        found = surgery.outputs(model.eval()(images))[0]
+        found = surgery.scores(model.eval()(images))
     if finite and not found.isfinite().all():
         raise not_finite(model, images, "random images")
     return found

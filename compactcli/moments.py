@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import data
 from .graph import Graph, not_finite
 from .recipe import Preprocessing
-from .surgery import outputs
+from .surgery import scores
 
 MOMENT_IMAGES = 256  # enough for the moments
 SKETCH = 128  # random combinations of a layer's outputs, or inputs, that stand for all of them where there are more
@@ -78,7 +78,7 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
     with _recorded(model, {layers[name]: own for name, own in sums.items()}):
         for batch in batches:
             image = batch.detach().requires_grad_().clone()  # no leaf: the network may work in place
-            logits = outputs(model(image))[0]
+            logits = scores(model(image))
             values = logits.detach().double()
             if not values.isfinite().all():
                 break

@@ -20,6 +20,7 @@ from .layers import Layer
 from .methods import hinge
 from .methods._widths import removable
 from .moments import Moments, gather
+from .surgery import scores
 
 SHARES = (0.75, 0.5, 0.25)  # of a layer's channels, or of its rank
 LABELLED = 1_024  # images that predicted accuracies are of
@@ -62,7 +63,7 @@ def accuracies(network: Network, split: Split | None) -> Accuracies:
     batches = list(data.batches(chosen, network.recipe.preprocessing, 256, "cpu"))
     module = kernels.folded(network.module).eval()
     with torch.inference_mode():
-        logits = torch.cat([module(image) for image, _ in batches])
+        logits = torch.cat([scores(module(image)) for image, _ in batches])
     labels = torch.cat([label for _, label in batches])
     noise = torch.randn(DRAWS, *logits.shape, generator=torch.Generator().manual_seed(0))
     deviation = float((logits - logits.mean(0)).square().mean().sqrt())

@@ -407,3 +407,11 @@ def outputs(output: Any) -> list[Tensor]:
         return [output]
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
     return [tensor for item in items for tensor in outputs(item)]
+
+
+def scores(output: Any) -> Tensor:
+    """The first tensor of a network's output that holds floating-point numbers. Raises CompactError if there is none."""
+    found = next((tensor for tensor in outputs(output) if tensor.is_floating_point()), None)
+    if found is None:
+        raise CompactError("the network's output has no floating-point tensor, so nothing tells how it changes")
+    return found

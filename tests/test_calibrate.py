@@ -13,6 +13,7 @@ from compactcli import artefact, budget, calibrate, cifar, data, measure, moment
 from compactcli.channels import edits as channel_edits
 from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
+from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.layers import layers
 from compactcli.methods import _errors, get
@@ -393,6 +394,33 @@ def normed() -> nn.Module:
 def test_no_layer_shifts_the_mean_of_a_batch_normalisation_that_others_have_too():
     cut, after = errors(normed(), mode="decompose")
     assert after < 0.1 * cut
+
+
+STRUCTURES = {
+    "tuple": lambda scores: (scores, scores.softmax(1)),
+    "dict": lambda scores: {"classes": scores},
+    "classes first": lambda scores: (scores.argmax(1), [scores]),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_the_scores_are_what_counts_in_outputs_of_any_structure(kind):
+    """Compressed, calibrated and evaluated, it is the network that gives its scores alone."""
+    images = torch.randint(0, 256, (32, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = [(batch, torch.arange(16) % 5) for batch in batches(32)]
+    found = []
+    for structure in (STRUCTURES[kind], lambda scores: scores):
+        model = Code(lambda s, x, structure=structure: structure(s.body(x)), body=nn.Sequential(*small(), *head(24)))
+        given = own(randomise_(model), SHAPE)
+        compress(given, "hinge", get("hinge")(), Target(0.6), calibration=Calibration(images, "noise"))
+        found.append((given.recipe.steps[-1].error, measure.accuracy(model, labels), measure.probed(model, SHAPE).tolist()))
+    assert found[0] == found[1]
+
+
+def test_a_network_without_scores_is_refused():
+    model = Code(lambda s, x: s.body(x).argmax(1), body=nn.Sequential(*small(), *head(24)))
+    with pytest.raises(CompactError, match="has no floating-point tensor"):
+        errors(model)
 
 
 def called_twice() -> nn.Module:
