@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from . import budget, data, measure, methods, predict
 from .artefact import Network
 from .channels import Channels
-from .layers import Layer, layers
+from .layers import Layer, labels, layers, stored
 from .layers import macs as macs_of
 from .moments import MOMENT_IMAGES, Batches, value_bytes
 from .plain import plained
 from .plan import plan
-from .report import about, params_of
+from .report import about
 
 TOLERATED = 0.25  # predicted output error: with images, about as much as a refit makes good
 
@@ -53,7 +53,7 @@ def analyse(
     graph, channels = plan(module, shape, log)
     found = layers(graph)
     names = [layer.name for layer in found if layer.called]
-    rows = [_analysed(module, channels, layer, linear) for layer in found]
+    rows = [_analysed(module, channels, layer, label, linear) for layer, label in zip(found, labels(found), strict=True)]
     if timed:
         detail("timing the layers")
         _join(rows, "time", measure.layer_times(module, names, shape))
@@ -115,16 +115,16 @@ def _coupled(plain: predict.Plain) -> list[dict[str, Any]]:
     return result
 
 
-def _analysed(module: nn.Module, channels: Channels, layer: Layer, linear: bool) -> dict[str, Any]:
+def _analysed(module: nn.Module, channels: Channels, layer: Layer, label: str, linear: bool) -> dict[str, Any]:
     owner = module.get_submodule(layer.name)
     out = (layer.weight, 1 if layer.transposed else 0)
     wanted = linear or not isinstance(owner, nn.Linear)
     redundancy = measure.redundancy(_filters(module.get_parameter(layer.weight), layer)) if wanted else None
     return {
-        "name": layer.name,
+        "name": label,
         "type": type(owner).__name__,
         "weight_shape": list(layer.shape),
-        "params": params_of(module, [layer]),
+        "params": stored(module, layer, label),
         "macs": layer.macs,
         "sets": len({number for number in channels.axes[out].tolist() if number not in channels.locked}),
         "locked": channels.reason(out),

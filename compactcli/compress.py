@@ -16,7 +16,7 @@ from .errors import CompactError, UsageError
 from .finetune import check, kept_run
 from .graph import copied, trace
 from .history import Watch
-from .layers import Layer, layers
+from .layers import Layer, labels, layers, stored
 from .methods import Method, attached
 from .moments import Batches, Moments, gather, value_bytes
 from .optim import Settings
@@ -141,20 +141,25 @@ def planned(
     edits = method.start(module, job.channels, job.budget, known)
     edits = [*edits, *method.finish(module, job.channels, job.budget, known)]
     sizes = measure.params(module), measure.macs(module, network.input_shape)
-    stored = {layer.name: measure.params(module.get_submodule(layer.name)) for layer in job.budget.layers}
+    names = labels(job.budget.layers)
+    before = [stored(module, layer, name) for layer, name in zip(job.budget.layers, names, strict=True)]
+    replaced = {edit.module for edit in edits if isinstance(edit, Replace)}
     surgery.apply_(module, edits)
     after = layers(trace(kernels.folded(module), network.input_shape))
     rows = []
-    for layer in job.budget.layers:
-        parts = [part for part in after if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
-        loss = method.losses.get(layer.name)
+    for layer, name_, params in zip(job.budget.layers, names, before, strict=True):
+        inside = layer.name in replaced
+        parts = [part for part in after if part.weight == layer.weight]
+        if inside:
+            parts = [part for part in after if f"{part.name}.".startswith(f"{layer.name}.")]
+        loss = method.losses.get(layer.name) if name_ == layer.name else None
         rows.append(
             {
-                "name": layer.name,
-                "before": {"weight_shapes": [list(layer.shape)], "params": stored[layer.name], "macs": layer.macs},
+                "name": name_,
+                "before": {"weight_shapes": [list(layer.shape)], "params": params, "macs": layer.macs},
                 "after": {
                     "weight_shapes": [list(part.shape) for part in parts],
-                    "params": measure.params(module.get_submodule(layer.name)),
+                    "params": measure.params(module.get_submodule(layer.name)) if inside else stored(module, layer, name_),
                     "macs": sum(part.macs for part in parts),
                 },
                 "error": None if loss is None else loss**0.5,
@@ -182,10 +187,10 @@ def _why(layer: Layer, edits: Sequence[Edit], channels: Channels) -> str:
             case Replace(module=layer.name):
                 options = ", ".join(f"{key} {value}" for key, value in edit.options.items())
                 told.append(f"{edit.layer} ({options})" if options else edit.layer)
-            case Keep(module=layer.name, axis=0):
+            case Keep(module=layer.name, axis=0) | Keep(module=layer.weight, axis=layer.out_axis):
                 full = layer.shape[layer.out_axis]
                 told.append(f"{full - len(edit.index)} of {full} filters go")
-            case Keep(module=layer.name, axis=1):
+            case Keep(module=layer.name, axis=1) | Keep(module=layer.weight, axis=layer.in_axis):
                 told.append(f"reads {len(edit.index)} channels")
     if told:
         return "; ".join(told)

@@ -1,11 +1,13 @@
 """The layers of a network that cost multiply-accumulates, and how many: those of torch's flop counter, halved."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 from torch.utils.flop_counter import flop_registry
 
 from .graph import Graph, operation, per_image
@@ -51,6 +53,20 @@ class Layer:
 def layers(graph: Graph) -> list[Layer]:
     """The layers that cost multiply-accumulates, in the order in which they run, each once."""
     return costs(graph)[0]
+
+
+def labels(found: Sequence[Layer]) -> list[str]:
+    """What to call each layer: its module, or its weight where the module has several."""
+    count = Counter(layer.name for layer in found)
+    return [layer.name if count[layer.name] == 1 else layer.weight for layer in found]
+
+
+def stored(model: nn.Module, layer: Layer, label: str) -> int:
+    """Parameters of what a layer is called: of its module itself, or of its weight alone."""
+    if label == layer.name:
+        return sum(parameter.numel() for parameter in model.get_submodule(layer.name).parameters(recurse=False))
+    weight = dict(model.named_parameters(remove_duplicate=False)).get(layer.weight)
+    return 0 if weight is None else weight.numel()
 
 
 def macs(graph: Graph) -> int:

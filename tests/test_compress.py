@@ -379,3 +379,35 @@ def test_the_source_is_kept_through_all_steps(pair, digits):
     tuned = finetune(small, digits, SETTINGS)
     assert isinstance(tuned.recipe.source, Source)
     assert tuned.recipe.source.sha256 == open_model(original).sha256
+
+
+class Bare(nn.Module):
+    """Weights of its own, without layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = nn.ParameterList(torch.randn(o, i, 3, 3) / 9 for o, i in ((8, 3), (12, 8), (12, 12)))
+        self.fc = nn.Linear(12, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for kernel in self.kernels:
+            x = torch.relu(nn.functional.conv2d(x, kernel, padding=1))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["bare", "attention", "tied_layers", "gate", "twice"])
+def test_the_rows_of_a_plan_add_up(name):
+    """Each row has what its layer has alone, however many weights a module has."""
+    torch.manual_seed(0)
+    model = Bare() if name == "bare" else randomise_(AWKWARD[name]())
+    whole = measure.params(model)
+    plan = driver.planned(own(model), "hinge", hinge("prune"), Target(0.7))
+    rows = plan["layers"]
+    assert len({row["name"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["before"]["params"] >= row["after"]["params"]
+        assert len(row["after"]["weight_shapes"]) == 1
+        assert (row["after"]["weight_shapes"] == row["before"]["weight_shapes"]) == row["why"].startswith("left: ")
+    assert sum(row["before"]["params"] for row in rows) <= whole
+    assert sum(row["before"]["macs"] for row in rows) <= plan["before"]["macs"]
+    assert sum(row["after"]["macs"] for row in rows) <= plan["after"]["macs"]
