@@ -124,7 +124,8 @@ def _macs(node: fx.Node) -> int:
 def _weight(graph: Graph, node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node | None, bool]:
     """(the parameter that an operation multiplies with, whether it is read as it is); None where there is none.
 
-    A weight that is computed is known by the parameter of the same shape that it comes from.
+    A weight that is computed is known by the parameter of the same shape that it comes from, or by the matrix with its filters
+    for rows.
     """
     direct = weight_of(graph, node)
     if direct is not None:
@@ -138,8 +139,11 @@ def _weight(graph: Graph, node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node 
     )
     seen = [each for each in seen if each not in moving]
     shapes = [tuple(each.meta["val"].shape) for each in seen]
+    known = [*shapes, *(shape[::-1] for shape in shapes)]
+    if operation(node) == "convolution":
+        known += [(shape[0], math.prod(shape[1:])) for shape in shapes]
     for each in seen:
-        if each in graph.tensors and tuple(each.meta["val"].shape) in [*shapes, *(shape[::-1] for shape in shapes)]:
+        if each in graph.tensors and tuple(each.meta["val"].shape) in known:
             return each, False
         seen += [used for used in each.all_input_nodes if used not in seen]
     return None, False

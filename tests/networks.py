@@ -152,6 +152,12 @@ def tied_layers() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, conv(8, 6), *head(6))
 
 
+def filters_as_rows() -> nn.Module:
+    """A kernel kept as a matrix."""
+    run = Code(lambda s, x: F.conv2d(x, s.kernel.view(len(s.kernel), -1, 3, 3), padding=1), kernel=parameter(6, 72))
+    return nn.Sequential(conv(3, 8), nn.Sigmoid(), run, nn.Sigmoid(), conv(6, 6), *head(6))
+
+
 def scalar_gain() -> nn.Module:
     """A parameter of one element, as a number."""
     run = Code(lambda s, x: x * s.gain.view(()) + s.shift.reshape([]), gain=parameter(1), shift=parameter(1, 1))
@@ -656,7 +662,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
         *(unfolded, taken_apart, picked, sampled, groups_of_the_input, folded, uneven_groups),
         *(padded_tokens, computed_linear, largest_positions, largest_channels, pooled_channels, squeezed),
         *(one_channel_repeated, normalised_with_constants, scalar_gain, product_from_the_left, sorted_channels, scripted),
-        *(tied_layers,),
+        *(tied_layers, filters_as_rows),
         *(
             encoded_positions,
             log_sigmoid,
