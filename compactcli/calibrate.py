@@ -190,6 +190,9 @@ def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
         later = bias is None and (old.bias is None or streams.target.graph.owners[node] == name)
         if not upright or not (own or later):
             continue
+        rows = [each.meta["val"].shape[0] for each in (node, ours[parts[0]])]
+        if isinstance(old, nn.Linear) and rows[0] != rows[1]:  # channels are among them, and some of these are gone
+            continue
         norm, added = _behind(streams.model.graph, ours[parts[-1]])
         _, original = _behind(streams.target.graph, node)
         shortcut = None if added is None or original is None else (original, added)

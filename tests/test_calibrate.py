@@ -423,6 +423,18 @@ def test_a_network_without_scores_is_refused():
         errors(model)
 
 
+def test_a_layer_over_positions_of_channels_that_are_gone_is_left_as_it_is():
+    """Its rows are channels, of which the target has more."""
+
+    def run(s: Code, x: torch.Tensor) -> torch.Tensor:
+        return x + s.mix(x.flatten(2)).view(x.shape)
+
+    torch.manual_seed(0)
+    mixed = Code(run, mix=nn.Linear(SHAPE[1] * SHAPE[2], SHAPE[1] * SHAPE[2]))
+    cut, after = errors(nn.Sequential(*small(2), mixed, conv(24, 24), nn.ReLU(), *head(24)), mode="prune")
+    assert after < 0.7 * cut
+
+
 def called_twice() -> nn.Module:
     torch.manual_seed(0)
     run = Code(lambda s, x: torch.relu(s.layer(torch.relu(s.layer(x)))), layer=conv(16, 16))
