@@ -141,12 +141,6 @@ def loss(outputs: Tensor, labels: Tensor, targets: Tensor | None, settings: Sett
     return (1 - settings.distill_weight) * plain + settings.distill_weight * distilled
 
 
-def logits(output: Any) -> Tensor:
-    """The classes' scores of a network that may give auxiliary ones behind them (torchvision's Inception, while training)."""
-    scores: Tensor = output if isinstance(output, Tensor) else output[0]
-    return scores
-
-
 def ignores_outputs(model: nn.Module, input_shape: Sequence[int]) -> bool:
     """Whether the network gives, while training, auxiliary scores that the loss does not look at."""
     found: list[Any] = []

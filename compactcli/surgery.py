@@ -410,7 +410,9 @@ def outputs(output: Any) -> list[Tensor]:
 
 
 def scores(output: Any) -> Tensor:
-    """The first tensor of a network's output that holds floating-point numbers. Raises CompactError if there is none."""
+    """The first tensor of a network's output that holds floating-point numbers: behind it may be auxiliary ones, as while
+    torchvision's Inception trains. Raises CompactError if there is none.
+    """
     found = next((tensor for tensor in outputs(output) if tensor.is_floating_point()), None)
     if found is None:
         raise CompactError("the network's output has no floating-point tensor, so nothing tells how it changes")

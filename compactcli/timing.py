@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,13 +173,13 @@ def _images(module: nn.Module, names: Sequence[str], shape: Sequence[int]) -> di
     """The shape of what each layer reads when the network does images of a shape."""
     found: dict[str, torch.Size] = {}
 
-    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[names_of[layer]] = args[0].shape
+    def note(layer: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        found[names_of[layer]] = (args[0] if args else kwargs["input"]).shape
 
     names_of = {module.get_submodule(name): name for name in names}
     with ExitStack() as hooks, torch.inference_mode():
         for layer in names_of:
-            hooks.enter_context(layer.register_forward_pre_hook(note))
+            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         module.eval()(torch.zeros(*shape))
     return found
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import augment, batchnorm, data, distributed, measure, optim
+from . import augment, batchnorm, data, distributed, measure, optim, surgery
 from .errors import CompactError
 from .history import EpochRecord, History, Watch, better
 from .methods import Method, Progress
@@ -197,9 +197,9 @@ class _Run:
         for number, (part, wanted) in enumerate(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True), 1):
             with distributed.unsynchronised(self.network) if number < count else nullcontext():
                 with optim.autocast(self.settings):
-                    outputs = optim.logits(self.network(part))
+                    outputs = surgery.scores(self.network(part))
                     with torch.no_grad():
-                        targets = None if self.teacher is None else optim.logits(self.teacher(part))
+                        targets = None if self.teacher is None else surgery.scores(self.teacher(part))
                 loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / images_of_all)
                 (loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
             total += loss.detach()

@@ -164,5 +164,5 @@ class Attention(torch.nn.Module):
         self.first, self.attention = torch.nn.Conv2d(3, 8, 8, stride=8), torch.nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        pixels = self.first(image).flatten(2).transpose(1, 2)
+        pixels = self.first(input=image).flatten(2).transpose(1, 2)
         return self.attention(pixels, pixels, pixels)[0].mean(1)

@@ -57,6 +57,26 @@ def settings(**values: Any) -> Settings:
     return Settings(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "precision": "float32", "weight_decay": 0.0, **values})
 
 
+class Told(nn.Module):
+    """The classes and their scores, in one of the structures that networks give."""
+
+    def __init__(self, structure: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.structure = network(), structure
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.inner(x)
+        return self.structure(scores.argmax(1), scores)
+
+
+@pytest.mark.parametrize("structure", [lambda *both: both, lambda *both: dict(enumerate(both)), lambda one, two: [two, one]])
+def test_the_scores_are_what_is_trained_whatever_is_beside_them(structure: Callable[[Tensor, Tensor], Any]) -> None:
+    plain, told = network(), Told(structure)
+    expected, found = fit(plain, teacher=network(1)), fit(told, teacher=network(1))
+    assert [record.loss for record in found.epochs] == [record.loss for record in expected.epochs]
+    assert same(weights(told.inner), weights(plain))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_same_seed_gives_the_same_weights(precision: str) -> None:
     results = []
