@@ -1009,3 +1009,11 @@ def test_a_history_goes_through_a_pipe_line_by_line(net):
     assert done.returncode == 0, done.stderr.decode()
     lines = (net.parent / "epochs.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("command", [("finetune", "--data", "digits", "--teacher"), ("compress", *HINGE, "0.5", "--teacher")])
+def test_no_teacher_is_written_over(net, small, command):
+    before = net.read_bytes()
+    line = one_line(run(command[0], small, *command[1:], net, "-o", net), code=2)
+    assert line == f"compactcli: -o {net}: that is another file of this command; give one of its own"
+    assert net.read_bytes() == before

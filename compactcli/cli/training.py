@@ -47,12 +47,12 @@ def check_history(history: Path | None, others: Sequence[str | Path | None]) -> 
     """Raise CompactError if --history cannot be written; UsageError if it is one of the command's other files."""
     if history is not None:
         streams.check_folder(str(history))
-        _check_own("--history", history, others)
+        check_own("--history", history, others)
 
 
-def _check_own(flag: str, path: Path, others: Sequence[str | Path | None]) -> None:
+def check_own(flag: str, path: str | Path, others: Sequence[str | Path | None]) -> None:
     """Raise UsageError if the path is one of the others."""
-    if path.resolve() in [Path(other).resolve() for other in others if other not in (None, "-", "none")]:
+    if path != "-" and Path(path).resolve() in [Path(other).resolve() for other in others if other not in (None, "-", "none")]:
         raise UsageError(f"{flag} {path}: that is another file of this command; give one of its own")
 
 
@@ -87,7 +87,7 @@ def run_file(
         if resume:
             raise UsageError("--resume: say with --state FILE where the run is kept; the model goes to stdout")
         return None
-    _check_own("--state", kept, others)
+    check_own("--state", kept, others)
     streams.check_folder(str(kept))
     if kept.exists():
         from .. import resume as file
