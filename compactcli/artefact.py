@@ -49,15 +49,15 @@ class Network:
 
     @cached_property
     def num_classes(self) -> int:
-        """How many numbers it gives for an image, or for each of its pixels; of several outputs, the first."""
+        """How many numbers it gives for an image, or for each of its pixels; of several outputs, those that are trained."""
         found: list[Any] = []
 
         def record(shadow: nn.Module) -> None:
             shadow.register_forward_hook(lambda module, given, output: found.append(output))
 
         run_fake(self.module, self.input_shape, change=record)
-        shapes = [tensor.shape for tensor in surgery.outputs(found[-1])]
-        return shapes[0][1] if shapes and len(shapes[0]) > 1 else 1
+        scores = surgery.scores(found[-1])
+        return scores.shape[1] if scores.ndim > 1 else 1
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"dropped {len(table) - len(entries)} counters that thop left behind (total_ops, total_params)")
     if beside := _beside_network(tree, list(entries)):
         notes.append(f"dropped what lies beside the network: {_some(beside)}")
-        entries = {name: value for name, value in entries.items() if name not in set(beside)}
+        dropped = set(beside)
+        entries = {name: value for name, value in entries.items() if name not in dropped}
     if prefix := _shared_prefix(list(entries)):
         notes.append(f"stripped the prefix {prefix} from all {len(entries)} names")
     entries = {name.removeprefix(prefix): value for name, value in entries.items()}

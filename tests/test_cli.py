@@ -409,7 +409,7 @@ def test_bench_does_not_write_over_what_it_reads(net, monkeypatch):
     content = net.read_bytes()
     monkeypatch.chdir(net.parent)
     for save in (net, Path(net.name), Path("..", net.parent.name, net.name)):
-        assert "that is a file that this command reads; give another" in one_line(run("bench", "-q", net, "--save", save), 2)
+        assert "that is another file of this command; give one of its own" in one_line(run("bench", "-q", net, "--save", save), 2)
     assert net.read_bytes() == content
 
 

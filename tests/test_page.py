@@ -350,8 +350,8 @@ def test_markdown_shows_the_figures(made, folder):
         (("--json", "--markdown"), "all go to stdout; give one of them"),
         (("--html", "-", "--json"), "all go to stdout; give one of them"),
         (("--history", "epochs.jsonl"), "give one, and --html FILE"),
-        (("--html", "net.pt"), "--html net.pt: that is a file that this command reads"),
-        (("--html", "epochs.jsonl", "--history", "epochs.jsonl"), "that is a file that this command reads"),
+        (("--html", "net.pt"), "--html net.pt: that is another file of this command"),
+        (("--html", "epochs.jsonl", "--history", "epochs.jsonl"), "that is another file of this command"),
         (("-", "-"), "stdin holds one model"),
     ],
 )

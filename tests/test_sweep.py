@@ -406,7 +406,7 @@ def test_all_methods_at_three_ratios_are_the_default(folder, monkeypatch):
         (("--methods", "csg", "--set", "hinge.floor=1"), "--set hinge.floor=1: hinge is none of the --methods"),
         (("--keep", "first"), "--keep first: it is best or last"),
         (("--optimizer", "lion"), "optimizer is lion; it must be sgd or adamw"),
-        (("-o", "net.pt"), "-o net.pt: that is a file that this command reads; give another"),
+        (("-o", "net.pt"), "-o net.pt: that is another file of this command; give one of its own"),
     ],
     ids=str,
 )

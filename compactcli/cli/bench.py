@@ -57,7 +57,8 @@ def command(
     if save is not None and (len(models or [""]) > 1 or len(batches) > 1 or len(counts) > 1):
         raise UsageError("--save: a table is of one model, at one batch size and number of threads")
     if save is not None:
-        _check_save(save, models or [None])
+        streams.check_folder(str(save))
+        common.check_own("--save", save, models or [])
     shape = common.parse_shape(input_shape)
     networks = []
     sources: Sequence[str | None] = models or [None]
@@ -81,13 +82,6 @@ def command(
         common.write_json(tree)
     else:
         common.show(tables.bench_table(tree))
-
-
-def _check_save(save: Path, others: Sequence[str | None]) -> None:
-    """Raise CompactError unless the table can be written there, UsageError if that is a file that is read."""
-    streams.check_folder(str(save))
-    if save.resolve() in [Path(other).resolve() for other in others if other and other != "-"]:
-        raise UsageError(f"--save {save}: that is a file that this command reads; give another")
 
 
 def _counts(flag: str, text: str) -> list[int]:

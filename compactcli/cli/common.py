@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -247,6 +247,12 @@ def open_data(
             skip_corrupt=skip_corrupt,
             log=lambda line: note(line, quiet),
         )
+
+
+def check_own(flag: str, path: str | Path, others: Sequence[str | Path | None]) -> None:
+    """Raise UsageError if what a command writes is one of its other files."""
+    if path != "-" and Path(path).resolve() in [Path(other).resolve() for other in others if other not in (None, "-", "none")]:
+        raise UsageError(f"{flag} {path}: that is another file of this command; give one of its own")
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -138,7 +138,7 @@ def command(
         named = arch.rpartition(":")[2] if fresh and arch else source
         writes = distributed.is_main() and not dry_run
         destination = streams.model_target(output, named, f"{method}-{ratio:g}") if writes else "-"
-        training.check_own("-o", destination, (teacher, latency_table))
+        common.check_own("-o", destination, (teacher, latency_table))
         training.check_history(history, (destination, source, teacher, latency_table))
         kept: Path | None = None
         if trains:

@@ -71,7 +71,8 @@ def command(
     if history is not None and (html is None or len(sources) > 1):
         raise UsageError("--history: its curves are in the page of one model; give one, and --html FILE")
     if html not in (None, "-"):
-        _check_page(str(html), [*sources, baseline, history])
+        streams.check_folder(str(html))
+        common.check_own("--html", str(html), [*sources, baseline, history])
     if counter is not None:
         from .. import counters
 
@@ -110,13 +111,6 @@ def command(
         typer.echo(text, nl=False)
     elif html is None:
         common.show(shown)
-
-
-def _check_page(html: str, others: Sequence[str | Path | None]) -> None:
-    """Raise CompactError unless the page can be written there, UsageError if that is a file that is read."""
-    streams.check_folder(html)
-    if Path(html).resolve() in [Path(other).resolve() for other in others if other is not None]:
-        raise UsageError(f"--html {html}: that is a file that this command reads; give another")
 
 
 def _epochs(path: Path) -> list[dict[str, Any]]:

@@ -89,7 +89,8 @@ def command(
     source = streams.model_source(model)
     earlier = None
     if output is not None:
-        _check_output(output, (source, teacher))
+        streams.check_folder(output)
+        common.check_own("-o", output, (source, teacher))
         earlier = _earlier(Path(output), quiet) if resume else None
     common.check_device(device)
     network = open_network(
@@ -149,13 +150,6 @@ def _chosen(names: str | None, pairs: Sequence[str]) -> dict[str, Any]:
 def _searches(option: Any) -> bool:
     """Whether an option of a method is for its search alone."""
     return bool(option.help.startswith("search: "))
-
-
-def _check_output(output: str, others: Sequence[str | None]) -> None:
-    """Raise CompactError unless the document can be written there, UsageError if that is a file that is read."""
-    streams.check_folder(output)
-    if Path(output).resolve() in [Path(other).resolve() for other in others if other is not None]:
-        raise UsageError(f"-o {output}: that is a file that this command reads; give another")
 
 
 def _earlier(path: Path, quiet: bool) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import typer
 
 from .. import streams
 from ..errors import CompactError, UsageError
-from .common import note
+from .common import check_own, note
 
 if TYPE_CHECKING:
     from ..artefact import Network
@@ -48,12 +48,6 @@ def check_history(history: Path | None, others: Sequence[str | Path | None]) -> 
     if history is not None:
         streams.check_folder(str(history))
         check_own("--history", history, others)
-
-
-def check_own(flag: str, path: str | Path, others: Sequence[str | Path | None]) -> None:
-    """Raise UsageError if the path is one of the others."""
-    if path != "-" and Path(path).resolve() in [Path(other).resolve() for other in others if other not in (None, "-", "none")]:
-        raise UsageError(f"{flag} {path}: that is another file of this command; give one of its own")
 
 
 def teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
