@@ -137,7 +137,7 @@ class Run:
 
     def settings(self, epochs: int, **others: Any) -> Settings:
         own = {name: getattr(self, name) for name in ("lr", "weight_decay", "seed", "device")}
-        return Settings(**{"epochs": epochs, **own, **others})
+        return Settings(**{"epochs": epochs, "cuda_graphs": self.device != "cpu", **own, **others})
 
     def of(self, contender: str) -> "Run":
         """The run of another contender to compare with: alike, but for the flags that do not concern it."""

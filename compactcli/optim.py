@@ -46,6 +46,7 @@ class Settings:
     device: str = "cpu"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware computes in it
     compile: bool = False  # torch.compile: minutes to begin with, then faster steps on a GPU
+    cuda_graphs: bool = False  # record a step's passes once and replay them; one process on a GPU
     workers: int | None = None  # threads that decode images while others are trained on; None: where they fill the memory
 
     def __post_init__(self) -> None:
@@ -78,6 +79,8 @@ class Settings:
         ):
             if not good:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {wanted}")
+        if self.cuda_graphs and (self.compile or not self.device.startswith("cuda")):
+            raise UsageError("--cuda-graphs: it is for --device cuda, without --compile")
 
     @property
     def peak_lr(self) -> float:
@@ -86,7 +89,7 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on where it stopped."""
-        passing = ("device", "patience", "time_limit", "save_every", "workers", "compile")
+        passing = ("device", "patience", "time_limit", "save_every", "workers", "compile", "cuda_graphs")
         return {name: value for name, value in asdict(self).items() if name not in passing} | {"lr": self.peak_lr}
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import augment, batchnorm, data, distributed, measure, optim, surgery
+from . import augment, batchnorm, data, distributed, gradient, measure, optim
 from .errors import CompactError
+from .gradient import Gradient
 from .history import EpochRecord, History, Watch, better
 from .methods import Method, Progress
 from .optim import Settings
@@ -59,7 +60,8 @@ def fit_(
     run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, store, watch)
     with Interruption().watched() as run.interruption, batchnorm.synchronised(model, settings.batch_norm == "sync"):
         network: Any = torch.compile(model) if settings.compile else model
-        run.network = distributed.wrapped(network, settings.device, lambda: optim.ignores_outputs(model, training.shape))
+        network = distributed.wrapped(network, settings.device, lambda: optim.ignores_outputs(model, training.shape))
+        run.gradient = gradient.of(network, teacher, settings)
         run.begin(resume)
         while run.step < run.total_steps and run.ended is None:
             run.train_epoch()
@@ -82,7 +84,7 @@ def fit_(
 class _Run:
     """A training run: what it trains with, and where it stands after `step` steps. The latter is what a store keeps."""
 
-    network: nn.Module  # `model` as it is called: compiled, in many processes
+    gradient: Gradient  # of `model` as it is called: compiled, in many processes
     interruption: Interruption
 
     def __init__(
@@ -190,20 +192,7 @@ class _Run:
         choice: Any = {"flip": self.dataset.flip, "cutout": self.settings.cutout, "blank": self.preprocessing.mean}
         moved = augment.varied(images.to(self.device), index, self.epoch, self.settings.seed, **choice)
         inputs = data.normalise(moved, self.preprocessing)
-        processes = distributed.sharers(len(batch))
-        images_of_all = len(batch) * distributed.world_size() // processes  # each takes all of a batch that is too small to share
-        count = max(1, min(self.settings.accumulate, len(batch) // processes // 2))  # as many parts in every process
-        total = torch.zeros((), device=self.device)
-        for number, (part, wanted) in enumerate(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True), 1):
-            with distributed.unsynchronised(self.network) if number < count else nullcontext():
-                with optim.autocast(self.settings):
-                    outputs = surgery.scores(self.network(part))
-                    with torch.no_grad():
-                        targets = None if self.teacher is None else surgery.scores(self.teacher(part))
-                loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / images_of_all)
-                (loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
-            total += loss.detach()
-        return float(total)
+        return float(self.gradient(inputs, labels, len(batch)))
 
     def end_epoch(self) -> None:
         """Measure, tell, keep; end the run where it is time."""

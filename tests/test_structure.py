@@ -39,7 +39,7 @@ ORDER = [
         "plan",
     },
     {"methods", "measure", "counters"},
-    {"artefact", "optim", "resume", "train", "commands"},
+    {"artefact", "optim", "gradient", "resume", "train", "commands"},
     {
         "compress",
         "finetune",

@@ -71,6 +71,7 @@ def command(
     batch_size: common.BatchSize = 128,
     workers: training.Workers = None,
     precision: training.Precision = "auto",
+    cuda_graphs: training.CudaGraphs = False,
     device: common.Device = "cpu",
     dtype: common.Dtype = None,
     output: common.Output = None,
@@ -130,7 +131,7 @@ def command(
             optim.Settings, lr=lr, weight_decay=weight_decay, optimizer=optimizer, batch_size=batch_size,  # type: ignore[arg-type]
             schedule=schedule,  # type: ignore[arg-type]
             distill_weight=distill_weight, temperature=temperature, save_every=save_every, time_limit=time_limit, seed=seed,
-            device=own_device, precision=precision, workers=workers,  # type: ignore[arg-type]
+            device=own_device, precision=precision, cuda_graphs=cuda_graphs, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
         searching, finetuning = plan(epochs=epochs), plan(epochs=finetune_epochs)
         quiet = quiet or not distributed.is_main()

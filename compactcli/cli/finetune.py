@@ -57,6 +57,7 @@ def command(
     accumulate: Annotated[int, typer.Option(min=1, metavar="PARTS", help="Compute each batch in parts: less memory.")] = 1,
     workers: training.Workers = None,
     precision: training.Precision = "auto",
+    cuda_graphs: training.CudaGraphs = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     device: common.Device = "cpu",
     seed: common.Seed = 0,
@@ -91,7 +92,7 @@ def command(
             accumulate=accumulate, label_smoothing=label_smoothing, clip_grad=clip_grad, ema=ema, cutout=cutout,
             distill_weight=distill_weight, temperature=temperature, patience=patience, time_limit=time_limit,
             batch_norm="frozen" if freeze_bn else "sync" if sync_bn else "train", save_every=save_every, seed=seed,
-            device=own_device, precision=precision, compile=compile, workers=workers,  # type: ignore[arg-type]
+            device=own_device, precision=precision, cuda_graphs=cuda_graphs, compile=compile, workers=workers,  # type: ignore[arg-type]
         )  # fmt: skip
         quiet = quiet or not distributed.is_main()
         left: Path | None = distributed.shared(

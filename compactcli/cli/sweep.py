@@ -41,6 +41,7 @@ def command(
     batch_size: common.BatchSize = 128,
     workers: training.Workers = None,
     precision: training.Precision = "auto",
+    cuda_graphs: training.CudaGraphs = False,
     device: common.Device = "cpu",
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FILE", help="Write the JSON document there, after each row.")
@@ -84,7 +85,7 @@ def command(
     settings = optim.Settings(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,  # type: ignore[arg-type]
         batch_size=batch_size, distill_weight=distill_weight, temperature=temperature, seed=seed, device=device,
-        precision=precision, workers=workers,  # type: ignore[arg-type]
+        precision=precision, cuda_graphs=cuda_graphs, workers=workers,  # type: ignore[arg-type]
     )  # fmt: skip
     source = streams.model_source(model)
     earlier = None

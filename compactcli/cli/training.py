@@ -32,6 +32,9 @@ Workers = Annotated[
     int | None,
     typer.Option(min=0, help="Threads that decode ahead; 0: decode all first. [default: 2 where they do not fit in memory]"),
 ]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs", help="Record a training step once and replay it: small networks are faster on a GPU.")
+]
 Precision = Annotated[
     str, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 where the hardware computes in it.")
 ]
