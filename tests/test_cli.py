@@ -126,7 +126,7 @@ FRESH_FLAGS = {"--fresh", "--seed"}
 TRAINING_FLAGS = {
     *("--epochs", "--lr", "--weight-decay", "--optimizer", "--schedule", "--teacher", "--distill-weight", "--temperature"),
     *("--batch-size", "--device", "--time-limit", "--resume", "--state", "--save-every", "--keep", "--history", "--workers"),
-    *("--precision", "--dtype"),
+    *("--precision", "--cuda-graphs", "--dtype"),
 }
 FLAGS = {
     "analyze": MODEL_FLAGS
