@@ -333,7 +333,7 @@ def _of(network: str, contender: str, ratio: float, epochs: int) -> list[Row]:
     found = []
     for row in _runs(network):
         run = Run(**{**row["run"], "set": tuple(row["run"]["set"])})
-        if run == planned(contender, ratio, epochs, seed=run.seed):
+        if run == planned(network, contender, ratio, epochs, seed=run.seed):
             found.append(row)
     return found
 

@@ -91,10 +91,10 @@ def entries(device: str = "cpu", limit: int | None = None) -> list[Entry]:
     return [*(_trained(run) for run in _runs(device, limit)), *_timed()]
 
 
-def planned(contender: str, ratio: float, epochs: int, **others: Any) -> Run:
+def planned(network: str, contender: str, ratio: float, epochs: int, **others: Any) -> Run:
     """The campaign's run of a contender of `finetune`."""
-    decay = DECAY[others.get("network", Run.network)]
-    return Run("auto", ratio, epochs // SEARCH, epochs, weight_decay=decay, **others).of(contender)
+    own = Run("auto", ratio, epochs // SEARCH, epochs, weight_decay=DECAY[network], network=network, **others)
+    return own.of(contender)
 
 
 def _runs(device: str, limit: int | None) -> Iterator[Run]:
@@ -102,12 +102,12 @@ def _runs(device: str, limit: int | None) -> Iterator[Run]:
     common: dict[str, Any] = {"limit": limit, "device": device}
     for epochs, seeds in LENGTHS.items() if device != "cpu" else [(40, LENGTHS[40])]:
         for seed in seeds:
-            yield planned("control", 1.0, epochs, seed=seed, network="resnet56", **common)
+            yield planned("resnet56", "control", 1.0, epochs, seed=seed, **common)
             for ratio in RATIOS:
                 for contender in ("auto", *PEERS):
-                    yield planned(contender, ratio, epochs, seed=seed, network="resnet56", **common)
+                    yield planned("resnet56", contender, ratio, epochs, seed=seed, **common)
     for contender, ratio in [("control", 1.0), *((name, rate.ratio) for name, rate in RATES.items())]:
-        yield planned(contender, ratio, EPOCHS, **common)
+        yield planned("resnet20", contender, ratio, EPOCHS, **common)
 
 
 def _trained(run: Run) -> Entry:

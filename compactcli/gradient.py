@@ -62,7 +62,7 @@ class Recorded:
 
     def __init__(self, plain: Gradient, network: nn.Module, device: torch.device) -> None:
         self.plain, self.parameters = plain, [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.warm = 0
         self.shape: torch.Size | None = None
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -52,13 +52,15 @@ def finished(run: finetune.Run, after: float) -> dict[str, Any]:
 
 
 def test_a_run_of_the_campaign_appears_where_it_was_told_not_to_be_run(monkeypatch):
-    read, run = _results.read, campaign.planned("auto", 0.5, 40, network="resnet56")
+    read, run = _results.read, campaign.planned("resnet56", "auto", 0.5, 40)
     accuracies = {"auto": 89.5, "control": 90.25, "peer": 88.25, "peer-norm": 88.0}
-    runs = {name: campaign.planned(name, run.ratio, 40, network="resnet56") for name in accuracies}
+    runs = {name: campaign.planned("resnet56", name, run.ratio, 40) for name in accuracies}
     rows = {own.key: finished(own, accuracies[name]) for name, own in runs.items()}
     found = {"machine": {"cpu": "C", "threads": 1, "torch": "2"}, "rows": rows}
+    there: dict[str, Any] = {"machine": {}, "rows": {}}
+    monkeypatch.setattr(_results, "read", lambda file: copy.deepcopy(there) if file == "finetune-resnet56" else read(file))
     whole = _results.results()
-    monkeypatch.setattr(_results, "read", lambda file: copy.deepcopy(found) if file == "finetune-resnet56" else read(file))
+    there |= found
     told = set(_results.results().splitlines()) - set(whole.splitlines())
     where = "40 epochs, n = 1, C, 1 thread, torch 2"
     assert f"| 1 | ResNet-56, CIFAR-10 | 6.31 | 7.05 | 50.00 | 48.73 | 10.50 | 9.75 | 50.00 | 49.00 | {where} |" in told

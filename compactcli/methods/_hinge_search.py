@@ -209,7 +209,8 @@ class Search:
 
     def relative(self, norms: Sequence[Tensor]) -> list[Tensor]:
         """The norms of every family's and layer's groups in their units, on the CPU."""
-        norms = torch.cat(list(norms)).double().cpu().split([each.count for each in self.found])  # the device waits once
+        every = torch.cat(list(norms)).double().cpu()  # the device waits once
+        norms = torch.split(every, [each.count for each in self.found])
         return [own / (units * drift) for own, units, drift in zip(norms, self.units, self.drifts(norms), strict=True)]
 
     def drifts(self, norms: Sequence[Tensor]) -> list[float]:
