@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from compactcli import artefact, data, measure, report
+from compactcli import artefact, measure, report, sources
 
 from ._common import checkpoint, images, provenance, write
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
         start = time.perf_counter()
         network = artefact.open_model(checkpoint(file))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
-        dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+        dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
         evaluated = report.evaluate(network, dataset)
         accuracy = evaluated.accuracy.top1
         rows[file] = {

@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from compactcli import artefact, data, measure, report
+from compactcli import artefact, data, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.budget import Floats
 from compactcli.compress import Calibration, Search, Target, compress
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     original = artefact.open_model(checkpoint(f"{options.network}-cifar10jpeg.th"))
     shape, preprocessing = original.input_shape, original.recipe.preprocessing
-    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+    dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
     command = " ".join(["python -m benchmarks finetune", *arguments])
     for run in asked(options):
         if options.resume and run.key in rows(f"finetune-{run.network}"):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compactcli import artefact, data, measure, report
+from compactcli import artefact, data, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.methods import get, parse_options
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
-        dataset = data.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=network.recipe.preprocessing)
+        dataset = sources.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=network.recipe.preprocessing)
         original = report.evaluate(network, dataset).accuracy.top1
         print(f"{name}: original {original:.2f} %")
         counts = options.images

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from compactcli import artefact, calibrate, data, surgery
+from compactcli import artefact, calibrate, data, sources, surgery
 from compactcli.budget import Budget
 from compactcli.channels import find
 from compactcli.graph import trace
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     """Run and write benchmarks/results/prediction.json."""
     network = artefact.open_model(checkpoint("resnet56-cifar10jpeg.th"))
     module, shape, preprocessing = network.module, network.input_shape, network.recipe.preprocessing
-    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
+    dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
     assert dataset.train is not None
     graph = trace(module, shape)
     channels = find(graph, module)

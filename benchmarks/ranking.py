@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compactcli import artefact, data, methods, predict, report
+from compactcli import artefact, data, methods, predict, report, sources
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.layers import layers
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
-        dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
+        dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
         found = rows(f"ranking-{name}") if options.resume else {}
         for ratio in RATIOS:
             for method in methods.names():

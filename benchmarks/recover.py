@@ -32,7 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compactcli import artefact, data, measure, report
+from compactcli import artefact, data, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.cli.training import history_writer
 from compactcli.finetune import finetune
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
-        dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+        dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
         for contender in options.only:
             given = [f"--set {pair}" for pair in options.set if contender in METHODS]
             key = " ".join([contender, *flags, *given])

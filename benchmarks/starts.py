@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from compactcli import artefact, budget, data, measure, report
+from compactcli import artefact, budget, data, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.channels import Channels, Ids
 from compactcli.compress import Calibration, Target, compress
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
     for name in options.networks:
         network = artefact.open_model(checkpoint(f"{name}-cifar10jpeg.th"))
         shape, preprocessing = network.input_shape, network.recipe.preprocessing
-        dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
+        dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing)
         original = report.evaluate(network, dataset).accuracy.top1
         for method in options.methods:
             for ratio in options.ratios:

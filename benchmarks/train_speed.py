@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.data import Dataset as TorchDataset
 
-from compactcli import artefact, data, optim, train
+from compactcli import artefact, data, optim, sources, train
 from compactcli.artefact import Network
 from compactcli.history import Watch
 from compactcli.optim import Settings
@@ -145,7 +145,7 @@ def images_needed(steps: int) -> int:
 def material_of(network: Network, count: int) -> Material:
     """That many training images, decoded."""
     preprocessing = network.recipe.preprocessing
-    dataset = data.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=preprocessing, limit=count)
+    dataset = sources.open_dataset(str(images()), input_shape=network.input_shape, preprocessing=preprocessing, limit=count)
     assert dataset.train is not None
     decoded, labels = dataset.train.images(), data.labels_of(dataset.train)
     return Material(replace(dataset, train=data.from_tensors(decoded, labels, "train")), decoded, labels, preprocessing)

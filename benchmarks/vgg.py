@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compactcli import artefact, data, kernels, measure, report
+from compactcli import artefact, data, kernels, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.finetune import finetune
@@ -77,7 +77,7 @@ def _trained(key: str, options: argparse.Namespace) -> Row:
         one, epochs = artefact.open_model(TRAINED), options.more
         teacher = copy.deepcopy(one)
     shape, preprocessing = one.input_shape, one.recipe.preprocessing
-    dataset = data.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
+    dataset = sources.open_dataset(str(images()), input_shape=shape, preprocessing=preprocessing, limit=options.limit)
     assert dataset.train is not None
     if key == "hetconv":
         _in_parts_(one, Calibration(data.sample(dataset.train, IMAGES, options.seed), dataset.name), options.seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compactcli import cifar, data, measure, train
+from compactcli import cifar, data, measure, sources, train
 from compactcli.recipe import Preprocessing
 
 PREPROCESSING = Preprocessing(mean=(0.5,), std=(0.5,))
@@ -20,7 +20,7 @@ SETTINGS = train.Settings(epochs=50, lr=0.05, weight_decay=1e-3, batch_size=32)
 
 
 def main() -> None:
-    digits = data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=PREPROCESSING)
+    digits = sources.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=PREPROCESSING)
     torch.manual_seed(SETTINGS.seed)
     model = cifar.NETWORKS["resnet20"](in_channels=1, num_classes=10)
     train.fit_(model, digits, PREPROCESSING, SETTINGS, log=print)

@@ -18,7 +18,7 @@ from networks import named, outputs
 from torch import Tensor, nn
 
 import compactcli
-from compactcli import architectures, artefact, data, report
+from compactcli import architectures, artefact, report, sources
 from compactcli.artefact import Network, Wishes, dumps, fresh, open_model, save
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -407,7 +407,7 @@ def test_hostile_recipes_are_one_line(name):
         found = open_model(content)
         report.report(found, None, None)
         shape, preprocessing = found.input_shape, found.recipe.preprocessing
-        report.evaluate(found, data.open_dataset("digits", input_shape=shape, preprocessing=preprocessing, limit=20))
+        report.evaluate(found, sources.open_dataset("digits", input_shape=shape, preprocessing=preprocessing, limit=20))
 
     with pytest.raises(CompactError) as caught:
         use()

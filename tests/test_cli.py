@@ -29,9 +29,9 @@ from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
 from compactcli.counters import COUNTERS
-from compactcli.data import NAMES
 from compactcli.errors import CompactError
 from compactcli.recipe import DTYPES
+from compactcli.sources import NAMES
 
 COMMAND = f"{shlex.quote(sys.executable)} -m compactcli"
 HINGE = ("--method", "hinge", "--ratio")

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from compactcli import __version__, artefact, data, dials, measure, surgery, train
+from compactcli import __version__, artefact, data, dials, measure, sources, surgery, train
 from compactcli import compress as driver
 from compactcli.artefact import Network, Wishes, open_model
 from compactcli.budget import Budget
@@ -237,7 +237,7 @@ def test_a_real_network_at_three_tenths_of_its_macs(checkpoints, tmp_path):
 @pytest.fixture(scope="module")
 def digits() -> data.Dataset:
     preprocessing = Preprocessing((0.5,), (0.5,))
-    return data.open_dataset("digits", input_shape=(1, 16, 16), preprocessing=preprocessing, limit=200)
+    return sources.open_dataset("digits", input_shape=(1, 16, 16), preprocessing=preprocessing, limit=200)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from test_cli import run
 from torch import Tensor, nn
 
 import compactcli
-from compactcli import architectures, artefact, data, finetune, kernels, measure, methods, report
+from compactcli import architectures, artefact, data, finetune, kernels, measure, methods, report, sources
 from compactcli.artefact import Wishes, dumps, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError, UsageError
@@ -232,7 +232,7 @@ def test_a_report_compares_with_the_file_as_it_was(monkeypatch, small):
 @pytest.fixture(scope="module")
 def digits() -> data.Dataset:
     preprocessing = architectures.get("cifar:resnet8", SMALL).preprocessing
-    return data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=preprocessing, limit=200)
+    return sources.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=preprocessing, limit=200)
 
 
 def test_such_a_network_is_finetuned(tmp_path, small, digits):
@@ -355,7 +355,7 @@ def test_the_published_files_load_without_a_flag(checkpoints, file):
 @pytest.mark.parametrize(("file", "least"), [*zip(FILES, (78, 75, 78), strict=True)])
 def test_the_published_files_know_the_images(checkpoints, jpeg, file, least):
     found = open_model(checkpoints / file)
-    images = data.open_dataset(str(jpeg), input_shape=(3, 32, 32), preprocessing=found.recipe.preprocessing, limit=500)
+    images = sources.open_dataset(str(jpeg), input_shape=(3, 32, 32), preprocessing=found.recipe.preprocessing, limit=500)
     assert least < report.evaluate(found, images).accuracy.top1 < 96
 
 

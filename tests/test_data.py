@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from compactcli import augment, data, vision
+from compactcli import augment, data, sources, vision
 from compactcli.errors import CompactError
 from compactcli.recipe import Preprocessing
 
@@ -30,7 +30,7 @@ def save(path: Path, colour: object = (10, 20, 30), size: tuple[int, int] = (4, 
 
 def open_folder(root: Path, shape: data.Shape = (3, 4, 4), **options: object) -> data.Dataset:
     preprocessing = options.pop("preprocessing", COLOUR)
-    return data.open_dataset(str(root), input_shape=shape, preprocessing=preprocessing, **options)  # type: ignore[arg-type]
+    return sources.open_dataset(str(root), input_shape=shape, preprocessing=preprocessing, **options)  # type: ignore[arg-type]
 
 
 def split_of(labels: list[int]) -> data.Split:
@@ -172,19 +172,19 @@ def test_unknown_data_lists_the_names() -> None:
     with pytest.raises(
         CompactError, match="no data 'digit'; it must be a folder of images, module:function, or one of digits, cifar10"
     ):
-        data.open_dataset("digit", input_shape=(3, 4, 4), preprocessing=COLOUR)
+        sources.open_dataset("digit", input_shape=(3, 4, 4), preprocessing=COLOUR)
     with pytest.raises(CompactError, match="the network takes 4 channels; images have 1 or 3"):
-        data.open_dataset("digits", input_shape=(4, 4, 4), preprocessing=COLOUR)
+        sources.open_dataset("digits", input_shape=(4, 4, 4), preprocessing=COLOUR)
     with pytest.raises(CompactError, match="--limit is 0"):
-        data.open_dataset("digits", input_shape=(1, 4, 4), preprocessing=GREY, limit=0)
+        sources.open_dataset("digits", input_shape=(1, 4, 4), preprocessing=GREY, limit=0)
     with pytest.raises(CompactError, match="unknown interpolation 'cubic'; it must be one of nearest, box, bilinear"):
-        data.open_dataset("digits", input_shape=(1, 4, 4), preprocessing=Preprocessing((0.5,), (0.5,), interpolation="cubic"))
+        sources.open_dataset("digits", input_shape=(1, 4, 4), preprocessing=Preprocessing((0.5,), (0.5,), interpolation="cubic"))
 
 
 def test_images_beyond_memory_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         save(tmp_path / f"{number}.png")
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 2 * 48)
+    monkeypatch.setattr("compactcli.images.MEMORY_LIMIT", 2 * 48)
     train = open_folder(tmp_path).train
     assert train is not None
     assert train.images(torch.tensor([0, 1])).shape[0] == 2
@@ -194,7 +194,7 @@ def test_images_beyond_memory_are_refused_before_they_are_decoded(tmp_path: Path
 
 def test_where_not_one_image_fits_a_smaller_shape_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "1.png")
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 47)
+    monkeypatch.setattr("compactcli.images.MEMORY_LIMIT", 47)
     train = open_folder(tmp_path).train
     assert train is not None
     with pytest.raises(CompactError, match=r"1 images of 3 x 4 x 4 take .* held at once; try a smaller --input-shape"):
@@ -275,7 +275,7 @@ def test_normalise_is_torchvisions_formula() -> None:
 
 
 def test_digits_are_the_same_everywhere() -> None:
-    digits = data.open_dataset("digits", input_shape=(1, 8, 8), preprocessing=GREY)
+    digits = sources.open_dataset("digits", input_shape=(1, 8, 8), preprocessing=GREY)
     assert digits.named
     assert not digits.flip
     assert digits.train is not None
@@ -289,7 +289,7 @@ def test_digits_are_the_same_everywhere() -> None:
 
 
 def test_digits_are_resized_to_the_network() -> None:
-    digits = data.open_dataset("digits", input_shape=(3, 32, 24), preprocessing=GREY, limit=20)
+    digits = sources.open_dataset("digits", input_shape=(3, 32, 24), preprocessing=GREY, limit=20)
     assert digits.test is not None
     assert digits.test.images().shape == (20, 3, 32, 24)
     assert data.labels_of(digits.test).bincount().tolist() == [2] * 10
@@ -306,7 +306,7 @@ def test_mnist_files_are_read_and_never_mirrored(tmp_path: Path) -> None:
                 pack(struct.pack(">iiii", 2051, 6, 28, 28) + pictures.tobytes())
             )
             (folder / f"{prefix}-labels-idx1-ubyte{suffix}").write_bytes(pack(struct.pack(">ii", 2049, 6) + bytes(range(6))))
-    mnist = data.open_dataset("mnist", input_shape=(1, 28, 28), preprocessing=GREY, data_dir=tmp_path)
+    mnist = sources.open_dataset("mnist", input_shape=(1, 28, 28), preprocessing=GREY, data_dir=tmp_path)
     assert mnist.named
     assert not mnist.flip
     assert mnist.train is not None
@@ -314,10 +314,10 @@ def test_mnist_files_are_read_and_never_mirrored(tmp_path: Path) -> None:
     assert data.labels_of(mnist.train).tolist() == list(range(6))
 
 
-@pytest.mark.parametrize("name", data.NAMES[1:])
+@pytest.mark.parametrize("name", sources.NAMES[1:])
 def test_nothing_is_downloaded_unless_asked(tmp_path: Path, name: str) -> None:
     with pytest.raises(CompactError, match=f"{name} is not in .*; --download fetches it, --data-dir names another folder"):
-        data.open_dataset(name, input_shape=(3, 32, 32), preprocessing=COLOUR, data_dir=tmp_path)
+        sources.open_dataset(name, input_shape=(3, 32, 32), preprocessing=COLOUR, data_dir=tmp_path)
 
 
 # The user's own
@@ -330,7 +330,7 @@ def own(tmp_path: Path, body: str) -> str:
 
 def test_a_function_gives_each_split(tmp_path: Path) -> None:
     spec = own(tmp_path, "return (torch.full((4, 1, 2, 2), 0.2), torch.arange(4)) if split == 'test' else None")
-    dataset = data.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
+    dataset = sources.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
     assert dataset.train is None
     assert not dataset.named
     assert dataset.name == "mine.py:load"
@@ -353,7 +353,7 @@ def test_a_function_gives_each_split(tmp_path: Path) -> None:
 )
 def test_what_a_function_gives_is_checked(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(CompactError, match=message):
-        data.open_dataset(own(tmp_path, body), input_shape=(1, 2, 2), preprocessing=GREY)
+        sources.open_dataset(own(tmp_path, body), input_shape=(1, 2, 2), preprocessing=GREY)
 
 
 @pytest.mark.parametrize(
@@ -363,12 +363,12 @@ def test_what_a_function_gives_is_checked(tmp_path: Path, body: str, message: st
         (":load", "cannot load :load: ValueError"),
         ("no_such_file.py:load", r"there is no file no_such_file\.py"),
         ("compactcli.data:no_such_function", r"there is no 'no_such_function' in compactcli\.data"),
-        ("compactcli.data:SUFFIXES", r"compactcli\.data:SUFFIXES is no function"),
+        ("compactcli.sources:SUFFIXES", r"compactcli\.sources:SUFFIXES is no function"),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_one_line(spec: str, message: str) -> None:
     with pytest.raises(CompactError, match=message):
-        data.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
+        sources.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
 
 
 # Laws
@@ -544,6 +544,6 @@ def class_folder_split(root: Path) -> data.Split:
         for number in range(6):
             pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(pixels.numpy()).save(root / name / f"{number}.png")
-    split = data.open_dataset(str(root), input_shape=(3, 8, 8), preprocessing=Preprocessing((0.5,), (0.5,))).train
+    split = sources.open_dataset(str(root), input_shape=(3, 8, 8), preprocessing=Preprocessing((0.5,), (0.5,))).train
     assert split is not None
     return split

@@ -15,7 +15,7 @@ from test_train import same, weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compactcli import artefact, channels, data, measure, optim, surgery, train
+from compactcli import artefact, channels, measure, optim, sources, surgery, train
 from compactcli.artefact import Wishes
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
@@ -162,7 +162,7 @@ def test_removing_what_has_gone_changes_next_to_nothing(searched):
 
 def test_the_whole_way_on_digits():
     preprocessing = Preprocessing((0.5,), (0.5,))
-    digits = data.open_dataset("digits", input_shape=(1, 16, 16), preprocessing=preprocessing, limit=200)
+    digits = sources.open_dataset("digits", input_shape=(1, 16, 16), preprocessing=preprocessing, limit=200)
     one = artefact.fresh(Wishes("cifar:resnet8", {"width": 4, "in_channels": 1}, (1, 16, 16), (0.5,), (0.5,)), 0)
     whole = measure.macs(one.module, (1, 16, 16))
     method = chosen("preset=cifar", "growth=0", "alpha=0.9")

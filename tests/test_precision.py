@@ -13,7 +13,7 @@ from test_artefact import Tied, assert_same, image, network, smaller
 from test_compress import own
 from torch import nn
 
-from compactcli import artefact, data, kernels, measure, methods, report
+from compactcli import artefact, data, kernels, measure, methods, report, sources
 from compactcli.artefact import Network, dumps, open_model, stored
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -46,7 +46,7 @@ def held(given: Network) -> int:
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=Preprocessing((0.5,), (0.5,)), limit=60)
+    return sources.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=Preprocessing((0.5,), (0.5,)), limit=60)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])

@@ -7,7 +7,7 @@ import torch
 from networks import named, randomise_
 from test_compress import own
 
-from compactcli import data, measure, methods, moments, predict, report
+from compactcli import data, measure, methods, moments, predict, report, sources
 from compactcli.analysis import Predicted, analyse
 from compactcli.artefact import Network
 from compactcli.compress import Target, compress, planned
@@ -22,7 +22,7 @@ def given() -> Network:
 
 @pytest.fixture(scope="module")
 def dataset() -> data.Dataset:
-    return data.open_dataset(
+    return sources.open_dataset(
         "digits", input_shape=(3, 16, 16), preprocessing=own(torch.nn.Identity()).recipe.preprocessing, limit=64
     )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from test_artefact import network, smaller
 from test_compress import own
 
-from compactcli import artefact, counters, data, kernels, measure, methods, report, tables
+from compactcli import artefact, counters, data, kernels, measure, methods, report, sources, tables
 from compactcli.analysis import analyse
 from compactcli.artefact import Wishes, open_model
 from compactcli.compress import Target, compress
@@ -72,7 +72,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=Preprocessing((0.5,), (0.5,)), limit=50)
+    return sources.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=Preprocessing((0.5,), (0.5,)), limit=50)
 
 
 def text_of(renderable: object) -> str:

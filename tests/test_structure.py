@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # DESIGN.md, "The parts": a file imports from its own row and from those above it.
 ORDER = [
     {"errors", "recipe", "distributed", "vision", "proximal", "lpbox", "pareto", "usercode"},
-    {"graph", "data", "augment", "streams", "cifar", "batchnorm", "history", "kernels"},
+    {"graph", "data", "images", "sources", "augment", "streams", "cifar", "batchnorm", "history", "kernels"},
     {
         "architectures",
         "signatures",

@@ -20,7 +20,7 @@ from test_cli import one_line, run
 from test_report import MODEL
 from typer.testing import Result
 
-from compactcli import artefact, data, measure, report
+from compactcli import artefact, data, measure, report, sources
 from compactcli import compress as driver
 from compactcli import sweep as sweeping
 from compactcli.errors import CompactError
@@ -196,7 +196,7 @@ def test_nothing_of_the_original_is_changed(folder):
     network = artefact.open_model(folder / "net.pt")
     before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
     recipe, content = network.recipe, (folder / "net.pt").read_bytes()
-    found = data.open_dataset(f"{folder / 'own.py'}:load", input_shape=network.input_shape, preprocessing=recipe.preprocessing)
+    found = sources.open_dataset(f"{folder / 'own.py'}:load", input_shape=network.input_shape, preprocessing=recipe.preprocessing)
     terms = Terms(None, found, Settings(epochs=1, batch_size=16), artefact.open_model(folder / "net.pt"))
     sweep(network, {"hinge": None}, [0.7], terms)
     after = network.module.state_dict()
@@ -304,7 +304,7 @@ def test_what_was_made_otherwise_is_made_again(unbroken, folder, tmp_path, monke
 def test_what_another_thing_made_is_not_kept(folder, monkeypatch, what):
     network = artefact.open_model(folder / "net.pt")
     shape, preprocessing = network.input_shape, network.recipe.preprocessing
-    own = data.open_dataset(f"{folder / 'own.py'}:load", input_shape=shape, preprocessing=preprocessing)
+    own = sources.open_dataset(f"{folder / 'own.py'}:load", input_shape=shape, preprocessing=preprocessing)
     calibration = driver.Calibration(data.sample(own.train, 8, 0), own.name)
     cell = sweeping.Cell("hinge", None, 0.5)
     terms = Terms(calibration, own, Settings(epochs=1), artefact.open_model(folder / "net.pt"))

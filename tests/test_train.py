@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compactcli import cifar, data, measure, optim, train
+from compactcli import cifar, data, measure, optim, sources, train
 from compactcli.errors import CompactError, UsageError
 from compactcli.history import History, Watch
 from compactcli.methods import Method, Progress
@@ -398,7 +398,7 @@ def test_the_demos_checkpoint_is_as_good_as_its_script_says() -> None:
     file = Path(__file__).parents[1] / "examples" / "digits-resnet20.pt"
     model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
     preprocessing = Preprocessing(mean=(0.5,), std=(0.5,))
-    digits = data.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=preprocessing)
+    digits = sources.open_dataset("digits", input_shape=(1, 32, 32), preprocessing=preprocessing)
     assert digits.test is not None
     tested = measure.accuracy(model, data.batches(digits.test, preprocessing, 256, "cpu"))
     assert tested.top1 == pytest.approx(98.80, abs=0.25)

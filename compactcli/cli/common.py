@@ -233,10 +233,10 @@ def open_data(
     """The dataset of --data, decoded for the network's input; None without the flag."""
     if spec is None:
         return None
-    from .. import data, distributed
+    from .. import distributed, sources
 
     with distributed.main_first():  # it may be downloaded
-        return data.open_dataset(
+        return sources.open_dataset(
             spec,
             input_shape=network.input_shape,
             preprocessing=network.recipe.preprocessing,

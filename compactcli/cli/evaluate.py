@@ -36,7 +36,7 @@ def command(
         trust_pickle=trust_pickle, quiet=quiet,
     )  # fmt: skip
     common.check_device(device)
-    from ..data import remembered
+    from ..sources import remembered
 
     dataset = open_data(
         network,

@@ -81,9 +81,9 @@ def command(
     if freeze_bn and sync_bn:
         raise UsageError("--freeze-bn and --sync-bn: batch-norm does one or the other")
     from .. import artefact, distributed, optim
-    from ..data import remembered
     from ..finetune import find_teacher, finetune
     from ..history import Watch
+    from ..sources import remembered
 
     with distributed.joined(device) as own_device:
         settings = optim.Settings(
