@@ -93,17 +93,18 @@ def run_fake(
     train: bool | None = False,
     batch: int = BATCH,
     change: Callable[[nn.Module], None] = lambda shadow: None,
-) -> None:
+) -> Any:
     """Run the network on fake tensors, after a `change` to its shadow copy: nothing is computed, changed or allocated.
+    What it gives: tensors with shapes and no values.
 
     In eval mode, in train mode, or in both, one after the other, where `train` is None.
     Code that depends on the values of tensors runs on random images, as in `trace`.
     Raises CompactError with the reason where it does not run.
     """
     try:
-        _run(model, input_shape, train, batch, change, fake=True)
+        return _run(model, input_shape, train, batch, change, fake=True)
     except DataDependentOutputException:
-        _run(model, input_shape, train, batch, change, fake=False)
+        return _run(model, input_shape, train, batch, change, fake=False)
 
 
 def _run(
@@ -114,7 +115,8 @@ def _run(
     change: Callable[[nn.Module], None],
     *,
     fake: bool,
-) -> None:
+) -> Any:
+    given: Any = None
     shadow, mode = _shadow(model, fake=fake)
     with silent(), mode, torch.no_grad():
         change(shadow)
@@ -124,7 +126,8 @@ def _run(
                 if isinstance(module, _NormBase):  # what shapes do is the same in both modes, and tracing it takes long in one
                     module.eval()
             with named_failure(f"in {'train' if training else 'eval'} mode"):
-                shadow(_image(batch, input_shape, mode))
+                given = shadow(_image(batch, input_shape, mode))
+    return given
 
 
 def not_finite(model: nn.Module, images: Tensor, which: str) -> CompactError:

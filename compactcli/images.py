@@ -30,7 +30,7 @@ class Form:
 
 
 def form_of(shape: Shape, preprocessing: Preprocessing) -> Form:
-    """What a network with inputs of that shape takes. Raises CompactError where images are never so, or PIL cannot make them so."""
+    """What a network with inputs of that shape takes. Raises CompactError where images cannot be made so."""
     if shape[0] not in (1, 3):
         raise CompactError(f"the network takes {shape[0]} channels; images have 1 or 3")
     resampling = Image.Resampling.__members__.get(preprocessing.interpolation.upper())

@@ -146,13 +146,7 @@ def loss(outputs: Tensor, labels: Tensor, targets: Tensor | None, settings: Sett
 
 def ignores_outputs(model: nn.Module, input_shape: Sequence[int]) -> bool:
     """Whether the network gives, while training, auxiliary scores that the loss does not look at."""
-    found: list[Any] = []
-    run_fake(model, input_shape, train=True, change=lambda shadow: _record(shadow, found))
-    return not isinstance(found[0], Tensor)
-
-
-def _record(shadow: nn.Module, found: list[Any]) -> None:
-    shadow.register_forward_hook(lambda module, arguments, output: found.append(output))
+    return not isinstance(run_fake(model, input_shape, train=True), Tensor)
 
 
 class Average:

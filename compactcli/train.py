@@ -258,7 +258,7 @@ class _Run:
         distributed.share_(self.model.buffers())
         if self.store is None or not distributed.is_main():
             return
-        standing: dict[str, Any] = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen}
+        standing: dict[str, Any] = {"step": self.step, "steps": self.total_steps, "loss_sum": self.loss_sum, "seen": self.seen}
         standing |= {"best": self.best.epoch, "ended": self.ended, "peaks": self.peaks}
         tensors = pack(self.model, self.optimizer, self.average, self.hooks)
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}

@@ -97,16 +97,16 @@ def run_file(
     return kept
 
 
-def write(network: "Network", destination: str, kept: Path | None, *, unfinished: bool, quiet: bool) -> None:
-    """Write the network and remove the run's file, unless there is more to go on with; in the main process alone."""
-    from .. import artefact, distributed
+def write(network: "Network", destination: str, kept: Path | None, *, more: bool = False, quiet: bool) -> None:
+    """Write the network; remove the run's file, unless it has steps left or there is `more` to do. In the main process alone."""
+    from .. import artefact, distributed, resume
 
     if not distributed.is_main():
         return
     size = artefact.save(network, destination)
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
-    if kept is not None and not unfinished:
-        kept.unlink(missing_ok=True)
+    if kept is not None and kept.exists() and not more and not resume.unfinished(kept):
+        kept.unlink()
 
 
 def _beside(destination: str) -> Path:
