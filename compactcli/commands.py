@@ -11,7 +11,7 @@ from .optim import Settings
 # The options of a step that are flags of its command, in the order in which they are written.
 TRAINING = ("epochs", "lr", "weight_decay", "optimizer", "schedule")
 FLAGS = {
-    "compress": ("ratio", "of", "round"),
+    "compress": ("ratio", "of", "round", "nearest", "images"),
     "finetune": (
         *(*TRAINING, "milestones", "warmup_epochs", "batch_size", "accumulate", "teacher", "distill_weight", "temperature"),
         *("label_smoothing", "cutout", "clip_grad", "ema", "batch_norm", "keep", "precision", "seed"),
@@ -20,6 +20,8 @@ FLAGS = {
 }
 SEARCH = (*TRAINING, "batch_size", "teacher", "distill_weight", "temperature", "precision", "seed")  # those of compress
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "epochs"} | {"keep": "best"}
+CALIBRATED = {"images": 1024}
+CALLED = {"images": "limit"}  # flags that have another name than what is recorded
 BATCH_NORM = {"frozen": "--freeze-bn", "sync": "--sync-bn"}
 
 
@@ -33,7 +35,7 @@ def command_line(step: Mapping[str, Any]) -> str:
         return " ".join(filter(None, (name, step["method"])))
     words = ["compactcli", name, *(() if step["method"] is None else ("--method", step["method"]))]
     kind = methods.get(step["method"]) if step["method"] in methods.names() else None
-    words += _flags(FLAGS[name], options, DEFAULTS if kind is None else {"of": kind.of[0]})
+    words += _flags(FLAGS[name], options, DEFAULTS if kind is None else {"of": kind.of[0], **CALIBRATED})
     if isinstance(options.get("search"), Mapping):
         words += _flags(SEARCH, options["search"], DEFAULTS)
     for known in () if kind is None else methods.option_list(kind):
@@ -47,7 +49,7 @@ def _flags(names: Sequence[str], options: Mapping[str, Any], plain: Mapping[str,
     words: list[str] = []
     for name in names:
         value = options.get(name)
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{CALLED.get(name, name).replace('_', '-')}"
         if name == "teacher" and name in options:
             words += [flag, "none" if value is None else _word(value)]
         elif name == "batch_norm":

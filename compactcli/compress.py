@@ -114,6 +114,8 @@ def compress(
         log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
     images = None if calibration is None else len(calibration.images)
     options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **method.recorded()}
+    if target.nearest:
+        options["nearest"] = True
     if search is not None:
         options["search"] = {**search.settings.identity(), "teacher": None if search.teacher is None else search.teacher.name}
     edits = without_tensors([*job.plain, *begun, *ended])

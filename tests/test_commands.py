@@ -65,7 +65,16 @@ def test_compress_reads_how_its_search_was_trained(method):
     found = read(command_line({"command": "compress", "method": method, "options": options}))
     assert {name: found[name] for name in given} == given
     assert (found["method"], found["ratio"], found["round"], found["teacher"]) == (method, 0.5, "4", "net.pt")
+    assert (found["limit"], found["nearest"]) == (9, False)
     assert not found["set"]
+
+
+def test_compress_reads_how_it_met_its_target():
+    options = {"ratio": 0.5, "of": "macs", "round": 4, "images": 1024, **get("hinge")().recorded()}
+    line = command_line({"command": "compress", "method": "hinge", "options": options})
+    assert (read(line)["limit"], read(line)["nearest"]) == (1024, False)
+    assert "--limit" not in line
+    assert read(command_line({"command": "compress", "method": "hinge", "options": options | {"nearest": True}}))["nearest"]
 
 
 def test_a_flag_at_its_default_is_left_out():

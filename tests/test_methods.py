@@ -62,7 +62,7 @@ def test_no_option_has_the_name_of_what_every_step_records(name):
     """The ratio of the history is the one that was asked for."""
     method = get(name)()
     step = compress(network(width=8), name, method, Target(0.8, nearest=True)).recipe.steps[-1]
-    assert step.options.keys() - method.recorded().keys() == {"ratio", "of", "round", "images"}
+    assert step.options.keys() - method.recorded().keys() == {"ratio", "of", "round", "images", "nearest"}
     assert "search" not in method.recorded()
     assert step.options["ratio"] == 0.8
 
