@@ -182,3 +182,13 @@ def test_weights_that_are_not_numbers_are_named():
     model.module.layer2[0].conv1.weight.data[0, 0] = float("nan")
     with pytest.raises(CompactError, match=r"random: layer2\.0\.conv1\.weight holds NaN or Inf"):
         compress(model, "hinge", get("hinge")(), Target(0.5))
+
+
+@pytest.mark.parametrize("order", ["tiled", "rows"])
+def test_slices_far_larger_than_any_kernel_are_refused_before_they_are_made(order):
+    """Filled up with zeros they would take gigabytes."""
+    csg = get("csg")
+    options = parse_options(csg, ["slice=4096x4096", f"order={order}"])
+    with pytest.raises(CompactError, match=r"slices of 4096x4096 .* the largest of which is 32x32; try --set slice=32x32"):
+        compress(network(width=8), "csg", csg(options), Target(0.5))
+    compress(network(width=8), "csg", csg(parse_options(csg, ["slice=32x32", f"order={order}"])), Target(0.9, nearest=True))

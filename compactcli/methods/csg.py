@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..moments import Moments
 
 SIZES = 48  # of codes that are tried
+MOST_FILLED = 10**8  # numbers of slices that may be filled up as far as a user likes
 SHORTEST = 0.01  # squared spectral norm of a factor from which on the other learns no faster: it may grow while the paces stay
 
 
@@ -125,6 +126,7 @@ class CSG(Method):
                 slicing = Slicing(layer.shape, *self._cut(given.get(kernel)))
                 weight = model.get_parameter(layer.weight).detach().float()
                 groups.setdefault(kernel, []).append((layer, Sliced(weight, metrics.of(layer), slicing)))
+        _check_size([sliced for found in groups.values() for _, sliced in found])
         plans, lost = self._chosen(model, budget, groups, given)
         shares = {layer.name: 1.0 for layer in budget.layers}
         if moments is not None:
@@ -245,6 +247,18 @@ class CSG(Method):
             groups.append({"params": [layer.code for layer in own], "pace": 1 / max(lengths[0], SHORTEST)})
             groups.append({"params": [generator.weight], "pace": 1 / max(lengths[1], SHORTEST)})
         return groups
+
+
+def _check_size(slices: Sequence[Sliced]) -> None:
+    """Raise CompactError where nearly all numbers of the slices would be the zeros that they are filled up with."""
+    filled = sum(each.slicing.count * each.slicing.size for each in slices)
+    if filled > max(MOST_FILLED, 4 * sum(each.weight.numel() for each in slices)):
+        first = slices[0].slicing
+        largest = "x".join(str(max(each.weight.shape[axis] for each in slices)) for axis in (0, 1))
+        raise CompactError(
+            f"slices of {first.outputs}x{first.inputs} are far larger than any kernel here, the largest of which is {largest}; "
+            f"try --set slice={largest}"
+        )
 
 
 def _counted(each: tuple[Layer, Sliced], shares: Mapping[str, float]) -> tuple[Layer, Sliced]:
