@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, optim, surgery
 from .errors import CompactError, UsageError
@@ -21,9 +22,9 @@ def of(network: nn.Module, teacher: nn.Module | None, settings: Settings) -> Gra
     plain = Plain(network, teacher, settings)
     if not settings.cuda_graphs:
         return plain
-    if distributed.world_size() > 1:
+    if distributed.world_size() > 1 or isinstance(network, DistributedDataParallel):
         raise UsageError("--cuda-graphs: it is for one process; leave it out, or start without torchrun")
-    return Recorded(plain, network, torch.device(settings.device))
+    return Recorded(plain, network, settings.batch_size, torch.device(settings.device))
 
 
 class Plain:
@@ -56,22 +57,22 @@ class Plain:
 class Recorded:
     """The same, as a CUDA graph: where Python takes longer than the GPU, a step then takes as long as the GPU does.
 
-    Batches unlike the first in shape are computed plainly. A graph reads parameters and leaves gradients where they were when
-    it was recorded: where parameters have been moved since, it is recorded anew. The network must do the same in every step.
+    Smaller batches, as at an epoch's end, are computed plainly. A graph reads parameters and leaves gradients where they were
+    when it was recorded: where parameters have been moved since, it is recorded anew. What the network chooses on the CPU stays
+    as it was then; dropout and the like draw on the GPU, anew in each step.
     """
 
-    def __init__(self, plain: Gradient, network: nn.Module, device: torch.device) -> None:
+    def __init__(self, plain: Gradient, network: nn.Module, batch_size: int, device: torch.device) -> None:
+        self.batch_size = batch_size
         self.plain, self.parameters = plain, [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.warm = 0
-        self.shape: torch.Size | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.places: list[int] = []
 
     def __call__(self, inputs: Tensor, labels: Tensor, of_all: int) -> Tensor:
         """As `Plain`; the gradients must have been set to none before. Raises CompactError if the step cannot be recorded."""
-        self.shape = self.shape or inputs.shape
-        if inputs.shape != self.shape:
+        if len(inputs) != self.batch_size:
             return self.plain(inputs, labels, of_all)
         if self.warm < WARM_UP:
             self.warm += 1
@@ -97,11 +98,15 @@ class Recorded:
     def record(self, inputs: Tensor, labels: Tensor, of_all: int) -> None:
         """Note down what a step does; nothing is computed yet."""
         self.inputs, self.labels, graph = inputs.clone(), labels.clone(), torch.cuda.CUDAGraph()
+        own = torch.cuda.current_stream(inputs.device)
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.stream(own), torch.cuda.graph(graph, stream=self.stream):  # back to it after a failure as well
                 self.loss = self.plain(self.inputs, self.labels, of_all)
         except RuntimeError as problem:
-            reason = str(problem).partition("\n")[0]
+            first: BaseException = problem  # of which the end of the recording says only that there was one
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).partition("\n")[0]
             raise CompactError(f"--cuda-graphs: a step of this network cannot be recorded ({reason}); leave it out") from None
         self.graph, self.gradients, self.places = graph, [parameter.grad for parameter in self.parameters], self.where()
 

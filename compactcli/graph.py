@@ -95,7 +95,7 @@ def run_fake(
     change: Callable[[nn.Module], None] = lambda shadow: None,
 ) -> Any:
     """Run the network on fake tensors, after a `change` to its shadow copy: nothing is computed, changed or allocated.
-    What it gives: tensors with shapes and no values.
+    Its output in the last mode run, of which only the shapes mean anything.
 
     In eval mode, in train mode, or in both, one after the other, where `train` is None.
     Code that depends on the values of tensors runs on random images, as in `trace`.

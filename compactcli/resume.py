@@ -74,12 +74,6 @@ def check(path: Path) -> dict[str, str]:
     return _opened(path, lambda file: None)[1]
 
 
-def unfinished(path: Path) -> bool:
-    """Whether the run in the file has steps left: its time was up. Raises CompactError if there is none."""
-    standing = json.loads(check(path)[KEY])["standing"]
-    return standing["ended"] is None and bool(standing["step"] < standing["steps"])
-
-
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that a store wrote. Raises CompactError if it is none."""
     return _opened(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no mapping)

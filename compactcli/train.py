@@ -61,7 +61,7 @@ def fit_(
     with Interruption().watched() as run.interruption, batchnorm.synchronised(model, settings.batch_norm == "sync"):
         network: Any = torch.compile(model) if settings.compile else model
         network = distributed.wrapped(network, settings.device, lambda: optim.ignores_outputs(model, training.shape))
-        run.gradient = gradient.of(network, teacher, settings)
+        run.gradient = gradient.of(network, teacher, run.settings)
         run.begin(resume)
         while run.step < run.total_steps and run.ended is None:
             run.train_epoch()
@@ -258,7 +258,7 @@ class _Run:
         distributed.share_(self.model.buffers())
         if self.store is None or not distributed.is_main():
             return
-        standing: dict[str, Any] = {"step": self.step, "steps": self.total_steps, "loss_sum": self.loss_sum, "seen": self.seen}
+        standing: dict[str, Any] = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen}
         standing |= {"best": self.best.epoch, "ended": self.ended, "peaks": self.peaks}
         tensors = pack(self.model, self.optimizer, self.average, self.hooks)
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}

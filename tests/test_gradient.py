@@ -110,14 +110,14 @@ def trained(
 
 
 def recorded(model: nn.Module, teacher: nn.Module | None = None, settings: Settings = SETTINGS) -> Recorded:
-    return Recorded(Plain(model, teacher, settings), model, torch.device("cpu"))
+    return Recorded(Plain(model, teacher, settings), model, 8, torch.device("cpu"))
 
 
 def plain(model: nn.Module, teacher: nn.Module | None = None, settings: Settings = SETTINGS) -> Plain:
     return Plain(model, teacher, settings)
 
 
-@pytest.mark.parametrize("sizes", [[8] * 8, [8, 8, 8, 8, 3, 8, 8, 3, 8], [3, 8, 3, 3, 8, 3, 3]], ids=["even", "rest", "first"])
+@pytest.mark.parametrize("sizes", [[8] * 8, [8, 8, 8, 8, 3, 8, 8, 3, 8], [3, 8, 8, 8, 3, 8, 8, 3]], ids=["even", "rest", "first"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_replayed_steps_are_the_plain_ones(
@@ -183,7 +183,7 @@ def test_it_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_replayed_steps_are_the_plain_ones_on_cuda(precision: Any) -> None:
     """To rounding: cuDNN adds up in any order."""
-    settings = Settings(device="cuda", precision=precision, cuda_graphs=True)
+    settings = Settings(device="cuda", precision=precision, batch_size=8, cuda_graphs=True)
     found = []
     for made in (Plain, lambda model, teacher, own: gradient.of(model, teacher, own)):
         model, teacher = network().cuda().train(), network(1).cuda().eval()

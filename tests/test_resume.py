@@ -232,16 +232,6 @@ def test_a_model_on_stdin_is_not_passed_over_for_what_a_run_left(small: Path, tm
     assert b"resumed at step" in done.stderr
 
 
-@pytest.mark.parametrize(("seconds", "left"), [("0.01", True), ("3600", False)])
-def test_a_run_is_kept_only_where_its_time_was_up(small: Path, tmp_path: Path, seconds: str, *, left: bool) -> None:
-    model = (small / "net.pt").read_bytes()
-    command = [part for part in finetune(tmp_path, "--time-limit", seconds) if not part.endswith("net.pt")]
-    subprocess.run(command, check=True, capture_output=True, input=model)
-    kept = tmp_path / "out.resume.safetensors"
-    assert kept.exists() == left
-    assert output(tmp_path)
-
-
 def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(tmp_path: Path) -> None:
     """A folder of the same name may hold as many others."""
     network, images, chosen = opened(), dataset(), settings()

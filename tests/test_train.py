@@ -455,6 +455,16 @@ def test_the_rate_falls_to_a_tenth_at_each_milestone() -> None:
     assert [factor(step) for step in (0, 49, 50, 74, 75, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+@pytest.mark.skipif(not optim._computes_bfloat16(torch.device("cpu")), reason="needs bfloat16 arithmetic")
+def test_training_is_in_the_precision_that_was_settled_on() -> None:
+    """float32 where oneDNN's bfloat16 goes wrong: inputs narrower than the stride."""
+    seen = set()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, stride=16), nn.Flatten(), nn.Linear(8, 3))
+    model[0].register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+    fit(model, settings(epochs=1, precision="auto"))
+    assert seen == {torch.float32}
+
+
 def test_labels_are_smoothed() -> None:
     outputs, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
     targets = torch.full((6, 4), 0.2 / 4).scatter(1, labels[:, None], 0.8 + 0.2 / 4)

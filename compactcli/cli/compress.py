@@ -177,8 +177,7 @@ def command(
                 means = {"calibration": calibration, "search": search, "seed": seed}
                 compress(network, method, chosen, target, **means, log=say, progress=advance)  # type: ignore[arg-type]
         spare = distributed.shared(time_limit and time_limit - (time.perf_counter() - started))  # it is of both together
-        more = spare is not None and spare <= 0 and finetune_epochs > 0
-        if more:
+        if spare is not None and spare <= 0 and finetune_epochs:
             say("the time is up before fine-tuning; --resume goes on")
         elif finetune_epochs and dataset is not None:
             finetuning = replace(finetuning, time_limit=spare)
@@ -188,7 +187,7 @@ def command(
                 finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)
         if dtype is not None and network.recipe.dtype is None and distributed.is_main():
             cast_(network, dtype, log=say)
-        training.write(network, destination, kept, more=more, quiet=quiet)
+        training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
 
 
 def _calibration(dataset: "Dataset | None", limit: int, seed: int) -> "Calibration | None":

@@ -33,7 +33,10 @@ Workers = Annotated[
     typer.Option(min=0, help="Threads that decode ahead; 0: decode all first. [default: 2 where they do not fit in memory]"),
 ]
 CudaGraphs = Annotated[
-    bool, typer.Option("--cuda-graphs", help="Record a training step once and replay it: small networks are faster on a GPU.")
+    bool,
+    typer.Option(
+        "--cuda-graphs", help="Record a training step once and replay it on a GPU. Not for networks that choose on the CPU."
+    ),
 ]
 Precision = Annotated[
     str, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 where the hardware computes in it.")
@@ -97,16 +100,16 @@ def run_file(
     return kept
 
 
-def write(network: "Network", destination: str, kept: Path | None, *, more: bool = False, quiet: bool) -> None:
-    """Write the network; remove the run's file, unless it has steps left or there is `more` to do. In the main process alone."""
-    from .. import artefact, distributed, resume
+def write(network: "Network", destination: str, kept: Path | None, *, unfinished: bool, quiet: bool) -> None:
+    """Write the network and remove the run's file, unless there is more to go on with; in the main process alone."""
+    from .. import artefact, distributed
 
     if not distributed.is_main():
         return
     size = artefact.save(network, destination)
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
-    if kept is not None and kept.exists() and not more and not resume.unfinished(kept):
-        kept.unlink()
+    if kept is not None and not unfinished:
+        kept.unlink(missing_ok=True)
 
 
 def _beside(destination: str) -> Path:

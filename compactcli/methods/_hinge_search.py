@@ -209,7 +209,7 @@ class Search:
 
     def relative(self, norms: Sequence[Tensor]) -> list[Tensor]:
         """The norms of every family's and layer's groups in their units, on the CPU."""
-        every = torch.cat(list(norms)).double().cpu()  # the device waits once
+        every = torch.cat(list(norms)).double().cpu()  # one copy for all groups
         norms = torch.split(every, [each.count for each in self.found])
         return [own / (units * drift) for own, units, drift in zip(norms, self.units, self.drifts(norms), strict=True)]
 

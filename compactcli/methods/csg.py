@@ -257,7 +257,7 @@ def _check_size(slices: Sequence[Sliced]) -> None:
         largest = "x".join(str(max(each.weight.shape[axis] for each in slices)) for axis in (0, 1))
         raise CompactError(
             f"slices of {first.outputs}x{first.inputs} are far larger than any kernel here, the largest of which is {largest}; "
-            f"try --set slice={largest}"
+            f"try --set slice={largest}, or another generator"
         )
 
 
