@@ -7,6 +7,7 @@ from typing import Any
 
 from . import methods
 from .optim import Settings
+from .recipe import IMAGES
 
 # The options of a step that are flags of its command, in the order in which they are written.
 TRAINING = ("epochs", "lr", "weight_decay", "optimizer", "schedule")
@@ -20,7 +21,6 @@ FLAGS = {
 }
 SEARCH = (*TRAINING, "batch_size", "teacher", "distill_weight", "temperature", "precision", "seed")  # those of compress
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.name != "epochs"} | {"keep": "best"}
-CALIBRATED = {"images": 1024}
 CALLED = {"images": "limit"}  # flags that have another name than what is recorded
 BATCH_NORM = {"frozen": "--freeze-bn", "sync": "--sync-bn"}
 
@@ -35,7 +35,7 @@ def command_line(step: Mapping[str, Any]) -> str:
         return " ".join(filter(None, (name, step["method"])))
     words = ["compactcli", name, *(() if step["method"] is None else ("--method", step["method"]))]
     kind = methods.get(step["method"]) if step["method"] in methods.names() else None
-    words += _flags(FLAGS[name], options, DEFAULTS if kind is None else {"of": kind.of[0], **CALIBRATED})
+    words += _flags(FLAGS[name], options, DEFAULTS if kind is None else {"of": kind.of[0], "images": IMAGES})
     if isinstance(options.get("search"), Mapping):
         words += _flags(SEARCH, options["search"], DEFAULTS)
     for known in () if kind is None else methods.option_list(kind):

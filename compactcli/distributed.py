@@ -21,12 +21,17 @@ PATIENCE = timedelta(hours=6)  # for one that reads, tests or writes alone; torc
 
 def rank() -> int:
     """This process's number, from 0."""
-    return torch.distributed.get_rank() if _running() else 0
+    return torch.distributed.get_rank() if running() else 0
+
+
+def running() -> bool:
+    """Whether this process is one of torchrun's, be it the only one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def world_size() -> int:
     """How many processes work together."""
-    return torch.distributed.get_world_size() if _running() else 1
+    return torch.distributed.get_world_size() if running() else 1
 
 
 def is_main() -> bool:
@@ -63,7 +68,7 @@ def joined(device: str) -> Iterator[str]:
 
 def shared(value: Any) -> Any:
     """The main process's value, in every process."""
-    if not _running():
+    if not running():
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
@@ -72,7 +77,7 @@ def shared(value: Any) -> Any:
 
 def total(values: Sequence[float], device: str = "cpu") -> list[float]:
     """The sums over all processes."""
-    if not _running():
+    if not running():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor)
@@ -82,14 +87,14 @@ def total(values: Sequence[float], device: str = "cpu") -> list[float]:
 
 def share_(tensors: Iterable[Tensor]) -> None:
     """Give every process the main one's values, in place: of running statistics, which each takes over its own images."""
-    if _running():
+    if running():
         for tensor in tensors:
             torch.distributed.broadcast(tensor, src=0)
 
 
 def wait() -> None:
     """Until every process has come here: one that ends takes the others with it."""
-    if _running():
+    if running():
         torch.distributed.barrier()
 
 
@@ -105,7 +110,7 @@ def main_first() -> Iterator[None]:
 
 def check_alike(model: nn.Module, what: str) -> None:
     """Raise CompactError unless every process has the same network (names and shapes) and the same `what`."""
-    if not _running():
+    if not running():
         return
     shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
     own = hashlib.sha256(repr((shapes, what)).encode()).hexdigest()
@@ -131,7 +136,7 @@ def wrapped(network: nn.Module, device: str, has_unused: Callable[[], bool]) -> 
 
     `has_unused` says whether there are parameters that the loss does not depend on.
     """
-    if not _running():
+    if not running():
         return network
     where = [device] if device.startswith("cuda") else None
     return DistributedDataParallel(network, device_ids=where, find_unused_parameters=has_unused())
@@ -158,7 +163,3 @@ class Sum(torch.autograd.Function):
         summed = gradient.contiguous().clone()
         torch.distributed.all_reduce(summed)
         return summed
-
-
-def _running() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, optim, surgery
 from .errors import CompactError, UsageError
@@ -13,16 +12,15 @@ from .optim import Settings
 
 Gradient = Callable[[Tensor, Tensor, int], Tensor]
 
-
 WARM_UP = 3  # steps before the recorded one: libraries choose their kernels and take their memory in them
 
 
 def of(network: nn.Module, teacher: nn.Module | None, settings: Settings) -> Gradient:
-    """What computes the network's gradients. Raises UsageError where it shall be recorded in one of several processes."""
+    """What computes the network's gradients. Raises UsageError where it shall be recorded under torchrun."""
     plain = Plain(network, teacher, settings)
     if not settings.cuda_graphs:
         return plain
-    if distributed.world_size() > 1 or isinstance(network, DistributedDataParallel):
+    if distributed.running():
         raise UsageError("--cuda-graphs: it is for one process; leave it out, or start without torchrun")
     return Recorded(plain, network, settings.batch_size, torch.device(settings.device))
 
@@ -62,13 +60,14 @@ class Recorded:
     as it was then; dropout and the like draw on the GPU, anew in each step.
     """
 
+    graph: torch.cuda.CUDAGraph
+
     def __init__(self, plain: Gradient, network: nn.Module, batch_size: int, device: torch.device) -> None:
-        self.batch_size = batch_size
-        self.plain, self.parameters = plain, [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.plain, self.batch_size = plain, batch_size
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.warm = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.places: list[int] = []
+        self.places: list[int] = []  # of the parameters when the graph was recorded
 
     def __call__(self, inputs: Tensor, labels: Tensor, of_all: int) -> Tensor:
         """As `Plain`; the gradients must have been set to none before. Raises CompactError if the step cannot be recorded."""
@@ -77,9 +76,8 @@ class Recorded:
         if self.warm < WARM_UP:
             self.warm += 1
             return self.beside(inputs, labels, of_all)
-        if self.graph is None or self.places != self.where():
+        if self.places != self.where():
             self.record(inputs, labels, of_all)
-        assert self.graph is not None
         self.inputs.copy_(inputs)
         self.labels.copy_(labels)
         self.graph.replay()

@@ -12,6 +12,7 @@ from .errors import CompactError
 OPEN = "open"  # the command of the step that a file of a method's authors begins with
 FORMAT = 1  # major version of the recipe; a newer one is refused
 NAME_LENGTH = 200  # of the names in an edit
+IMAGES = 1024  # that a network is calibrated on, where no other number is asked for
 DTYPES = ("float16", "bfloat16")  # what a file may hold its floating-point numbers in, beside what they are computed in
 
 # Numbers that a module's own code may split or slice its channels by: of a piece, of the first ones, or of all.

@@ -1,6 +1,6 @@
 """The gradients of a step: recorded and replayed as computed plainly."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from networks import named
+from test_search import images as coloured
+from test_search import network as colours
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compactcli import distributed, gradient
+from compactcli import distributed, gradient, methods
+from compactcli.compress import Search, Target, compress
 from compactcli.errors import CompactError, UsageError
+from compactcli.finetune import finetune
 from compactcli.gradient import WARM_UP, Plain, Recorded
 from compactcli.optim import Settings
 
@@ -56,8 +60,8 @@ class Stream:
         pass
 
 
-def on_cpu(monkeypatch: pytest.MonkeyPatch, *networks: nn.Module) -> list[Tape]:
-    """Let torch.cuda's graphs be tapes; the list of those that were recorded. Recording changes no network."""
+def on_cpu(monkeypatch: pytest.MonkeyPatch, networks: Sequence[nn.Module] = ()) -> list[Tape]:
+    """Let torch.cuda's graphs be tapes; the list of those that were recorded. Recording changes none of the networks."""
     recorded = []
 
     @contextmanager
@@ -125,7 +129,7 @@ def test_replayed_steps_are_the_plain_ones(
 ) -> None:
     """Batches of other sizes among them leave the gradients where the graph writes them."""
     models, teacher = [network(), network()], network(1).eval() if guided else None
-    tapes = on_cpu(monkeypatch, models[1])
+    tapes = on_cpu(monkeypatch, models[1:])
     settings = Settings(precision="float32", accumulate=accumulate)
     expected = trained(models[0].train(), partial(plain, teacher=teacher, settings=settings), sizes)
     found = trained(models[1].train(), partial(recorded, teacher=teacher, settings=settings), sizes)
@@ -137,7 +141,7 @@ def test_replayed_steps_are_the_plain_ones(
 
 def test_parameters_that_were_moved_are_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [network(), network()]
-    tapes = on_cpu(monkeypatch, models[1])
+    tapes = on_cpu(monkeypatch, models[1:])
 
     def move(model: nn.Module, step: int) -> None:
         if step == WARM_UP + 1:
@@ -150,6 +154,31 @@ def test_parameters_that_were_moved_are_recorded_anew(monkeypatch: pytest.Monkey
     )
     assert len(tapes) == 2
     assert found == expected
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_searched_and_trained_with_recorded_steps_is_the_same_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whatever the methods' hooks, a bound on gradients and averages do around the passes; with a rest in each epoch."""
+    chosen = Settings(epochs=3, batch_size=25, lr=0.02, precision="float32", clip_grad=0.5, ema=0.5)
+    made = []
+    for replayed in (False, True):
+        networks: list[nn.Module] = []
+        if replayed:
+            tapes = on_cpu(monkeypatch, networks)
+
+            def of(network: nn.Module, teacher: nn.Module | None, settings: Settings, *, own: Any = networks) -> Recorded:
+                own[:] = [network]
+                return Recorded(Plain(network, teacher, settings), network, settings.batch_size, torch.device("cpu"))
+
+            monkeypatch.setattr(gradient, "of", of)
+        one, teacher = colours(), colours()
+        compress(one, name, methods.get(name)(), Target(0.6, nearest=True), search=Search(coloured(), chosen, teacher))
+        finetune(one, coloured(), chosen, teacher=teacher, keep="last")
+        made.append(one.module.state_dict())
+    assert len(tapes) == 2  # one of the search, one of fine-tuning
+    assert made[0].keys() == made[1].keys()
+    for key, tensor in made[0].items():
+        assert torch.equal(made[1][key], tensor), key
 
 
 def test_what_asks_for_values_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +203,7 @@ def test_it_is_for_a_gpu_alone(values: dict[str, Any]) -> None:
 
 
 def test_it_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "running", lambda: True)
     with pytest.raises(UsageError, match="--cuda-graphs"):
         gradient.of(network(), None, Settings(device="cuda", cuda_graphs=True))
 

@@ -10,6 +10,7 @@ import typer
 
 from .. import streams
 from ..errors import UsageError
+from ..recipe import IMAGES
 from . import common, training
 from .common import guarded, note, open_data, open_network
 
@@ -51,7 +52,7 @@ def command(
     data_dir: common.DataDir = None,
     download: common.Download = False,
     skip_corrupt: common.SkipCorrupt = False,
-    limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
+    limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = IMAGES,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Use the weights alone, whatever --data says.")] = False,
     lr: training.LearningRate = None,
     weight_decay: training.WeightDecay = 1e-4,

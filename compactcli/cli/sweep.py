@@ -10,6 +10,7 @@ import typer
 
 from .. import streams
 from ..errors import CompactError, UsageError
+from ..recipe import IMAGES
 from . import common, training
 from .common import guarded, note, open_data, open_network
 
@@ -27,7 +28,7 @@ def command(
     data_dir: common.DataDir = None,
     download: common.Download = False,
     skip_corrupt: common.SkipCorrupt = False,
-    limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = 1024,
+    limit: Annotated[int, typer.Option(min=1, help="At most that many images to calibrate on.")] = IMAGES,
     lr: training.LearningRate = None,
     weight_decay: training.WeightDecay = 1e-4,
     optimizer: training.Optimizer = "sgd",
