@@ -120,8 +120,8 @@ def get(name: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, in
         architecture = _cifar(own, kwargs)
     elif library == "timm" and colon:
         architecture = _timm(own, kwargs)
-    elif name in torchvision_names():
-        architecture = _torchvision(name, kwargs)
+    elif (bare := own if library == "torchvision" else name) in torchvision_names():
+        architecture = _torchvision(bare, kwargs)
     else:
         raise CompactError(f"unknown architecture {brief(repr(name))}{_suggestion(name)}")
     return architecture if input_shape is None else _with_input(architecture, input_shape)

@@ -259,7 +259,7 @@ def first_architecture(recipe: Recipe, arch: str | None = None) -> Architecture:
 
 def is_known(architecture: str) -> bool:
     """Whether the name is one of a library's, not of a user's own factory."""
-    return ":" not in architecture or architecture.startswith(("cifar:", "timm:"))
+    return ":" not in architecture or architecture.startswith(("cifar:", "timm:", "torchvision:"))
 
 
 def _named(arch: str, wishes: Wishes) -> Architecture:

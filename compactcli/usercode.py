@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import CompactError, brief
+from .vision import cured
 
 
 def named(spec: str) -> Any:
@@ -25,13 +26,17 @@ def _module(source: str, spec: str) -> ModuleType:
     if source.endswith(".py") and not Path(source).is_file():
         raise CompactError(f"there is no file {source}")
     try:
-        if not source.endswith(".py"):
-            return importlib.import_module(source)
-        loader = importlib.machinery.SourceFileLoader(Path(source).stem, source)
-        module = ModuleType(loader.name)
-        module.__file__ = source
-        loader.exec_module(module)
-        return module
+        return cured(lambda: _imported(source))
     except Exception as problem:  # the user's own code
         said = brief(f"{type(problem).__name__}: {problem}")
         raise CompactError(f"cannot load {spec}: {said}; it must be file.py:name or package.module:name") from problem
+
+
+def _imported(source: str) -> ModuleType:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    loader = importlib.machinery.SourceFileLoader(Path(source).stem, source)
+    module = ModuleType(loader.name)
+    module.__file__ = source
+    loader.exec_module(module)
+    return module

@@ -2,24 +2,34 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @functools.cache
 def torchvision() -> ModuleType:
-    """torchvision, also where its compiled operators were made for another torch.
+    """torchvision, also where its compiled operators were made for another torch."""
+    return cured(lambda: importlib.import_module("torchvision"))
 
-    Its import then fails for want of two operators, which no classification model uses.
+
+def cured(load: Callable[[], T]) -> T:
+    """What `load` returns, which may import torchvision.
+
+    Where that was built for another torch its import fails for want of two operators, which no classification model uses:
+    then they are declared, and `load` is called again.
     """
     try:
-        return importlib.import_module("torchvision")
+        return load()
     except RuntimeError as problem:
         if "operator torchvision::" not in str(problem):
             raise
     _declare_operators()
-    return importlib.import_module("torchvision")
+    return load()
 
 
 @functools.cache  # the declarations live as long as the object that is returned

@@ -32,6 +32,26 @@ print(models is again, models.resnet18(weights=None)(torch.zeros(1, 3, 64, 64)).
     assert done.stdout.split() == ["True", "1000"]
 
 
+def test_a_users_own_file_may_import_torchvision_though_its_operators_are_missing(tmp_path: Path) -> None:
+    """Simulated where they are present, by an import that fails once as the extension does."""
+    (tmp_path / "own_net.py").write_text("import foreign\n\ndef make():\n    return foreign.Linear(2, 3)\n")
+    (tmp_path / "foreign.py").write_text("""
+import torch
+from torch.nn import Linear
+if not hasattr(torch.ops.torchvision, "qnms"):
+    raise RuntimeError("operator torchvision::qnms does not exist")
+""")
+    program = f"""
+import sys
+from compactcli import architectures
+sys.path.insert(0, {str(tmp_path)!r})
+print(architectures.user({str(tmp_path / "own_net.py")!r} + ":make", None, (3, 8, 8)).build().out_features)
+"""
+    root = Path(architectures.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
+
+
 def test_names_are_all_known() -> None:
     names = architectures.names()
     assert {"cifar:resnet56", "cifar:vgg16_hetconv", "resnet50", "vgg16", "mobilenet_v2", "googlenet"} <= set(names)
@@ -46,6 +66,8 @@ def test_names_are_all_known() -> None:
         ("zzz", r"unknown architecture 'zzz'$"),
         ("cifar:", "unknown architecture 'cifar:'"),
         ("hf-hub:somebody/something", "unknown architecture"),
+        ("torchvision:resnt50", "unknown architecture 'torchvision:resnt50'; did you mean .*resnet50"),
+        ("torchvision:cifar:resnet56", "unknown architecture"),
     ],
 )
 def test_unknown_names(name: str, match: str) -> None:
@@ -203,3 +225,7 @@ def test_timm_by_name(timm: Any) -> None:
 def test_an_alias_is_the_network_that_it_names(alias, name):
     assert architectures.get(alias) == architectures.get(name)
     assert any(isinstance(module, nn.BatchNorm2d) for module in architectures.get(alias).build(device="meta").modules())
+
+
+def test_torchvisions_names_may_say_whose_they_are() -> None:
+    assert architectures.get("torchvision:resnet50") == architectures.get("resnet50")
