@@ -512,7 +512,7 @@ def problems(count: int = 2, channels_: int = 7, kernel: int = 3, seed: int = 0)
         samples = torch.randn(400, width, generator=generator, dtype=torch.float64) @ mix
         inputs = samples.T @ samples / len(samples)
         power = float(inputs.diagonal().mean())
-        found.append(_reconstruct.Problem(weight.T @ weight, torch.linalg.inv(inputs), owner, power))
+        found.append(_reconstruct.Problem(weight, torch.linalg.inv(inputs), owner, power))
         raw.append((weight, samples))
     return found, raw
 
@@ -590,9 +590,12 @@ def test_problems_of_a_network_are_its_consumers(monkeypatch):
     consumer = next(layer for layer in budget.layers if ((layer.weight, 1)) in {axis for axis, _ in family.axes})
     one = _reconstruct.problem(model, sets, family.sets, consumer, known[consumer.name])
     assert one.owner.tolist() == np.repeat(np.arange(len(family.sets)), 9).tolist()
+    gram = one.weight.T @ one.weight
     monkeypatch.setattr(_reconstruct, "WIDEST", 4)
     one = _reconstruct.problem(model, sets, family.sets, consumer, known[consumer.name])
     assert one.owner.tolist() == list(range(len(family.sets)))
+    assert len(one.weight) == one.weight.shape[1]  # no more rows than say all
+    torch.testing.assert_close(one.weight.T @ one.weight, _reconstruct._by_channel(gram, 9))
     removed = torch.zeros(len(family.sets), dtype=torch.bool)
     removed[0] = True
     assert one.error(removed) > 0

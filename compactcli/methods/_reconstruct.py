@@ -33,9 +33,9 @@ PENALTY = Penalty(0.05, 1.1, 6.0)
 
 @dataclass(frozen=True)
 class Problem:
-    """What a consumer makes of its inputs: W^T W (d, d) in the metric of its outputs, P (d, d), and whose each column is (d,)."""
+    """What a consumer makes of its inputs: W (o, d) in the metric of its outputs, P (d, d), and whose each column is (d,)."""
 
-    gram: Tensor
+    weight: Tensor
     precision: Tensor
     owner: Tensor  # the number of the column's channel among those to choose from; their count: of another
     noise: float  # lambda
@@ -45,14 +45,15 @@ class Problem:
         gone = torch.cat((removed, removed.new_zeros(1)))[self.owner]
         if not gone.any():
             return 0.0
-        within = torch.linalg.inv(self.precision[gone][:, gone])
-        return float((self.gram[gone][:, gone] * within.T).sum())
+        weight, within = self.weight[:, gone], torch.linalg.cholesky(self.precision[gone][:, gone])
+        return float((weight.T * torch.cholesky_solve(weight.T, within)).sum())
 
     def slopes(self, v: Tensor) -> Tensor:
         """The gradient (n,) of the error in the scalars."""
         each = torch.cat((v, v.new_ones(1)))[self.owner]
-        M = torch.linalg.inv(self.precision + torch.diag(each.square() / self.noise))
-        slopes = -2 * each / self.noise * ((M @ self.gram) * M).sum(1)
+        within = torch.linalg.cholesky(self.precision + torch.diag(each.square() / self.noise))
+        read = torch.cholesky_solve(self.weight.T, within)  # M W^T, and M is symmetric
+        slopes = -2 * each / self.noise * read.square().sum(1)
         return v.new_zeros(len(v) + 1).index_add_(0, self.owner, slopes)[:-1]
 
 
@@ -84,14 +85,17 @@ def problem(
     weight = model.get_parameter(consumer.weight).detach().double().transpose(0, consumer.out_axis).flatten(1)
     weight = root(moments.worth) @ weight
     owner = numbered(channels, channels.axes[consumer.weight, consumer.in_axis], sets)
-    inputs, gram, kernel = moments.inputs.double(), weight.T @ weight, consumer.kernel
+    inputs, kernel = moments.inputs.double(), consumer.kernel
     if (coarse or len(inputs) > WIDEST) and kernel > 1:
-        inputs, gram = (_by_channel(matrix, kernel) for matrix in (inputs, gram))
+        inputs = _by_channel(inputs, kernel)
+        weight = weight.view(len(weight), -1, kernel).transpose(1, 2).flatten(0, 1) / kernel**0.5  # W^T W is the mean as well
     else:
         owner = owner.repeat_interleave(kernel)
+    if len(weight) > weight.shape[1]:
+        weight = torch.linalg.qr(weight, mode="r").R  # only W^T W counts
     power = float(inputs.diagonal().mean()) or 1.0
     inputs = inputs + (1e-4 + 1e-6 * len(inputs)) * power * torch.eye(len(inputs), dtype=torch.float64)
-    return Problem(gram, torch.linalg.inv(inputs), owner, NOISE * power)
+    return Problem(weight, torch.linalg.inv(inputs), owner, NOISE * power)
 
 
 def _by_channel(matrix: Tensor, kernel: int) -> Tensor:

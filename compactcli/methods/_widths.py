@@ -133,7 +133,8 @@ def _eliminate(
     lost: list[float] = []
     stride = max(1, len(sets) // 128)  # wide layers give up a few at a time
     while left.any():
-        costs = np.where(left, sum(reader.costs() for reader in readers), np.inf)
+        costs = np.full(len(sets), np.inf)
+        costs[left] = sum(reader.costs(left) for reader in readers)
         chosen = np.argsort(costs, kind="stable")[: min(stride, int(left.sum()))]
         left[chosen] = False
         order += chosen.tolist()
@@ -156,15 +157,20 @@ class Reader:
         self.inverse = torch.cholesky_inverse(inverse, out=inverse)
         self.weight = root(moments.worth) @ weight  # (o, i*k*k)
 
-    def costs(self) -> Floats:
-        """The error of giving up each set, the others making up for it: tr(W_s P_ss^-1 W_s^T)."""
-        return np.concatenate([self._costs(block) for block in torch.split(self.block, 64)])
+    def costs(self, of: NDArray[np.bool_]) -> Floats:
+        """The error of giving up each of the sets `of` all, the others making up for it: tr(W_s P_ss^-1 W_s^T)."""
+        return np.concatenate([self._costs(block) for block in torch.split(self.block[torch.from_numpy(of)], 64)])
 
     def _costs(self, block: Tensor) -> Floats:
+        costs: Floats
+        if block.shape[1] == 1:  # a column for each set
+            columns = block[:, 0]
+            costs = (self.weight[:, columns].square().sum(0) / (self.inverse[columns, columns] + 1e-12)).numpy()
+            return costs
         pivots = self.inverse[block[:, :, None], block[:, None, :]]  # (sets, c, c)
         weights = self.weight[:, block].permute(1, 2, 0)  # (sets, c, o)
         solved = torch.linalg.solve(pivots + 1e-12 * torch.eye(pivots.shape[1], dtype=torch.float64), weights)
-        costs: Floats = (weights * solved).sum((1, 2)).numpy()
+        costs = (weights * solved).sum((1, 2)).numpy()
         return costs
 
     def give_up(self, chosen: Ids) -> None:
@@ -175,7 +181,6 @@ class Reader:
         self.inverse.addmm_(rows.T, gain, alpha=-1)
         self.inverse[columns] = 0.0
         self.inverse[:, columns] = 0.0
-        self.inverse[columns, columns] = 1.0  # given up: costs nothing any more
         self.weight[:, columns] = 0.0
 
 
