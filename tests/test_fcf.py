@@ -22,7 +22,7 @@ from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.errors import CompactError, UsageError
 from compactcli.graph import trace
 from compactcli.history import Watch
-from compactcli.methods import Progress, _reconstruct, get, parse_options
+from compactcli.methods import Progress, _reconstruct, _widths, get, parse_options
 from compactcli.moments import Batches, gather, value_bytes
 from compactcli.recipe import Preprocessing
 
@@ -599,6 +599,23 @@ def test_problems_of_a_network_are_its_consumers(monkeypatch):
     removed = torch.zeros(len(family.sets), dtype=torch.bool)
     removed[0] = True
     assert one.error(removed) > 0
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_giving_up_costs_adds_up_to_what_least_squares_leave(kernel):
+    """Of each number of channels that go, in the order found; the first of them is the cheapest."""
+    conv = nn.Conv2d(6, 5, kernel, padding=kernel // 2)
+    model = randomise_(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), conv, nn.BatchNorm2d(5), nn.ReLU())).eval()
+    graph = trace(model, CIFAR)
+    sets = channels.find(graph, model)
+    budget = Budget(graph, sets, model, ratio=0.6)
+    known = moments(model, graph, budget)
+    family = next(each for each in budget.families if ("3.weight", 1) in {axis for axis, _ in each.axes})
+    order, lost = _widths._eliminate(model, sets, family.sets, budget.readers(family), known)
+    one = _reconstruct.problem(model, sets, family.sets, budget.readers(family)[0], known["3"])
+    for count in range(1, 7):
+        assert one.error(torch.from_numpy(np.isin(family.sets, order[:count]))) == pytest.approx(lost[count - 1], rel=1e-6)
+    assert lost[0] == pytest.approx(min(one.error(torch.eye(6, dtype=torch.bool)[number]) for number in range(6)), rel=1e-6)
 
 
 # A search that was interrupted
