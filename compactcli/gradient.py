@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, optim, surgery
-from .errors import CompactError, UsageError
+from .errors import CompactError
 from .optim import Settings
 
 Gradient = Callable[[Tensor, Tensor, int], Tensor]
@@ -16,12 +16,10 @@ WARM_UP = 3  # steps before the recorded one: libraries choose their kernels and
 
 
 def of(network: nn.Module, teacher: nn.Module | None, settings: Settings) -> Gradient:
-    """What computes the network's gradients. Raises UsageError where it shall be recorded under torchrun."""
+    """What computes the network's gradients."""
     plain = Plain(network, teacher, settings)
     if not settings.cuda_graphs:
         return plain
-    if distributed.running():
-        raise UsageError("--cuda-graphs: it is for one process; leave it out, or start without torchrun")
     return Recorded(plain, network, settings.batch_size, torch.device(settings.device))
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import CompactError, UsageError
 from .graph import run_fake
 from .kernels import KernelLayer
@@ -81,6 +82,8 @@ class Settings:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {wanted}")
         if self.cuda_graphs and (self.compile or not self.device.startswith("cuda")):
             raise UsageError("--cuda-graphs: it is for --device cuda, without --compile")
+        if self.cuda_graphs and distributed.running():
+            raise UsageError("--cuda-graphs: it is for one process; leave it out, or start without torchrun")
 
     @property
     def peak_lr(self) -> float:

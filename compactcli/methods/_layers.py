@@ -49,7 +49,7 @@ def meet(
     of them (`Budget.left`). Raises CompactError if there is nothing to choose, or the target is out of reach.
     """
     if all(len(each.costs) < 2 for each in choices):
-        raise CompactError(f"there are no convolutions here that {method} could {what}; `compactcli methods` lists what others do")
+        raise CompactError(f"there are no convolutions here that {method} could {what}; `compactcli methods` lists others")
     fixed = float(budget.cost(budget.along(), budget.ranks())) - sum(float(each.costs[0]) for each in choices)
     least = fixed + sum(float(each.costs.min()) for each in choices)
     if least > budget.target and not budget.nearest:
