@@ -166,7 +166,8 @@ def user(spec: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, i
     if not callable(factory):
         raise CompactError(f"{spec} is no factory; wanted a function or class that builds the network")
     bare = f"{Path(source).name}:{function}" if source.endswith(".py") else spec  # files hold no paths
-    return _with_input(Architecture(bare, dict(kwargs or {}), (3, *input_shape[1:]), IMAGENET, factory), input_shape)
+    build = functools.partial(usercode.called, factory)
+    return _with_input(Architecture(bare, dict(kwargs or {}), (3, *input_shape[1:]), IMAGENET, build), input_shape)
 
 
 def _cifar(name: str, kwargs: dict[str, Any]) -> Architecture:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .errors import CompactError, damage, short
 from .peel import NeedsTrustError, peel
 from .pickles import Call, Global, Pickle, Storage
+from .vision import cured
 
 # Limits, all far above what a real network needs.
 HEADER_BYTES = 100_000_000  # of a safetensors header; the format's own limit
@@ -341,9 +342,13 @@ def _from_pickle(content: _Content, file: _File, size: int, trust_pickle: bool) 
 
 def _unpickled(file: _File) -> Any:
     """What torch.load makes of the file, running its code. Modules become their state_dicts."""
-    file.seek(0)
+
+    def load() -> Any:
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=False)
+
     try:
-        tree = torch.load(file, map_location="cpu", weights_only=False)
+        tree = cured(load)
     except Exception as problem:  # foreign code raises what it likes
         detail = " ".join(str(problem).split())[:160]
         raise CompactError(f"unpickling failed: {detail}; run where its classes can be imported (PYTHONPATH)") from problem

@@ -183,7 +183,7 @@ def _from_function(spec: str, form: Form) -> Dataset:
     splits: dict[str, Split] = {}
     for name in ("train", "test"):
         try:
-            result = function(name)
+            result = usercode.called(function, name)
         except Exception as problem:  # the user's own code
             said = brief(f"{type(problem).__name__}: {problem}")
             raise CompactError(f"{spec} failed for {name!r}: {said}; --debug shows where") from problem

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.machinery
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,11 @@ def named(spec: str) -> Any:
     if not hasattr(module, name):
         raise CompactError(f"there is no {name!r} in {source}")
     return getattr(module, name)
+
+
+def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the user's function returns; where its first import of torchvision fails for a foreign torch, in a second call."""
+    return cured(lambda: function(*args, **kwargs))
 
 
 def _module(source: str, spec: str) -> ModuleType:

@@ -32,9 +32,11 @@ print(models is again, models.resnet18(weights=None)(torch.zeros(1, 3, 64, 64)).
     assert done.stdout.split() == ["True", "1000"]
 
 
-def test_a_users_own_file_may_import_torchvision_though_its_operators_are_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_users_own_file_may_import_torchvision_though_its_operators_are_missing(tmp_path: Path, at_once: bool) -> None:
     """Simulated where they are present, by an import that fails once as the extension does."""
-    (tmp_path / "own_net.py").write_text("import foreign\n\ndef make():\n    return foreign.Linear(2, 3)\n")
+    first, within = ("import foreign", "pass") if at_once else ("", "import foreign")
+    (tmp_path / "own_net.py").write_text(f"{first}\n\ndef make():\n    {within}\n    return foreign.Linear(2, 3)\n")
     (tmp_path / "foreign.py").write_text("""
 import torch
 from torch.nn import Linear

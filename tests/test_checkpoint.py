@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from compactcli import checkpoint, peel, pickles
 from compactcli.checkpoint import Checkpoint, read
 from compactcli.errors import CompactError
+from compactcli.vision import torchvision
 
 SHARED = Path(__file__).parents[2] / "shared" / "checkpoints"
 REAL = sorted(path.name for path in SHARED.glob("*.t*"))
@@ -434,6 +436,21 @@ def test_trust_in_a_class_that_cannot_be_imported():
     torch.save(Net(), file, _use_new_zipfile_serialization=False)
     data = file.getvalue().replace(b"\nNet\n", b"\nTen\n")
     refused(data, r"unpickling failed: .*Ten.*run where its classes can be imported", trust_pickle=True)
+
+
+def test_trust_in_a_network_of_torchvision_that_was_built_for_another_torch(tmp_path):
+    """Simulated where it was not: the extension cannot be found."""
+    network = torchvision().models.squeezenet1_1()
+    torch.save(network, tmp_path / "whole.pt")
+    program = f"""
+from torch import ops
+ops.load_library = lambda path: (_ for _ in ()).throw(OSError("built for another torch"))
+from compactcli.checkpoint import read
+print(len(read({str(tmp_path / "whole.pt")!r}, trust_pickle=True).tensors))
+"""
+    root = Path(checkpoint.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(network.state_dict()))]
 
 
 def test_torchscript_is_refused_in_one_line():
