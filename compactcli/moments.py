@@ -189,8 +189,8 @@ def patches(layer: nn.Module, image: Tensor, at: Tensor | None = None) -> Tensor
         return image.reshape(len(image), -1, image.shape[-1])
     (top, left), (height, width) = _padding(layer), layer.kernel_size
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(image, (left, left, top, top), mode=mode)
-    if at is None and height * width == 1:  # unfold would copy it
+    padded = F.pad(image, (left, left, top, top), mode=mode) if top or left else image  # a copy in any case
+    if at is None and height * width == 1:  # unfold copies it as well
         return padded[:, :, :: layer.stride[0], :: layer.stride[1]].flatten(2).transpose(1, 2)
     if at is None:
         return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).transpose(1, 2)

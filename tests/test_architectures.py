@@ -227,7 +227,3 @@ def test_timm_by_name(timm: Any) -> None:
 def test_an_alias_is_the_network_that_it_names(alias, name):
     assert architectures.get(alias) == architectures.get(name)
     assert any(isinstance(module, nn.BatchNorm2d) for module in architectures.get(alias).build(device="meta").modules())
-
-
-def test_torchvisions_names_may_say_whose_they_are() -> None:
-    assert architectures.get("torchvision:resnet50") == architectures.get("resnet50")

@@ -91,6 +91,11 @@ def test_other_tools_read_the_tensors(tmp_path):
         assert file.metadata()["compactcli"] == model.recipe.dumps()
 
 
+def test_a_network_of_torchvision_has_one_name_in_files():
+    wishes = (Wishes(name, {"num_classes": 3}, (3, 32, 32)) for name in ("squeezenet1_1", "torchvision:squeezenet1_1"))
+    assert len({dumps(fresh(own, 0)) for own in wishes}) == 1
+
+
 def test_the_same_network_gives_the_same_bytes():
     first, second = (dumps(smaller(network(width=8), 0.5)) for _ in range(2))
     assert first == second

@@ -34,7 +34,7 @@ def batches(count: int = 64, seed: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("padding", "dilation"), [(0, 1), (1, 1), (2, 2), ("valid", 1)])
+@pytest.mark.parametrize(("padding", "dilation"), [(0, 1), (1, 1), (2, 2), ((2, 0), 1), ("valid", 1)])
 @pytest.mark.parametrize("kernel", [1, 3, (3, 2)])
 def test_patches_are_what_the_kernel_meets(kernel, padding, dilation, stride):
     layer = nn.Conv2d(4, 5, kernel, stride, padding, dilation, bias=False)

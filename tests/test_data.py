@@ -338,6 +338,18 @@ def test_a_function_gives_each_split(tmp_path: Path) -> None:
     assert dataset.test.images().unique().tolist() == [51]
 
 
+def test_a_function_may_import_torchvision_beside_another_torch(tmp_path: Path) -> None:
+    """Simulated where it can be imported: a function that fails as that import does, once."""
+    vision.torchvision()
+    spec = own(
+        tmp_path,
+        "load.calls += 1\n    if load.calls == 1: raise RuntimeError('operator torchvision::nms does not exist')\n"
+        "    return torch.full((4, 1, 2, 2), 0.2), torch.arange(4)\nload.calls = 0",
+    )
+    dataset = sources.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
+    assert dataset.train is not None
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

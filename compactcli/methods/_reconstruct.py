@@ -45,8 +45,8 @@ class Problem:
         gone = torch.cat((removed, removed.new_zeros(1)))[self.owner]
         if not gone.any():
             return 0.0
-        weight, within = self.weight[:, gone], torch.linalg.cholesky(self.precision[gone][:, gone])
-        return float((weight.T * torch.cholesky_solve(weight.T, within)).sum())
+        within = torch.linalg.cholesky(self.precision[gone][:, gone])
+        return float(torch.linalg.solve_triangular(within, self.weight[:, gone].T, upper=False).square().sum())
 
     def slopes(self, v: Tensor) -> Tensor:
         """The gradient (n,) of the error in the scalars."""
