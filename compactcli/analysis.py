@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import budget, data, measure, methods, predict
 from .artefact import Network
 from .channels import Channels
-from .layers import Layer, labels, layers, stored
+from .layers import Layer, labels, layers, single, stored
 from .layers import macs as macs_of
 from .moments import MOMENT_IMAGES, Batches, value_bytes
 from .plain import plained
@@ -66,11 +66,11 @@ def analyse(
         told = {"dataset": dataset.name, "split": split.name, "images": len(images)}
         detail(f"moments of {len(found)} layers, from {len(images)} images of {dataset.name}")
         batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
-        moments = predict.moments(network, module, graph, [layer.name for layer in found], batches)
+        moments = predict.moments(network, module, graph, single(found), batches)
         accuracy = predict.accuracies(network, judged)
         alike = measure.activation_redundancy(module, names, batches)
         _join(rows, "activations", {name: asdict(own) for name, own in alike.items()})
-    plain = predict.Plain(module, graph, channels, moments)
+    plain = predict.Plain(module, graph, channels, moments, measure.wholes(network.module, shape))
     if moments is not None:
         detail("sensitivity of the layers")
         _join(rows, "sensitivity", predict.sensitivity(plain, accuracy))

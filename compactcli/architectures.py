@@ -74,6 +74,8 @@ class Architecture:
                     network = self.factory(**self.kwargs)
         except Exception as problem:  # of the user's own code, or of a library for arguments that it does not know
             raise CompactError(f"{title(self.name, self.kwargs)} cannot be built: {brief(str(problem))}") from problem
+        if isinstance(network, nn.DataParallel):
+            network = network.module
         if not isinstance(network, nn.Module):
             raise CompactError(f"{self.name} returns a {type(network).__name__}, not a torch.nn.Module")
         return network.to(device)
@@ -241,8 +243,9 @@ def _check_kwargs(name: str, kwargs: Kwargs, allowed: Collection[str]) -> None:
     for key, value in kwargs.items():
         if key not in allowed:
             raise CompactError(f"{name} does not take the argument {brief(repr(key))}, only {', '.join(sorted(allowed))}")
+        least = 0 if key == "num_classes" and name.startswith("timm:") else 1  # timm's networks without a head
         if not isinstance(value, bool | int | float | str | None) or (
-            isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= LARGEST
+            isinstance(value, int) and not isinstance(value, bool) and not least <= value <= LARGEST
         ):
             raise CompactError(f"{name} cannot take {key}={brief(repr(value))}")
 

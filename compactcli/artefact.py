@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from . import __version__, architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery
 from .architectures import Architecture
 from .checkpoint import Checkpoint
-from .errors import CompactError, shape_text, short
+from .errors import CompactError, brief, shape_text, short
 from .graph import run_fake
 from .kernels import Indexed
 from .methods import Foreign
+from .peel import NUMBERS, shared_prefix
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
 KEY = "compactcli"  # the metadata entry that holds the recipe
+COUNTER = "num_batches_tracked"  # of batches, which may be absent
+FAR_LARGER = 16  # times what a file holds: a network that edits have made smaller, or a hostile recipe
 
 
 @dataclass
@@ -108,28 +111,29 @@ def open_interrupted(path: Path, wishes: Wishes | None = None) -> Network:
     return _from_recipe(file, wishes or Wishes())
 
 
-def open_beside(path: str | Path, network: Network, arch: str | None = None) -> Network:
-    """The network in a file that is to be compared with `network`: its teacher or its baseline.
+def open_beside(path: str | Path, network: Network, arch: str | None = None, *, trust_pickle: bool = False) -> Network:
+    """The network in a file or folder that is to be compared with `network`: its teacher or its baseline.
 
     If it is the very file that the history began with, it is described as that was: the same arguments,
     input shape and normalisation. Raises CompactError if it cannot be read.
     """
     recipe = network.recipe
     if recipe.source is None or file_sha256(path) != recipe.source.sha256:
-        return open_model(path)
+        return open_model(path, Wishes(trust_pickle=trust_pickle))
     name = recipe.architecture if is_known(recipe.architecture) else arch
     if recipe.opened:
         name = None  # it is recognised as it was then
     pre = recipe.preprocessing
-    return open_model(path, Wishes(name, dict(recipe.kwargs), network.input_shape, pre.mean, pre.std))
+    return open_model(path, Wishes(name, dict(recipe.kwargs), network.input_shape, pre.mean, pre.std, trust_pickle))
 
 
 def file_sha256(path: str | Path) -> str | None:
-    """The sha256 of a file; None if there is none, or what is there can be read but once."""
+    """The sha256 of a file, of a folder that of its weights; None if there is none, or what is there can be read but once."""
     try:
-        if not os.path.isfile(path):
+        weights = checkpoint.weights_file(Path(path))
+        if weights is None or not os.path.isfile(weights):
             return None
-        with open(path, "rb") as file:
+        with open(weights, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
@@ -196,10 +200,15 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     shape = (channels, height, width)
     if len(recipe.preprocessing.mean) != channels or len(recipe.preprocessing.std) != channels:
         raise CompactError(f"the recipe normalises {len(recipe.preprocessing.mean)} channels of an input with {channels}")
-    module = first_architecture(recipe, wishes.arch).build()
+    architecture = first_architecture(recipe, wishes.arch)
     methods.register_layers([edit.layer for edit in recipe.edits if isinstance(edit, Replace | Share)])
+    module = architecture.build()
+    if measure.params(module) > FAR_LARGER * sum(tensor.numel() for tensor in file.tensors.values()):
+        hollow = architecture.build(device="meta")  # what is given up of it takes memory while it is
+        surgery.apply_(hollow, recipe.edits)
+        _check_fit(_state(hollow), file.tensors, hollow)
     surgery.apply_(module, recipe.edits)
-    _load_(module, _floats(file.tensors))
+    _load_(module, file.tensors)
     run_fake(module, shape)
     own = {"--arch": wishes.arch if is_known(recipe.architecture) else None, "--arch-kwargs": wishes.arch_kwargs}
     idle = [flag for flag, wish in own.items() if wish and wish != recipe.architecture]
@@ -208,15 +217,16 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
 
 
 def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
-    tensors = _floats(file.tensors)
+    tensors = file.tensors
     notes, foreign = list(file.notes), None
     if wishes.arch is not None:
         architecture = _named(wishes.arch, wishes)
     elif file.config is not None and isinstance(file.config.get("architecture"), str):
         architecture = architectures.configured(file.config, wishes.arch_kwargs, wishes.input_shape)
     else:
-        foreign = methods.recognise(tensors)
-        found = foreign.found if foreign else detection.detect(tensors)
+        plain = {name: tensor for name, tensor in tensors.items() if name not in NUMBERS}
+        foreign = methods.recognise(plain)
+        found = foreign.found if foreign else detection.detect(plain)
         architecture = found.architecture
         if wishes.arch_kwargs or wishes.input_shape:
             architecture = architectures.get(
@@ -229,7 +239,7 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
     module = architecture.build()
     if foreign:
         surgery.apply_(module, foreign.edits)
-    _load_(module, foreign.tensors if foreign else tensors)
+    _load_(module, foreign.tensors if foreign else _as_named(module, tensors))
     recipe = _first_recipe(architecture, module, file)
     if foreign:
         recipe = recipe.then(_opening(foreign, recipe))
@@ -253,7 +263,9 @@ def first_architecture(recipe: Recipe, arch: str | None = None) -> Architecture:
     if is_known(recipe.architecture):
         return architectures.get(recipe.architecture, recipe.kwargs, shape)
     if arch is None:
-        raise CompactError(f"was built by your own {recipe.architecture}, which is never run unasked; give it again with --arch")
+        raise CompactError(
+            f"was built by your own {brief(recipe.architecture)}, which is never run unasked; give it again with --arch"
+        )
     return architectures.user(arch, recipe.kwargs, shape)
 
 
@@ -295,11 +307,6 @@ def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
     return replace(recipe, preprocessing=replace(recipe.preprocessing, **changes))
 
 
-def _floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those of half precision or less in float32, in which networks are computed."""
-    return {name: t.float() if t.is_floating_point() and t.itemsize < 4 else t for name, t in tensors.items()}
-
-
 def _state(module: nn.Module) -> dict[str, Tensor]:
     """The state_dict with tensors that several names share under the first of them."""
     unique = {*dict(module.named_parameters()), *dict(module.named_buffers())}
@@ -322,13 +329,8 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     own = _state(module)
     every = module.state_dict()
-    counters = {name: torch.zeros_like(t, device="cpu") for name, t in own.items() if name.endswith("num_batches_tracked")}
-    tensors = {name: tensor for name, tensor in tensors.items() if name in own or name not in every}
-    missing = [name for name in own if name not in tensors and name not in counters]
-    unexpected = [name for name in tensors if name not in own]
-    wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if missing or unexpected or wrong:
-        raise CompactError(_mismatch(missing, unexpected, wrong, own, tensors))
+    tensors = _check_fit(own, tensors, module)
+    counters = {name: torch.zeros_like(t, device="cpu") for name, t in own.items() if name.endswith(COUNTER)}
     values = OrderedDict({**counters, **tensors})
     values._metadata = every._metadata  # type: ignore[attr-defined]  # the version of each module's format, which some ask for
     for name, tensor in own.items():
@@ -356,6 +358,30 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 layer.check()
             except CompactError as problem:
                 raise CompactError(f"{short(name)}.{problem}") from None
+
+
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that go into the module's `own` places. Raises CompactError where names or shapes are others."""
+    every = module.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if name in own or name not in every}
+    missing = [name for name in own if name not in tensors and not name.endswith(COUNTER)]
+    unexpected = [name for name in tensors if name not in own]
+    wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if missing or unexpected or wrong:
+        raise CompactError(_mismatch(missing, unexpected, wrong, own, tensors))
+    return tensors
+
+
+def _as_named(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file by the names that the network has: with what was taken off these names where its own begin so too,
+    and without the numbers of the training run, if they are not its own.
+    """
+    own = module.state_dict()
+    found = {name: tensor for name, tensor in tensors.items() if name not in NUMBERS or name in own}
+    prefix = shared_prefix(own)
+    if prefix and own.keys().isdisjoint(found.keys() - NUMBERS):
+        found = {name if name in NUMBERS else prefix + name: tensor for name, tensor in found.items()}
+    return found
 
 
 def _mismatch(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernels
 from .errors import CompactError
@@ -299,7 +300,7 @@ def _refit_site_(
             assert isinstance(plain, nn.Conv2d)
             plain.weight.copy_(dense.weight)
         reached = dense.weight.flatten(1).double()
-    if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) and norm.running_mean is not None:
+    if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
         norm.running_mean.sub_(shift(reached))
     elif bias is not None:
         bias.add_(shift(reached))
@@ -321,7 +322,7 @@ def _image_at(node: fx.Node) -> int:
 
 def _scale(norm: nn.Module | None, outputs: int) -> Tensor:
     """gamma / sigma of the batch normalisation behind a layer (o,) float64, at least a thousandth of the largest; else 1."""
-    if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) or norm.running_var is None:
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
         return torch.ones(outputs, dtype=torch.float64)
     gamma = norm.weight.double() if norm.affine else torch.ones(outputs, dtype=torch.float64)
     scale = gamma / (norm.running_var.double() + norm.eps).sqrt()

@@ -35,6 +35,8 @@ DIMENSIONS = 8
 ELEMENTS = 1 << 48
 EXPANDED = 1 << 20  # numbers of a tensor that repeats those that it holds
 
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a timm or Hugging Face folder, the first of them that is there
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -120,10 +122,16 @@ def _folder(path: Path) -> tuple[Path, dict[str, Any]]:
     if len(text) > CONFIG_BYTES:
         raise CompactError(f"config.json is larger than {CONFIG_BYTES} bytes")
     config = _json(text, "config.json")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name, config
-    raise CompactError("the folder has config.json but neither model.safetensors nor pytorch_model.bin (one file, not shards)")
+    if (weights := weights_file(path)) is None:
+        raise CompactError(f"the folder has config.json but neither {' nor '.join(FOLDER_WEIGHTS)} (one file, not shards)")
+    return weights, config
+
+
+def weights_file(path: Path) -> Path | None:
+    """The file that a checkpoint's weights lie in: of a folder the one in it, if there is one."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in FOLDER_WEIGHTS if (path / name).is_file()), None)
 
 
 def _read_file(file: _File, name: str, folder: Path | None, config: dict[str, Any] | None, trust_pickle: bool) -> Checkpoint:
@@ -391,7 +399,7 @@ def _build(name: str, call: Call, content: _Content) -> Tensor:
     end = begin + storage.length * storage.dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     held = (last + 1) if 0 in stride and count <= EXPANDED else max(count, last + 1)
-    if not 0 <= begin <= end <= len(data) or held * dtype.itemsize > end - begin:
+    if begin % dtype.itemsize or not 0 <= begin <= end <= len(data) or held * dtype.itemsize > end - begin:
         raise CompactError(
             f"{short(name)} {size} does not fit in its storage of {len(data)} bytes; the file is damaged or hostile"
         )

@@ -38,8 +38,10 @@ def command_line(step: Mapping[str, Any]) -> str:
     words += _flags(FLAGS[name], options, DEFAULTS if kind is None else {"of": kind.of[0], "images": IMAGES})
     if isinstance(options.get("search"), Mapping):
         words += _flags(SEARCH, options["search"], DEFAULTS)
+    preset = {} if kind is None else kind.presets.get(str(options.get("preset")), {})
     for known in () if kind is None else methods.option_list(kind):
-        if options.get(known.name, known.default) != known.default:
+        default = preset.get(known.name, known.default)
+        if options.get(known.name, default) != default:
             words += ["--set", f"{known.name}={_word(options[known.name])}"]
     return shlex.join(words)
 

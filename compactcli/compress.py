@@ -16,7 +16,7 @@ from .errors import CompactError, UsageError
 from .finetune import check, kept_run
 from .graph import copied, trace
 from .history import Watch
-from .layers import Layer, labels, layers, stored
+from .layers import Layer, labels, layers, single, stored
 from .methods import Method, attached
 from .moments import Batches, Moments, gather, value_bytes
 from .optim import Settings
@@ -92,21 +92,23 @@ def compress(
         check(network, search.dataset, search.teacher)
     known = job.moments()
     begun = method.start(module, channels, budget, known, trains=search is not None)
-    error = _made_(job, module, method, begun, shape, seed, progress) if begun else None
+    made_on = "random images" if calibration is None else f"{len(calibration.images):,} images of {calibration.dataset}"
+    hint = "; --data D refits the layers on images" if calibration is None else ""
+    error: float | None = None
+    if begun:
+        error = _made_(job, module, method, begun, shape, seed, progress)
+        log(f"{name}: output error {error:.3f} on {made_on}{hint}")
     if search is not None:
         method.attach(module, begun)
-        _searched_(network, method, budget, search, log)
+        _searched_(network, method, budget, search, job.table, log)
         known = None if begun else job.moments()  # of what a method made at the start it knows all it needs
     ended = method.finish(module, channels, budget, known)
     if error is None:
         searched = job if search is None or job.before is None else replace(job, before=measure.probed(module, shape))
         error = _made_(searched, module, method, ended, shape, seed, progress)
+        log(f"{name}: output error {error:.3f} on {made_on}{hint}")
     else:
         surgery.apply_checked_(module, ended, channels.consumed, shape)
-    if calibration is None:
-        log(f"{name}: output error {error:.3f} on random images; --data D refits the layers on images")
-    else:
-        log(f"{name}: output error {error:.3f} on {len(calibration.images):,} images of {calibration.dataset}")
     params, macs = measure.params(module), measure.macs(module, shape)
     if of == "latency":
         log(f"{name}: planned for {budget.target:.2f} of {budget.original:.2f} ms a batch; `compactcli bench` measures it")
@@ -138,11 +140,11 @@ def planned(
 
     The network is left in an undefined state. Raises what `compress` raises before it changes anything.
     """
+    sizes = measure.params(network.module), measure.macs(network.module, network.input_shape)
     job = _job(network, name, method, target, calibration, seed, log)
     module, known = network.module, job.moments()
     edits = method.start(module, job.channels, job.budget, known)
     edits = [*edits, *method.finish(module, job.channels, job.budget, known)]
-    sizes = measure.params(module), measure.macs(module, network.input_shape)
     names = labels(job.budget.layers)
     before = [stored(module, layer, name) for layer, name in zip(job.budget.layers, names, strict=True)]
     replaced = {edit.module for edit in edits if isinstance(edit, Replace)}
@@ -210,6 +212,7 @@ class _Job:
     batches: Batches | None
     moments: Callable[[], dict[str, Moments] | None]
     before: Tensor | None  # the outputs for random images, where there are no real ones
+    table: timing.Table | None  # that a budget of latency is met by
 
 
 def _job(
@@ -230,9 +233,7 @@ def _job(
     precision.uncast_(network, log)
     module, shape = network.module, network.input_shape
     made = len(kernels.layers(module))
-    whole: int | None = None  # what is made plain may cost more, or have fewer parameters
-    if of == "params" or (made and of == "macs"):
-        whole = measure.params(module) if of == "params" else measure.macs(module, shape)
+    whole = measure.wholes(module, shape).get(of)
     plain = plain_(module, shape)
     if made:
         log(f"{name}: made {made} layers of an earlier step plain: what it had saved there is undone")
@@ -261,12 +262,12 @@ def _job(
         before = measure.probed(module, shape, finite=True)
     else:
         batches = Batches(calibration.images, network.recipe.preprocessing, value_bytes(graph))
-    names = [layer.name for layer in budget.layers]
+    names = single(budget.layers)
 
     def moments() -> dict[str, Moments] | None:
         return None if batches is None else gather(module, names, batches, seed=seed)
 
-    return _Job(plain, channels, budget, batches, moments, before)
+    return _Job(plain, channels, budget, batches, moments, before, table)
 
 
 def _searched_(
@@ -274,6 +275,7 @@ def _searched_(
     method: Method,
     budget: Budget,
     search: Search,
+    table: timing.Table | None,
     log: Callable[[str], None],
 ) -> None:
     """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
@@ -281,6 +283,8 @@ def _searched_(
     store = None
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)
+        if table is not None:  # another would be measured, and another plan made, when the run goes on
+            store = replace(store, metadata={**store.metadata, timing.KEY: table.dumps().decode()})
     hooks = [*attached(network.recipe, network.module), method]
     try:
         fit_(

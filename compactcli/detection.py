@@ -69,7 +69,7 @@ def lacking(tensors: Mapping[str, Tensor], number: int) -> Iterator[Partial]:
 
 def _one_class_count(entry: Entry, shapes: Mapping[str, Shape]) -> bool:
     """Whether all tensors that depend on the number of classes tell of the same, as a build would show."""
-    return len({shapes[key][0] for key in entry.classes}) <= 1
+    return len({shapes[key][:1] for key in entry.classes}) <= 1
 
 
 class _Fit(NamedTuple):

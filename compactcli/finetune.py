@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from . import __version__, artefact, data, distributed, measure, methods, precision, report, train
 from .artefact import Network
-from .errors import CompactError
+from .errors import CompactError, short
 from .history import Watch
 from .optim import Settings
 from .recipe import OPEN, Measures, Step
@@ -16,27 +16,37 @@ from .resume import Store
 
 
 def find_teacher(
-    network: Network, wanted: str | None, *, arch: str | None = None, log: Callable[[str], None] = lambda line: None
+    network: Network,
+    wanted: str | None,
+    *,
+    arch: str | None = None,
+    trust_pickle: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Network | None:
     """The network to learn from: the file given, or the original where it lies beside the input or in the working folder.
 
-    "none" asks for no teacher. A file found by its name counts only if its sha256 is the recorded one. `arch` names the
-    user's own factory where the history began with one.
+    "none" asks for no teacher. A file found by its name counts only if its sha256 is the recorded one, and if it can be read:
+    nobody asked for it. `arch` names the user's own factory where the history began with one.
     Raises CompactError if the file given cannot be read.
     """
     if wanted == "none":
         return None
     if wanted is not None:
-        return artefact.open_beside(wanted, network, arch)
+        return artefact.open_beside(wanted, network, arch, trust_pickle=trust_pickle)
     source = network.recipe.source
     if source is None or all(step.command == OPEN for step in network.recipe.steps):
         return None
     for folder in filter(None, (network.folder, Path())):
         path = folder / source.name
         if artefact.file_sha256(path) == source.sha256:
-            log(f"teacher: {source.name}")
-            return artefact.open_beside(path, network, arch)
-    log(f"no teacher: {source.name} is not beside the input; training without one (--teacher FILE gives one)")
+            try:
+                teacher = artefact.open_beside(path, network, arch, trust_pickle=trust_pickle)
+            except CompactError as problem:
+                log(f"no teacher: {problem}; training without one")
+                return None
+            log(f"teacher: {short(source.name)}")
+            return teacher
+    log(f"no teacher: {short(source.name)} is not beside the input; training without one (--teacher FILE gives one)")
     return None
 
 
@@ -76,7 +86,7 @@ def finetune(
         teacher=None if teacher is None else teacher.module,
         hooks=methods.attached(recipe, network.module),
         keep=keep,
-        store=None if kept is None else kept_run(kept, network, dataset, settings, teacher, identity),
+        store=None if kept is None else kept_run(kept, network, dataset, settings, teacher, {"keep": keep, **(identity or {})}),
         resume=resume,
         watch=watch,
     )

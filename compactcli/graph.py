@@ -29,6 +29,7 @@ class Graph:
 
     nodes: tuple[fx.Node, ...]
     tensors: dict[fx.Node, str]  # placeholder -> name of the parameter or buffer
+    parameters: frozenset[fx.Node]  # the placeholders of parameters
     owners: dict[fx.Node, str]  # node -> path of the module whose forward issued it
     constants: dict[fx.Node, Tensor]  # tensors that the code holds beside parameters and buffers
     image: fx.Node  # the placeholder of the input
@@ -68,7 +69,8 @@ def _trace(model: nn.Module, input_shape: Sequence[int], train: bool, batch: int
     placeholders = [node for node in nodes if node.op == "placeholder"]
     constants = {node: getattr(module, str(node.target)) for node in nodes if node.op == "get_attr"}
     tensors = dict(zip(placeholders, names, strict=False))
-    return Graph(nodes, tensors, owners, constants, placeholders[-1], frozenset(chunks), baked)
+    parameters = frozenset(placeholders[: len(dict(shadow.named_parameters()))])
+    return Graph(nodes, tensors, parameters, owners, constants, placeholders[-1], frozenset(chunks), baked)
 
 
 def operation(node: fx.Node) -> str:

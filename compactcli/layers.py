@@ -61,6 +61,12 @@ def labels(found: Sequence[Layer]) -> list[str]:
     return [layer.name if count[layer.name] == 1 else layer.weight for layer in found]
 
 
+def single(found: Sequence[Layer]) -> list[str]:
+    """The modules that are run as one layer each, and hold no other: what goes in and out of them is that layer's."""
+    count = Counter(layer.name for layer in found)
+    return [layer.name for layer in found if layer.called and count[layer.name] == 1]
+
+
 def stored(model: nn.Module, layer: Layer, label: str) -> int:
     """Parameters of what a layer is called: of its module itself, or of its weight alone."""
     if label == layer.name:
@@ -143,19 +149,19 @@ def _weight(graph: Graph, node: fx.Node, moving: set[fx.Node]) -> tuple[fx.Node 
     if operation(node) == "convolution":
         known += [(shape[0], math.prod(shape[1:])) for shape in shapes]
     for each in seen:
-        if each in graph.tensors and tuple(each.meta["val"].shape) in known:
+        if each in graph.parameters and tuple(each.meta["val"].shape) in known:
             return each, False
         seen += [used for used in each.all_input_nodes if used not in seen]
     return None, False
 
 
 def weight_of(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """The parameter that a convolution or matrix product multiplies with, where it is one."""
+    """The parameter that a convolution or matrix product multiplies with, where it is one; a buffer is a constant of the code."""
     at = {"convolution": 1, "addmm": 2, "mm": 1}.get(operation(node))
     weight: Any = None if at is None else node.args[at]
     if weight is not None and weight not in graph.tensors and operation(weight) == "t":
         weight = weight.args[0]
-    return weight if weight in graph.tensors else None
+    return weight if weight in graph.parameters else None
 
 
 def norm_behind(graph: Graph, node: fx.Node) -> tuple[str, fx.Node] | None:

@@ -1,6 +1,5 @@
 """What a network is and does: parameters, MACs, thop's figure, latency, accuracy, redundancy."""
 
-import copy
 import platform
 import statistics
 import time
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import kernels, surgery
 from .errors import CompactError
-from .graph import not_finite, run_fake
+from .graph import copied, named_failure, not_finite, run_fake
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -93,17 +92,32 @@ def macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter:
-            run_fake(model, input_shape, batch=1, change=lambda shadow: kernels.fold_(shadow, hollow=True))
+            before = 0
+
+            def change(shadow: nn.Module) -> None:
+                nonlocal before
+                before = counter.get_total_flops()  # of a run that met what needs real values, and was given up
+                kernels.fold_(shadow, hollow=True)
+
+            run_fake(model, input_shape, batch=1, change=change)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return int(counter.get_total_flops()) // 2
+    return int(counter.get_total_flops() - before) // 2
+
+
+def wholes(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """What ratios are of, for a network whose layers are yet to be made plain: these may cost more, or have fewer parameters.
+
+    Multiply-accumulates only where it makes its kernels: others cost the same.
+    """
+    return {"params": params(model)} | ({"macs": macs(model, input_shape)} if kernels.layers(model) else {})
 
 
 def thop_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     """The figure that thop gives and many papers print, all kernels made; on a copy, for thop leaves buffers behind."""
     profile = import_module("thop").profile
     with torch.no_grad():
-        total, _ = profile(copy.deepcopy(kernels.folded(model)).eval(), (torch.zeros(1, *input_shape),), verbose=False)
+        total, _ = profile(copied(kernels.folded(model)).eval(), (torch.zeros(1, *input_shape),), verbose=False)
     return int(total)
 
 
@@ -245,7 +259,7 @@ def _laid_out(module: nn.Module, device: torch.device, memory_format: MemoryForm
         return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
 
     memo = {id(tensor): placed(tensor) for tensor in [*module.parameters(), *module.buffers()]}
-    return copy.deepcopy(module, memo).eval()
+    return copied(module, memo).eval()
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
@@ -255,7 +269,8 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     loss = 0.0
     with torch.inference_mode():
         for image, label in batches:
-            logits = surgery.scores(model(image)).float()
+            with named_failure("on these images"):
+                logits = surgery.scores(model(image)).float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == label[:, None]  # (n, 5)
             top1 += int(ranked[:, 0].sum())
             top5 += int(ranked.any(1).sum())
@@ -272,7 +287,7 @@ def probed(model: nn.Module, input_shape: Sequence[int], *, finite: bool = False
     Raises CompactError if it must be `finite` and holds NaN or Inf.
     """
     images = torch.randn(PROBES, *input_shape, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.inference_mode(), named_failure("on random images"):
         found = surgery.scores(model.eval()(images))
     if finite and not found.isfinite().all():
         raise not_finite(model, images, "random images")
@@ -285,7 +300,7 @@ def relative_change(now: Tensor, before: Tensor) -> float:
 
 
 def redundancy(weight: Tensor) -> Redundancy | None:
-    """How alike the filters of a weight (o, i, k, k) are; None if there are fewer than two, or none is finite."""
+    """How alike the filters of a weight (o, i, k, k) are; None if there are fewer than two, or one is not finite."""
     filters = weight.detach().flatten(1).double()
     if len(filters) < 2 or not filters.isfinite().all():
         return None

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from . import data
-from .graph import Graph, not_finite
+from .graph import Graph, named_failure, not_finite
 from .recipe import Preprocessing
 from .surgery import scores
 
@@ -86,7 +87,8 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
             unit = unit or _unit(values)
             if logits.requires_grad:
                 direction = unit * torch.randn(logits.shape, generator=generator)
-                (logits * direction).sum().backward()  # type: ignore[no-untyped-call]
+                with named_failure("backwards; --no-calibrate uses the weights alone"):
+                    (logits * direction).sum().backward()  # type: ignore[no-untyped-call]
             if images >= MOMENT_IMAGES:
                 break
     if not values.isfinite().all():
@@ -161,6 +163,7 @@ def _recorded(model: nn.Module, layers: Mapping[nn.Module, _Sums]) -> Iterator[N
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(record, with_kwargs=True))
         model.eval().requires_grad_(False)
+        hooks.enter_context(allow_mutation_on_saved_tensors())  # code for inference may write into what it has read
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """Takes the weights out of what training scripts wrap around them, and their names out of prefixes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +17,9 @@ WRAPPERS = (
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "base_model.")
 INNER = ("features.", "module.")  # a part wrapped in DataParallel, as torchvision's old training script does
 LIGHTNING = "pytorch-lightning_version"  # what says that a checkpoint is of a Lightning module
-# What else lies beside weights: numbers of the training run, and what thop and AveragedModel leave behind.
-NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step", "n_averaged"})
+# What else lies beside weights: numbers of the training run, and what AveragedModel and thop leave behind.
+NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step"})
+AVERAGES = frozenset({"n_averaged"})
 COUNTERS = frozenset({"total_ops", "total_params"})
 
 
@@ -46,7 +47,7 @@ def peel(tree: Any) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"dropped what lies beside the network: {_some(beside)}")
         dropped = set(beside)
         entries = {name: value for name, value in entries.items() if name not in dropped}
-    if prefix := _shared_prefix(list(entries)):
+    if prefix := shared_prefix(list(entries)):
         notes.append(f"stripped the prefix {prefix} from all {len(entries)} names")
     entries = {name.removeprefix(prefix): value for name, value in entries.items()}
     if wrapped := _wrapped(list(entries)):
@@ -71,20 +72,24 @@ def _beside_network(tree: Any, names: list[str]) -> list[str]:
     return next((others for others in outside if 2 * len(others) < len(names)), [])
 
 
-def _shared_prefix(names: list[str]) -> str:
-    """The longest run of PREFIXES that all names begin with and something follows."""
+def shared_prefix(names: Iterable[str]) -> str:
+    """The longest run of PREFIXES that all names begin with and something follows; those of NUMBERS may have none."""
+    names = [name for name in names if name not in NUMBERS]
     shared = ""
     for _ in range(8):  # wrappers nest a few times; a hostile name could hold a million prefixes
         for prefix in PREFIXES:
             longer = shared + prefix
-            if all(name.startswith(longer) and name != longer for name in names):
+            if names and all(name.startswith(longer) and name != longer for name in names):
                 shared = longer
                 break
     return shared
 
 
 def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | None:
-    """The tensors in a tree and the keys that lead to them; None if there are none. `seen`: tables known to have none."""
+    """The tensors in a tree and the keys that lead to them; None if there are none. `seen`: tables known to have none.
+
+    NUMBERS alone are none; beside others they may be the network's own, as its names will show.
+    """
     if not isinstance(tree, dict) or id(tree) in seen:
         return None
     seen.add(id(tree))
@@ -98,13 +103,15 @@ def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | Non
     # Under no name we know: then the only table of tensors. By identity, since a hostile tree may name one a million times.
     tables = {id(value): key for key, value in tree.items() if isinstance(value, dict) and id(value) not in seen}
     unnamed = {key: weights for key in tables.values() if (weights := _weights(tree[key]))}
+    seen |= {identity for identity, key in tables.items() if key not in unnamed}
     if len(unnamed) > 1:
         raise CompactError(f"holds several networks ({_some(list(unnamed))}); save the state_dict of one of them")
     return next(((weights, [name]) for name, weights in unnamed.items()), None)
 
 
 def _weights(tree: dict[Any, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tree.items() if isinstance(key, str) and key not in NUMBERS and is_tensor(value)}
+    found = {key: value for key, value in tree.items() if isinstance(key, str) and key not in AVERAGES and is_tensor(value)}
+    return found if found.keys() - NUMBERS else {}
 
 
 def _size(weights: dict[str, Any]) -> int:

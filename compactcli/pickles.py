@@ -11,7 +11,7 @@ import pickletools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -102,7 +102,7 @@ class Pickle:
         self.objects: dict[str, None] = {}  # an ordered set
         with damage("pickle"), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # pickletools' own, over a backslash in a name
-            for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+            for count, (operation, argument, _) in enumerate(pickletools.genops(cast(IO[bytes], _Bounded(file)))):
                 if count >= OPERATIONS:
                     raise CompactError(f"the pickle has more than {OPERATIONS} operations; no state_dict is that long")
                 self._do(operation.name, argument)
@@ -235,6 +235,19 @@ class Pickle:
             case [(_, int() as start, int() as part)]:  # a part of the storage, in files of torch before 0.4
                 return Storage(dtype, key, start, part)
         return whole
+
+
+class _Bounded:
+    """A stream of which no more is asked than there is: its own buffer would be made as large as a file says."""
+
+    def __init__(self, file: io.BufferedReader | io.BytesIO) -> None:
+        self.file, self.tell, self.readline = file, file.tell, file.readline
+        here = file.tell()
+        self.end = file.seek(0, io.SEEK_END)
+        file.seek(here)
+
+    def read(self, count: int) -> bytes:
+        return self.file.read(min(count, self.end - self.file.tell()))
 
 
 def _name(module: Any, name: Any) -> Global:

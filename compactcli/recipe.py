@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ from .errors import CompactError
 OPEN = "open"  # the command of the step that a file of a method's authors begins with
 FORMAT = 1  # major version of the recipe; a newer one is refused
 NAME_LENGTH = 200  # of the names in an edit
+INDICES = 1 << 22  # of the channels that all edits of a recipe keep together
+DEPTH = 4  # of tables and lists in an option
 IMAGES = 1024  # that a network is calibrated on, where no other number is asked for
 DTYPES = ("float16", "bfloat16")  # what a file may hold its floating-point numbers in, beside what they are computed in
 
@@ -206,13 +208,13 @@ def _recipe(tree: dict[str, Any]) -> Recipe:
     classes = tree.get("classes")
     return Recipe(
         architecture=_string(tree["architecture"]),
-        kwargs={_string(key): value for key, value in tree["kwargs"].items()},
+        kwargs={_string(key): _simple(value) for key, value in tree["kwargs"].items()},
         input_shape=_input_shape(tree["input_shape"]),
         preprocessing=preprocessing_of(tree["preprocessing"]),
         source=None if source is None else _source(source),
         classes=None if classes is None else tuple(_string(name) for name in classes),
         dataset=None if tree.get("dataset") is None else _string(tree["dataset"]),
-        steps=tuple(_step(step) for step in tree["steps"]),
+        steps=_steps(tree["steps"]),
         dtype=_optional(_dtype, tree.get("dtype")),
     )
 
@@ -231,12 +233,28 @@ def _source(tree: dict[str, Any]) -> Source:
     return Source(_bare(tree["name"]), _string(tree["sha256"]), _measures(tree["measures"]))
 
 
-def _step(tree: dict[str, Any]) -> Step:
+def _steps(trees: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
+    """The steps; a short string can name many channels, so these are counted as they are read."""
+    room = INDICES
+
+    def edits(each: Iterable[dict[str, Any]]) -> Iterator[Edit]:
+        nonlocal room
+        for tree in each:
+            edit = _edit(tree)
+            room -= len(edit.index) if isinstance(edit, Keep) else 0
+            if room < 0:
+                raise ValueError(f"its edits keep more than {INDICES} channels")
+            yield edit
+
+    return tuple(_step(tree, tuple(edits(tree["edits"]))) for tree in trees)
+
+
+def _step(tree: dict[str, Any], edits: tuple[Edit, ...]) -> Step:
     return Step(
         command=_string(tree["command"]),
         method=None if tree.get("method") is None else _string(tree["method"]),
-        options={_string(key): value for key, value in tree["options"].items()},
-        edits=tuple(_edit(edit) for edit in tree["edits"]),
+        options={_string(key): _simple(value) for key, value in tree["options"].items()},
+        edits=edits,
         measures=_measures(tree["measures"]),
         error=_optional(_number, tree.get("error")),
         version=_string(tree["version"]),
@@ -250,7 +268,9 @@ def _edit(tree: dict[str, Any]) -> Edit:
     readers = _READERS[tree["kind"]]
     unknown = set(tree) - {"kind"} - set(readers)
     if unknown:
-        raise CompactError(f"the recipe's {tree['kind']} edit has the unknown key {min(unknown)!r}; it needs a newer compactcli")
+        raise CompactError(
+            f"the recipe's {tree['kind']} edit has the unknown key {_brief(min(unknown))!r}; it needs a newer compactcli"
+        )
     edit: Edit = kind(**{key: read(tree[key]) for key, read in readers.items()})
     return edit
 
@@ -275,6 +295,22 @@ def _measures(tree: dict[str, Any]) -> Measures:
 def _input_shape(value: Any) -> tuple[int, ...]:
     channels, height, width = (_integer(n, 1, 1 << 16) for n in value)
     return channels, height, width
+
+
+def _simple(value: Any, depth: int = DEPTH) -> Any:
+    """A value that a program may be told: a word, a finite number, or a few of them."""
+    if isinstance(value, list | dict) and depth:
+        own = value.items() if isinstance(value, dict) else enumerate(value)
+        for _, each in own:
+            _simple(each, depth - 1)
+        return value
+    return value if value is None or isinstance(value, str | bool) else _given(value)
+
+
+def _given(value: Any) -> int | float:
+    _number(value)
+    number: int | float = value
+    return number
 
 
 def _optional(read: Callable[[Any], Any], value: Any) -> Any:

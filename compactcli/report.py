@@ -14,7 +14,8 @@ from .artefact import Network
 from .data import Split
 from .errors import CompactError, shape_text
 from .graph import run_fake, trace
-from .layers import Layer, layers
+from .layers import Layer, labels, layers, stored
+from .recipe import Replace
 
 LATENCY_SECONDS = 1.0
 
@@ -219,15 +220,19 @@ def _layers(network: Network, arch: str | None = None) -> list[dict[str, Any]]:
     before = kernels.folded(module)
     now = layers(trace(kernels.folded(network.module), network.input_shape))
     result = []
-    for layer in layers(trace(before, network.input_shape)):
-        parts = [part for part in now if part.name == layer.name or part.name.startswith(f"{layer.name}.")]
+    found = layers(trace(before, network.input_shape))
+    replaced = {edit.module for edit in network.recipe.edits if isinstance(edit, Replace)}
+    for layer, label in zip(found, labels(found), strict=True):
+        parts = [part for part in now if part.weight == layer.weight]
+        if layer.name in replaced or not parts:  # other layers stand in its place, inside of what has its name
+            parts = [part for part in now if f"{part.name}.".startswith(f"{layer.name}.")]
         result.append(
             {
-                "name": layer.name,
+                "name": label,
                 "type": type(before.get_submodule(layer.name)).__name__,
-                "before": None if first is None else _shape(first, [layer]),
-                "after": _shape(network.module, parts),
-                "params": params_of(network.module, parts),
+                "before": None if first is None else _shape(first, [layer], label),
+                "after": _shape(network.module, parts, label),
+                "params": _params(network.module, parts, label),
                 "macs": sum(part.macs for part in parts),
             }
         )
@@ -246,10 +251,17 @@ def _first(network: Network, arch: str | None) -> nn.Module | None:
     return first
 
 
-def _shape(module: nn.Module, parts: Sequence[Layer]) -> dict[str, Any]:
+def _params(module: nn.Module, parts: Sequence[Layer], label: str) -> int:
+    """Parameters of what stands for a layer: of its weight alone where its module has several."""
+    if [part.weight for part in parts] == [label]:
+        return stored(module, parts[0], label)
+    return params_of(module, parts)
+
+
+def _shape(module: nn.Module, parts: Sequence[Layer], label: str) -> dict[str, Any]:
     return {
         "weight_shapes": [list(part.shape) for part in parts],
-        "params": params_of(module, parts),
+        "params": _params(module, parts, label),
         "macs": sum(part.macs for part in parts),
     }
 

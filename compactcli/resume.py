@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import streams
-from .errors import CompactError
+from .errors import CompactError, brief
 from .methods import Method
 from .optim import Average
 
@@ -86,9 +86,10 @@ def _opened(path: Path, take: Callable[[Any], T]) -> tuple[T, dict[str, str]]:
             metadata = file.metadata() or {}
             run = json.loads(metadata.get(KEY, "null"))
             taken = take(file)
-    except (OSError, ValueError, safetensors.SafetensorError) as problem:
-        raise CompactError(f"{path.name} cannot be resumed from: {' '.join(str(problem).split())}") from None
-    if not isinstance(run, dict) or run.get("version") != VERSION or not {"identity", "standing"} <= run.keys():
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as problem:
+        raise CompactError(f"{path.name} cannot be resumed from: {brief(str(problem))}") from None
+    parts = [run.get(name) for name in ("identity", "standing")] if isinstance(run, dict) else []
+    if not isinstance(run, dict) or run.get("version") != VERSION or not all(isinstance(part, dict) for part in parts):
         raise CompactError(f"{path.name} is not what an interrupted training run left; leave --resume out to begin one")
     return taken, metadata
 

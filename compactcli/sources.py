@@ -127,10 +127,13 @@ def _from_torchvision(name: str, root: Path, download: bool, form: Form) -> Data
                 source = make(str(root), download=download, **which)
         except ModuleNotFoundError as problem:
             raise CompactError(f"{name} needs {problem.name}; try pip install {problem.name}") from None
-        except (RuntimeError, OSError) as problem:
+        except (RuntimeError, OSError, ValueError, AssertionError, EOFError) as problem:
             if download:
                 raise CompactError(f"{name} cannot be downloaded to {root}: {' '.join(str(problem).split())}") from None
-            raise CompactError(f"{name} is not in {root}; --download fetches it, --data-dir names another folder") from None
+            if isinstance(problem, OSError) or "download=True" in str(problem):  # of what is not there it says this
+                raise CompactError(f"{name} is not in {root}; --download fetches it, --data-dir names another folder") from None
+            said = brief(f"{type(problem).__name__}: {problem}")
+            raise CompactError(f"{name} in {root} is damaged ({said}); remove it, and --download fetches it again") from None
         images = torch.as_tensor(source.data)
         if name.startswith("cifar"):
             images = images.permute(0, 3, 1, 2)
@@ -148,6 +151,9 @@ def _from_folder(root: Path, form: Form, skipped: list[Path] | None) -> Dataset:
     # A folder called "train" is a split if it holds folders; with images in it, it is a class.
     parts = [part for part in ("train", "test", "val") if (root / part).is_dir() and _folders(root / part)]
     if parts:
+        for part in ("train", "test", "val"):
+            if loose := _images(root / part) if (root / part).is_dir() else []:
+                raise CompactError(f"{loose[0]} is in no folder of a class, as the images of {parts[0]}/ are; put it into one")
         classes = tuple(folder.name for folder in _folders(root / parts[0]))
         splits = {part: _from_class_folders(root / part, part, classes, form, skipped, f"{parts[0]}/") for part in parts}
         return Dataset(name, False, classes, splits.get("train"), splits.get("test", splits.get("val")))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, kernels, measure
+from . import budget, kernels, measure, resume
 from .artefact import Network
 from .budget import LayerTime, Times
 from .errors import CompactError, shape_text
@@ -24,6 +24,7 @@ from .measure import FORMATS, MemoryFormat
 from .plain import plained
 
 SCHEMA = "compactcli/latency-table/1"
+KEY = "compactcli_latency"  # the metadata entry of a run that is planned by a table
 SHARES = (1.0, 0.5, 0.25)  # of a layer's channels, at which it is timed
 ROUNDS = 9  # at least
 SECONDS = 0.05  # for each kind of layer, at least
@@ -83,18 +84,36 @@ class Table:
 def load(path: Path) -> Table:
     """The table in a file. Raises CompactError if there is none."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.pop("schema") != SCHEMA or not 0 < float(tree["whole_ms"]) < math.inf:
+        return loads(path.read_text(encoding="utf-8"), path.name)
+    except OSError as problem:
+        raise CompactError(f"{path}: {(problem.strerror or str(problem)).lower()}; make it with bench --save") from None
+    except UnicodeDecodeError:
+        raise CompactError(f"{path.name} is not a latency table; make one with bench --save") from None
+
+
+def kept(path: Path) -> Table | None:
+    """The table that a search was planned by, in the file that it is kept in; None if it was by none.
+
+    Raises CompactError if that is no such file.
+    """
+    text = resume.check(path).get(KEY)
+    return None if text is None else loads(text, path.name)
+
+
+def loads(text: str, name: str) -> Table:
+    """The table that `dumps` wrote, in the file `name`. Raises CompactError if it is none."""
+    try:
+        tree = json.loads(text)
+        whole = float(tree.pop("whole_ms"))
+        if tree.pop("schema") != SCHEMA or not 0 < whole < math.inf:
             raise ValueError
         layers = tuple(
             Timed(each["name"], tuple(each["shape"]), *(_points(each[key]) for key in ("kernel", "pointwise", "after")))
             for each in tree.pop("layers")
         )
-        return Table(**{**tree, "input_shape": tuple(tree["input_shape"])}, layers=layers)
-    except OSError as problem:
-        raise CompactError(f"{path}: {(problem.strerror or str(problem)).lower()}; make it with bench --save") from None
+        return Table(**{**tree, "input_shape": tuple(tree["input_shape"])}, whole_ms=whole, layers=layers)
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CompactError(f"{path.name} is not a latency table; make one with bench --save") from None
+        raise CompactError(f"{name} is not a latency table; make one with bench --save") from None
 
 
 def _points(rows: Any) -> tuple[Point, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import augment, batchnorm, data, distributed, gradient, measure, optim
-from .errors import CompactError
+from .errors import CompactError, brief
 from .gradient import Gradient
 from .history import EpochRecord, History, Watch, better
 from .methods import Method, Progress
@@ -57,7 +57,7 @@ def fit_(
     optim.keep_heap()
     networks = [model] if teacher is None else [model, teacher]
     _place(networks, device, torch.channels_last)
-    run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, store, watch)
+    run = _Run(model, teacher, hooks, dataset, training, validation, preprocessing, settings, keep, store, watch)
     with Interruption().watched() as run.interruption, batchnorm.synchronised(model, settings.batch_norm == "sync"):
         network: Any = torch.compile(model) if settings.compile else model
         network = distributed.wrapped(network, settings.device, lambda: optim.ignores_outputs(model, training.shape))
@@ -97,10 +97,11 @@ class _Run:
         validation: data.Split,
         preprocessing: Preprocessing,
         settings: Settings,
+        keep: str,
         store: Store | None,
         watch: Watch | None,
     ) -> None:
-        self.model, self.teacher, self.hooks, self.store = model, teacher, hooks, store
+        self.model, self.teacher, self.hooks, self.keep, self.store = model, teacher, hooks, keep, store
         self.settings, self.preprocessing = optim.settled(settings, model, training.shape), preprocessing
         self.dataset, self.training, self.validation = dataset, training, validation
         self.labels = data.labels_of(training)
@@ -234,7 +235,7 @@ class _Run:
             validation_loss = losses / images if math.isfinite(losses) else None
             record = EpochRecord(epoch, loss, hits / images, validation_loss, lr, speed, time.perf_counter() - since)
             if not self.records or better(record, self.best):
-                self.best, self.best_weights = record, _copy(self.model)
+                self.best, self.best_weights = record, _copy(self.model) if self.keep == "best" else {}
         self.records.append(record)
         self.watch.history(self.records)
 
@@ -269,13 +270,22 @@ class _Run:
         state = distributed.shared(self.store.load() if self.store is not None and distributed.is_main() else None)
         if state is None:
             return False
-        tensors, standing = state
+        try:
+            self.take(*state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as problem:
+            said = brief(f"{type(problem).__name__}: {problem}")
+            raise CompactError(f"what the interrupted run left is damaged ({said}); leave --resume out to begin again") from None
+        return True
+
+    def take(self, tensors: dict[str, Tensor], standing: dict[str, Any]) -> None:
+        """Be where a run stood."""
         self.step, self.loss_sum, self.seen = standing["step"], standing["loss_sum"], standing["seen"]
         self.records = [EpochRecord(**record) for record in standing["records"]]
         self.best = next(record for record in self.records if record.epoch == standing["best"])
         self.best_weights, self.ended, self.peaks = under("best", tensors), standing["ended"], standing["peaks"]
+        if self.keep == "best" and self.best_weights.keys() != self.model.state_dict().keys():
+            raise ValueError("the best weights are of another network")
         unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
-        return True
 
 
 def _place(networks: Iterable[nn.Module], device: torch.device, memory_format: torch.memory_format) -> None:

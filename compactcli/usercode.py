@@ -1,7 +1,9 @@
 """Code of the user's own, which runs because the command line names it; never what a file names."""
 
+import contextlib
 import importlib
 import importlib.machinery
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -39,10 +41,21 @@ def _module(source: str, spec: str) -> ModuleType:
 
 
 def _imported(source: str) -> ModuleType:
+    """The module, with what lies beside the file, or in the working folder, to import from behind all that is installed."""
+    path = Path(source).resolve()
+    beside = str(path.parent if source.endswith(".py") else Path.cwd())
+    if beside not in sys.path:
+        sys.path.append(beside)  # for good: a function may import when it is called
     if not source.endswith(".py"):
         return importlib.import_module(source)
-    loader = importlib.machinery.SourceFileLoader(Path(source).stem, source)
+    loader = importlib.machinery.SourceFileLoader(f"compactcli_user.{path}", str(path))
     module = ModuleType(loader.name)
-    module.__file__ = source
-    loader.exec_module(module)
+    module.__file__ = str(path)
+    sys.modules[loader.name] = module  # where dataclasses look for the names in annotations
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        with contextlib.suppress(KeyError):
+            del sys.modules[loader.name]
+        raise
     return module

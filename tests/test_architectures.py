@@ -1,5 +1,6 @@
 """Networks are built by name."""
 
+import os
 import re
 import subprocess
 import sys
@@ -176,6 +177,59 @@ def test_the_users_own_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         architectures.user(f"{file}:make")
 
 
+BESIDE = """from __future__ import annotations
+from dataclasses import dataclass
+from own_parts import WIDTH, layer
+
+@dataclass
+class Sizes:
+    width: int = WIDTH
+
+def make():
+    import own_later_parts
+    return layer(Sizes().width, own_later_parts.SIDE)
+"""
+
+
+@pytest.mark.parametrize("spec", ["nets/own_whole.py:make", "own_module:make"])
+def test_a_users_file_imports_what_lies_beside_it(spec: str, tmp_path: Path) -> None:
+    """As Python lets a script do, when it is loaded and when it is called; a module is looked for in the working folder."""
+    folder = tmp_path / Path(spec).parent
+    folder.mkdir(exist_ok=True)
+    source = Path(spec.partition(":")[0]).with_suffix(".py")
+    (tmp_path / source).write_text(BESIDE)
+    (folder / "own_parts.py").write_text(
+        "from torch import nn\nWIDTH = 6\ndef layer(width, side): return nn.Sequential(nn.Conv2d(3, width, side), nn.Flatten())"
+    )
+    (folder / "own_later_parts.py").write_text("SIDE = 5")
+    code = f"from compactcli.architectures import user\nprint(user('{spec}', None, (3, 8, 8)).build()[0].weight.shape)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=_with_package()
+    )
+    assert done.stdout.strip() == "torch.Size([6, 3, 5, 5])", done.stderr
+
+
+def test_what_lies_beside_a_users_file_hides_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('run')")
+    (tmp_path / "own_nets.py").write_text(f"import colorsys\n{FACTORY}")
+    architectures.user(f"{tmp_path}/own_nets.py:make", None, (3, 8, 8)).build()
+
+
+def test_a_users_file_that_fails_leaves_no_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_nets.py").write_text("1 / 0")
+    before = set(sys.modules)
+    with pytest.raises(CompactError, match="ZeroDivisionError"):
+        architectures.user(f"{tmp_path}/own_nets.py:make", None, (3, 8, 8))
+    assert not [name for name in set(sys.modules) - before if "own_nets" in name]
+
+
+def _with_package() -> dict[str, str]:
+    """The environment, in which this very package is found from any folder."""
+    return os.environ | {"PYTHONPATH": str(Path(architectures.__file__).parents[1])}
+
+
 def test_a_users_factory_is_never_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_nets.py").write_text("raise SystemExit('run')")
     monkeypatch.chdir(tmp_path)
@@ -206,6 +260,13 @@ def test_a_folder_says_what_its_weights_were_trained_on(timm: Any, name: str, ne
 def test_a_damaged_description_is_refused(timm: Any, own: Any) -> None:
     with pytest.raises(CompactError, match=r"what config\.json says of the input is damaged: .*; give --arch"):
         architectures.configured({"architecture": "resnet18", "pretrained_cfg": own})
+
+
+def test_a_folder_of_timm_may_hold_a_network_without_a_head(timm: Any) -> None:
+    found = architectures.configured({"architecture": "resnet18", "num_classes": 0})
+    assert "fc.weight" not in found.build().state_dict()
+    with pytest.raises(CompactError, match="timm:resnet18 cannot take in_chans=0"):
+        architectures.get("timm:resnet18", {"in_chans": 0})
 
 
 def test_timm_by_name(timm: Any) -> None:

@@ -24,7 +24,7 @@ from test_report import ANALYSIS, EVALUATION, LAYER, MODEL, REPORT, check_bench,
 from typer.testing import CliRunner, Result
 
 import compactcli
-from compactcli import artefact, report
+from compactcli import artefact, report, timing
 from compactcli.artefact import Wishes, fresh, open_model
 from compactcli.cli import app
 from compactcli.compress import ROUND
@@ -328,6 +328,8 @@ USAGE = [
     (("--method", "hinge", "--ratio", "0.5", "--latency-table", "t"), "compactcli: --latency-table: it is for --of latency"),
     (("--method", "hinge", "--ratio", "0.5", "--json"), "compactcli: --json: it is for --dry-run"),
     (("--method", "hinge", "--ratio", "0.5", "--dry-run", "--epochs", "1"), "compactcli: --dry-run plans from weights or images"),
+    (("--method", "hinge", "--ratio", "0.5", "--resume"), "compactcli: --resume: it is for training; give --epochs or"),
+    (("--method", "hinge", "--ratio", "0.5", "--history", "h"), "compactcli: --history: it is for training; give --epochs or"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "0"), "compactcli: --round 0: it is 1 or more"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "many"), "compactcli: --round many: give it as a whole number, or auto"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "1.5"), "compactcli: --round 1.5: give it as a whole number, or auto"),
@@ -587,6 +589,10 @@ def test_a_saved_table_drives_a_compression(net, tmp_path):
     assert "the latency table is of another network: conv1 is 4x3x3x3 here, 8x1x3x3 in the table" in line
     damaged = tmp_path / "damaged.json"
     huge = json.dumps({"schema": "compactcli/latency-table/1", "whole_ms": 10**400, "layers": []})
+    tree = json.loads(table.read_text())
+    worded = tmp_path / "worded.json"
+    worded.write_text(json.dumps(tree | {"whole_ms": str(tree["whole_ms"])}))
+    assert timing.load(worded) == timing.load(table)
     for content in (net.read_bytes(), huge.encode(), b"[" * 100_000):
         damaged.write_bytes(content)
         line = one_line(run("compress", net, *HINGE, "0.6", "--of", "latency", "--latency-table", damaged))
@@ -990,6 +996,8 @@ def test_what_is_set_once_for_all_commands_contradicts_none(monkeypatch, tmp_pat
     ("flags", "message"),
     [
         (("--arch-kwargs", "x=NaN"), "--arch-kwargs x=NaN: give a finite number"),
+        (("--arch-kwargs", f"x={'[' * 100_000}"), "--arch-kwargs x: nested too deeply"),
+        (("--arch-kwargs", "shortcut=None"), "cifar:resnet8 with shortcut=None"),
         (("--input-shape", "3x3²x32"), "--input-shape 3x3²x32: give it as CxHxW"),
         (("--device", "meta", "--data", "digits"), "--device meta: not to be had here"),
         (("--device", "hpu", "--data", "digits"), "--device hpu: not to be had here"),

@@ -298,6 +298,41 @@ def test_a_wrong_file_of_that_name_does_no_harm(pair):
     assert find_teacher(small, None) is None
 
 
+def test_an_original_that_needs_trust_is_the_teacher_with_it_alone(tmp_path):
+    """A whole network of torch.save: nobody asked for it, so that it is no error without --trust-pickle."""
+    original = tmp_path / "original.pt"
+    torch.save(named("cifar:resnet8", width=4, in_channels=1), original)
+    wishes = Wishes(input_shape=(1, 16, 16), mean=(0.5,), std=(0.5,), trust_pickle=True)
+    small = compress(open_model(original, wishes), "hinge", hinge(), Target(0.7))
+    small.folder = tmp_path
+    lines: list[str] = []
+    assert find_teacher(small, None, log=lines.append) is None
+    assert len(lines) == 1
+    assert "only --trust-pickle unpickles it" in lines[0]
+    assert lines[0].endswith("; training without one")
+    with pytest.raises(CompactError, match="only --trust-pickle unpickles it"):
+        find_teacher(small, str(original))
+    for wanted in (None, str(original)):
+        teacher = find_teacher(small, wanted, trust_pickle=True)
+        assert teacher is not None
+        assert teacher.recipe.preprocessing == small.recipe.preprocessing
+
+
+def test_an_original_in_a_folder_is_found(tmp_path):
+    folder = tmp_path / "original"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    torch.save(named("cifar:resnet8", width=4, in_channels=1).state_dict(), folder / "pytorch_model.bin")
+    wishes = Wishes(input_shape=(1, 16, 16), mean=(0.25,), std=(0.125,))
+    small = compress(open_model(folder, wishes), "hinge", hinge(), Target(0.7))
+    small.folder = tmp_path
+    for wanted in (None, str(folder)):
+        teacher = find_teacher(small, wanted)
+        assert teacher is not None
+        assert teacher.input_shape == (1, 16, 16)
+        assert teacher.recipe.preprocessing == small.recipe.preprocessing
+
+
 def test_a_teacher_that_was_asked_for_must_be_there(pair):
     with pytest.raises(CompactError, match=r"nowhere\.pt: no such file"):
         find_teacher(pair[0], "nowhere.pt")

@@ -96,6 +96,14 @@ def test_images_beside_folders_are_told_of(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_in_no_class_of_a_split_are_told_of(part: str, tmp_path: Path) -> None:
+    save(tmp_path / "train" / "a" / "1.png")
+    image = save(tmp_path / part / "1.png")
+    with pytest.raises(CompactError, match=f"{re.escape(str(image))} is in no folder of a class, as the images of train/ are"):
+        open_folder(tmp_path)
+
+
 def test_the_classes_of_val_are_those_that_test_has(tmp_path: Path) -> None:
     save(tmp_path / "val" / "a" / "1.png")
     save(tmp_path / "test" / "b" / "1.png")
@@ -312,6 +320,10 @@ def test_mnist_files_are_read_and_never_mirrored(tmp_path: Path) -> None:
     assert mnist.train is not None
     assert torch.equal(mnist.train.images()[:, 0], torch.from_numpy(pictures))
     assert data.labels_of(mnist.train).tolist() == list(range(6))
+    for content in (b"", struct.pack(">iiii", 2051, 6, 28, 28) + b"cut", b"neither"):
+        (folder / "t10k-images-idx3-ubyte").write_bytes(content)
+        with pytest.raises(CompactError, match=r"mnist in .* is damaged \(.*\); remove it, and --download fetches"):
+            sources.open_dataset("mnist", input_shape=(1, 28, 28), preprocessing=GREY, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", sources.NAMES[1:])

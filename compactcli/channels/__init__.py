@@ -64,5 +64,7 @@ def layer_axis(model: nn.Module, tensor: str, axis: int) -> tuple[str, int]:
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and name == "weight":
         return path, 1 - axis
     known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and module._parameters.get("weight") is None:
+        return tensor, axis  # its weight is computed, and does not go with its bias
     own = name in ("weight", "bias", "running_mean", "running_var")  # a gain beside them is cut by itself
     return (path, axis) if own and isinstance(module, known) else (tensor, axis)

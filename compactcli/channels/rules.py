@@ -1,5 +1,6 @@
 """The rules: one small function per kind of ATen operation, from the node to the labels of its value."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,7 +133,10 @@ def _whole_groups(walk: Walk, node: fx.Node, attribute: str, members: Sequence[I
 def _addmm(walk: Walk, node: fx.Node) -> list[Label]:
     bias, left, right = node.args[:3]
     labels = _product(walk, left, right)
-    for out in (label.ids for label in labels if label.axis == 1):
+    outs = [label.ids for label in labels if label.axis == 1]
+    if not outs:
+        walk.lock(walk.of(bias), "the bias of a computed weight")
+    for out in outs:
         for ids in walk.along(bias, 0):
             walk.tie(out, ids)
     return labels
@@ -145,6 +149,9 @@ def _mm(walk: Walk, node: fx.Node) -> list[Label]:
 
 def _product(walk: Walk, left: Any, right: Any) -> list[Label]:
     """left (n, i) times right (i, o): the contraction axis is tied, rows and columns pass. Images may come from either side."""
+    if left in walk.moving and right in walk.moving:
+        walk.lock(walk.of((left, right)), "activations multiplied with activations")
+        return []
     inner = walk.along(left, 1), walk.along(right, 0)
     _contract(walk, *(inner[::-1] if right in walk.moving and left not in walk.moving else inner))
     return [Label(0, ids) for ids in walk.along(left, 0)] + [Label(1, ids) for ids in walk.along(right, 1)]
@@ -296,6 +303,12 @@ def _spatial(walk: Walk, node: fx.Node) -> list[Label]:
     walk.lock((label for label in walk.of(source) if label.axis >= first), f"reduced by {name}")
     if name == "grid_sampler_2d":
         walk.lock(walk.of(node.args[1]), "positions to sample at")
+    if name.startswith("max_unpool"):  # each channel has its own positions to go to
+        values, places = walk.along(source, first - 1), walk.along(node.args[1], first - 1)
+        if not places:
+            walk.lock((label for label in labels if label.axis == first - 1), "taken apart by positions without channels")
+        for own, others in itertools.product(values, places):
+            walk.tie(own, others)
     walk.pieces[node] = [labels, labels]
     return labels
 

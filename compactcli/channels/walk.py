@@ -112,7 +112,8 @@ class Walk:
 
     def held(self, node: fx.Node, attribute: str, number: int) -> bool:
         """Whether the module that issued the operation has the number as that attribute."""
-        return getattr(self.model.get_submodule(self.graph.owners[node]), attribute, None) == number
+        own = vars(self.model.get_submodule(self.graph.owners[node])).get(attribute)
+        return type(own) is int and own == number  # an attribute that can be set, no property
 
     def counted(self, node: fx.Node, ids: Ids) -> bool:
         """Let the issuing module's number of these ids follow how many are kept; False if it has none."""

@@ -84,6 +84,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Take an untrained --arch n
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to map segment", "can't start new thread")
 
 
+LONGEST = 2_000  # characters of a line for people
+
+
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
     """The command with errors shown as one line on stderr; exit 1 for a bad input, 2 for bad usage, 130 interrupted."""
 
@@ -113,12 +116,18 @@ def _line(problem: Exception) -> str | None:
     if _lacks_memory(problem):
         return "out of memory; try a smaller --batch-size or --limit"
     if isinstance(problem, CompactError):
-        return " ".join(str(problem).split())
+        return shown(" ".join(str(problem).split()))
     if isinstance(problem, OSError):  # what the library reads and writes has its own message: stdout's has no name
         return f"{problem.filename or 'stdout'}: {(problem.strerror or str(problem)).lower()}"
     if isinstance(problem, RuntimeError) and _who() != "compactcli":
         return (str(problem).splitlines() or [""])[0]  # what another's end has cut off
     return None
+
+
+def shown(line: str) -> str:
+    """A line for people: at most LONGEST characters, a mark for each that would steer a terminal, for names may be a file's."""
+    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
 
 
 def _lacks_memory(problem: BaseException | None) -> bool:
@@ -147,7 +156,7 @@ def note(line: str, quiet: bool = False) -> None:
     """A line for people, on stderr."""
     if not quiet:
         with contextlib.suppress(OSError):  # notes that find no room are no reason to end
-            typer.echo(line, err=True)
+            typer.echo(shown(line), err=True)
 
 
 def show(renderable: "RenderableType", *, err: bool = False) -> None:
@@ -272,15 +281,20 @@ def check_device(device: str) -> None:
         raise CompactError(f"--device {device}: not to be had here ({reason}); try --device cpu") from None
 
 
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
 def _assignment(pair: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as a Python number or True/False/None where it is one."""
+    """NAME=VALUE, the value as a number or True/False/None where it is one, as Python or JSON writes it."""
     name, equals, text = pair.partition("=")
     if not equals:
         raise UsageError(f"--arch-kwargs {pair}: give it as NAME=VALUE")
     try:
-        value = json.loads(text.lower() if text in ("True", "False") else text)
+        value = json.loads(_PYTHON.get(text, text))
     except ValueError:
         return name, text
+    except RecursionError:
+        raise UsageError(f"--arch-kwargs {name}: nested too deeply") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"--arch-kwargs {pair}: give a finite number")
     return name, value

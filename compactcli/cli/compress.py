@@ -112,6 +112,9 @@ def command(
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
+    given = {"--resume": resume, "--state": state, "--history": history, "--time-limit": time_limit, "--lr": lr}
+    if not trains and (idle := [flag for flag, value in given.items() if value]):
+        raise UsageError(f"{idle[0]}: it is for training; give --epochs or --finetune-epochs as well")
     from .. import distributed, optim, tables, timing
     from ..compress import Search, Target, compress, planned
     from ..finetune import finetune
@@ -120,9 +123,9 @@ def command(
 
     options = methods.parse_options(kind, set or ())
     searches = {option.name for option in methods.option_list(kind) if option.help.startswith("search: ")}
-    idle = [name for name in (pair.partition("=")[0] for pair in set or ()) if name in searches and not epochs]
-    if idle:
-        raise UsageError(f"--set {idle[0]}: it is for a search; give --epochs as well")
+    searched = [name for name in (pair.partition("=")[0] for pair in set or ()) if name in searches and not epochs]
+    if searched:
+        raise UsageError(f"--set {searched[0]}: it is for a search; give --epochs as well")
     chosen = kind(options)
     table = None if latency_table is None else timing.load(latency_table)
     target = Target(ratio, of, _rounding(round), nearest, table)  # type: ignore[arg-type]
@@ -147,6 +150,8 @@ def command(
             others = (destination, history, source)
             own = training.run_file(destination, state, others, resume=resume, quiet=quiet) if distributed.is_main() else None
             kept = distributed.shared(own)
+            if resume and of == "latency" and table is None and kept is not None and kept.exists():
+                target = replace(target, table=timing.kept(kept))
         common.check_device(own_device)
         network = open_network(
             model, arch=arch, arch_kwargs=arch_kwargs, input_shape=input_shape, mean=mean, std=std,
@@ -157,7 +162,7 @@ def command(
             network, spec, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=None, seed=seed, quiet=quiet
         )
         say = partial(note, quiet=quiet)
-        guide = None if not trains or (fresh and teacher is None) else training.teacher(network, teacher, arch)
+        guide = None if not trains or (fresh and teacher is None) else training.teacher(network, teacher, arch, trust_pickle)
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
         identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
         if dry_run:

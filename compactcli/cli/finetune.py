@@ -117,7 +117,7 @@ def command(
         )
         assert dataset is not None
         say = partial(note, quiet=quiet)
-        guide = find_teacher(network, teacher, arch=arch, log=say)
+        guide = find_teacher(network, teacher, arch=arch, trust_pickle=trust_pickle, log=say)
         with common.progress_bar(quiet, "images") as advance:
             watch = Watch(say, advance, training.history_writer(history))
             run: Any = {"keep": keep, "kept": kept, "resume": resume, "dtype": dtype}

@@ -66,7 +66,7 @@ def command(
     json = json and not (common.by_environment(context, "json") and (markdown or html == "-"))
     if sum([json, markdown, html == "-"]) > 1:
         raise UsageError("--json, --markdown and --html - all go to stdout; give one of them")
-    if sources.count("-") > 1:
+    if [*sources, baseline].count("-") > 1:
         raise UsageError("stdin holds one model; give - once, and files for the others")
     if history is not None and (html is None or len(sources) > 1):
         raise UsageError("--history: its curves are in the page of one model; give one, and --html FILE")
@@ -86,10 +86,10 @@ def command(
     from .. import artefact, compare, page, report, tables
     from ..markdown import comparison_markdown, report_markdown
 
-    other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch)
+    other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch, trust_pickle=trust_pickle)
     shape = common.parse_shape(input_shape)
     if baseline is not None and other is not None and shape not in (None, other.input_shape):
-        other = artefact.open_model(baseline, artefact.Wishes(input_shape=shape))
+        other = artefact.open_model(baseline, artefact.Wishes(input_shape=shape, trust_pickle=trust_pickle))
     datasets = _datasets(
         networks, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
     )

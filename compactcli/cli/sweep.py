@@ -107,7 +107,7 @@ def command(
         split = dataset.train or dataset.test
         assert split is not None
         calibration = Calibration(sample(split, min(limit, len(split)), seed), dataset.name)
-    guide = training.teacher(network, teacher, arch) if epochs else None
+    guide = training.teacher(network, teacher, arch, trust_pickle) if epochs else None
     terms = Terms(calibration, dataset, settings, guide, keep)  # type: ignore[arg-type]
 
     def save(tree: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def check_history(history: Path | None, others: Sequence[str | Path | None]) -> 
         check_own("--history", history, others)
 
 
-def teacher(network: "Network", wanted: str | None, arch: str | None) -> "Network | None":
+def teacher(network: "Network", wanted: str | None, arch: str | None, trust_pickle: bool) -> "Network | None":
     """The network to learn from: the file given, or the network as it is before it is compressed."""
     from copy import deepcopy
 
@@ -64,7 +64,9 @@ def teacher(network: "Network", wanted: str | None, arch: str | None) -> "Networ
 
     if wanted == "none":
         return None
-    return deepcopy(network) if wanted is None else open_beside(wanted, network, arch)  # training lays it out anew
+    if wanted is None:
+        return deepcopy(network)  # training lays it out anew
+    return open_beside(wanted, network, arch, trust_pickle=trust_pickle)
 
 
 def left_run(model: str | None, output: str | None, state: Path | None) -> Path | None:

@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from ..errors import CompactError, UsageError
-from ..recipe import Edit, Recipe
+from ..errors import CompactError, UsageError, brief
+from ..recipe import Edit, Recipe, Replace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -172,21 +172,31 @@ def recognise(tensors: "Mapping[str, Tensor]") -> Foreign | None:
 
 def attached(recipe: Recipe, model: "nn.Module") -> list[Method]:
     """The hooks of the methods that made a network, to train it further."""
-    hooks = []
-    for step in recipe.steps:
-        if step.method is not None:
-            hooks.append(_recorded(get(step.method), step.options))
-            hooks[-1].attach(model, step.edits)
+    hooks: list[Method] = []
+    later: set[str] = set()  # modules that later steps put something else in the place of
+    for step in reversed(recipe.steps):
+        own = [edit for edit in step.edits if not (isinstance(edit, Replace) and edit.module in later)]
+        if step.method is not None and step.method not in names():
+            raise CompactError(
+                f"the recipe has a step of the unknown method {brief(repr(step.method))}; it needs a newer compactcli"
+            )
+        if step.method is not None and (own or not step.edits):  # else nothing of what it made is left
+            hooks.insert(0, _recorded(get(step.method), step.options))
+            hooks[0].attach(model, own)
+        later |= {edit.module for edit in step.edits if isinstance(edit, Replace)}
     return hooks
 
 
 def _recorded(method: type[Method], options: Mapping[str, Any]) -> Method:
     """The method with the options that a file tells of, as far as it knows them."""
-    known = {option.name for option in option_list(method)}
+    known = {option.name: option for option in option_list(method)}
+    for name, value in options.items():
+        if name in known and not _fits(known[name], value):
+            raise CompactError(f"the recipe has an option that {method.__name__} does not take: {name}={brief(repr(value))}")
     try:
         return method(method.Options(**{name: value for name, value in options.items() if name in known}))
     except (TypeError, ValueError) as problem:
-        raise CompactError(f"the recipe has an option that {method.__name__} does not take: {problem}") from None
+        raise CompactError(f"the recipe has an option that {method.__name__} does not take: {brief(str(problem))}") from None
 
 
 def register_layers(layers: Sequence[str]) -> None:
@@ -206,6 +216,14 @@ class Option:
     kind: type | tuple[str, ...]  # a tuple lists the allowed words
     default: Any
     help: str
+
+
+def _fits(option: Option, value: Any) -> bool:
+    """Whether a value is of the option's kind."""
+    if isinstance(option.kind, tuple):
+        return value in option.kind
+    kinds = (int, float) if option.kind is float else option.kind
+    return isinstance(value, kinds) and (option.kind is bool or not isinstance(value, bool))
 
 
 def option_list(method: type[Method]) -> list[Option]:

@@ -104,10 +104,10 @@ def row_scale(model: nn.Module, layer: Layer) -> Tensor:
     return scale.clamp_min(1e-3 * float(scale.max()) or 1.0)
 
 
-def norm_of(model: nn.Module, layer: Layer) -> nn.BatchNorm2d | None:
+def norm_of(model: nn.Module, layer: Layer) -> nn.BatchNorm2d | nn.SyncBatchNorm | None:
     """The batch normalisation behind the layer, where it scales and keeps statistics."""
     norm = None if layer.norm is None else model.get_submodule(layer.norm)
-    return norm if isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats else None
+    return norm if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.affine and norm.track_running_stats else None
 
 
 def ridge_(matrix: Tensor, share: float) -> Tensor:

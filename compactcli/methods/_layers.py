@@ -56,6 +56,8 @@ def meet(
         raise budget.out_of_reach(least)
     room = max(budget.target, least) - fixed
     chosen = allocate(choices, room)
+    if least > budget.target and not any(chosen):
+        raise CompactError(f"{method} could make nothing here smaller: each layer is as small as its smallest form")
     if not refitted:
         return chosen
     left = budget.left(sum(float(each.errors[form]) for each, form in zip(choices, chosen, strict=True)))

@@ -195,7 +195,11 @@ def _power(model: nn.Module, channels: Channels, sets: Ids, axes: set[tuple[str,
     norms = [(f"{layer.norm}.weight", norm) for layer in grouped[-1:] or makers if (norm := norm_of(model, layer)) is not None]
     if not norms:
         others = [(tensor, model.get_submodule(tensor.rpartition(".")[0])) for tensor, _ in sorted(axes, reverse=True)]
-        norms = [(tensor, module) for tensor, module in others if isinstance(module, nn.BatchNorm2d) and module.affine][:1]
+        norms = [
+            (tensor, module)
+            for tensor, module in others
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.affine
+        ][:1]
     if norms:
         shift = sum(per_set(norm.bias.detach().double().numpy(), channels.axes[tensor, 0], sets) for tensor, norm in norms)
         square = [norm.weight.detach().double().square().numpy() for _, norm in norms]

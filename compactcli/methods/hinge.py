@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..budget import Budget, Floats, Price
 from ..channels import INPUT, OUTPUT, Channels, edits
@@ -149,6 +150,8 @@ class Hinge(Method):
         """
         own = [] if self.search is None else self.search.parameter_groups(model, self.divided)
         for first, second in self.pairs:
+            if parametrize.is_parametrized(first) or parametrize.is_parametrized(second):
+                continue  # a later search has its own parameters there
             paces = _hinge_groups.paces(second.weight, first.weight)
             own += [{"params": [layer.weight], "pace": pace} for layer, pace in zip((second, first), paces, strict=True)]
         return own

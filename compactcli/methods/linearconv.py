@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..allocate import Choice
 from ..budget import Budget, Of
 from ..channels import Channels
-from ..errors import CompactError
+from ..errors import CompactError, UsageError
 from ..kernels import KernelLayer, check_places, layers
 from ..layers import Layer
 from ..recipe import Edit, Replace
@@ -84,6 +84,7 @@ class LinearConv(Method):
         super().__init__(options)
         self.wanted: dict[str, int] = {}  # sparse layer that is searched -> how many coefficients shall stay
         self.thresholds: dict[str, float] = {}
+        self.own: list[str] | None = None  # the layers that this step made, and that are there still; None: all that there are
 
     def start(
         self,
@@ -94,7 +95,14 @@ class LinearConv(Method):
         *,
         trains: bool = False,
     ) -> list[Edit]:
-        """The layers to replace, so that the budget is met. Where it trains, sparse ones begin with all coefficients."""
+        """The layers to replace, so that the budget is met. Where it trains, sparse ones begin with all coefficients.
+
+        Raises UsageError for an option of another variant than is asked for.
+        """
+        plain, variant = Options(), self.options.variant
+        for name, of in (("rank", "lowrank"), ("rank_share", "rankratio"), ("kept", "sparse")):
+            if getattr(self.options, name) != getattr(plain, name) and variant != of and (variant != "auto" or of != "sparse"):
+                raise UsageError(f"--set {name}: it is for variant={of}, and this is {variant}")
         metrics = Metrics(model, channels, budget, moments)
         found = [layer for layer in budget.layers if eligible(model, layer)]
         forms = [self._forms(_weight(model, layer), metrics.of(layer), budget.round_to or 1) for layer in found]
@@ -159,8 +167,9 @@ class LinearConv(Method):
         if (progress.step + 1) % self.options.every:
             return
         loss = torch.zeros(())
-        for name, layer in layers(model).items():
-            if isinstance(layer, _Linear):
+        made = layers(model)
+        for name in made if self.own is None else self.own:
+            if isinstance(layer := made.get(name), _Linear):
                 loss = loss.to(layer.primary.device) + self.options.correlation * correlation(layer.primary)
                 if name in self.wanted and isinstance(layer, Sparse):
                     loss = loss + self.options.l1 * layer.values.abs().sum()
@@ -183,7 +192,8 @@ class LinearConv(Method):
             else:
                 count = int(zeros * len(size) * min(1.0, 2 * progress.share))
                 self.thresholds[name] = float(size.kthvalue(count).values) if count else 0.0
-            layer.live = size > self.thresholds[name]
+            assert layer.live is not None
+            layer.live.copy_(size > self.thresholds[name])  # in place: a recorded step reads it where it is
 
     def finish(self, model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> list[Edit]:
         """Sparse layers without the coefficients that the search left out, and as many as the budget allows."""
@@ -195,7 +205,8 @@ class LinearConv(Method):
         return result
 
     def attach(self, model: nn.Module, edits: Sequence[Edit]) -> None:
-        """Sparse layers that are searched remember, in the model's state, which coefficients are left out."""
+        """The layers that are trained; sparse ones that are searched remember, in the model's state, what is left out."""
+        self.own = [edit.module for edit in edits if isinstance(edit, Replace)] or None
         for name in self.wanted:
             layer = model.get_submodule(name)
             assert isinstance(layer, Sparse)

@@ -60,7 +60,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def bars(name: str, labels: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Markup:
     """For each label a wide, hollow bar with what was, and a narrow, full one in it with what is."""
-    marks = ticks(0, max(*before, *after, 1))
+    marks = ticks(0, max([*before, *after, 1]))
     height = [[HEIGHT * value / marks[-1] for value in values] for values in (before, after)]
     wide = (_bar("before", number + 0.08, 0.84, tall) for number, tall in enumerate(height[0]))
     narrow = (_bar("after", number + 0.24, 0.52, tall) for number, tall in enumerate(height[1]))
