@@ -125,7 +125,8 @@ def get(name: str, kwargs: Kwargs | None = None, input_shape: tuple[int, int, in
     elif (bare := own if library == "torchvision" else name) in torchvision_names():
         architecture = _torchvision(bare, kwargs)
     else:
-        raise CompactError(f"unknown architecture {brief(repr(name))}{_suggestion(name)}")
+        way = "; one of your own is file.py:factory" if name.endswith(".py") else _suggestion(name)
+        raise CompactError(f"unknown architecture {brief(repr(name))}{way}")
     return architecture if input_shape is None else _with_input(architecture, input_shape)
 
 

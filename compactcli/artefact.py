@@ -4,11 +4,12 @@
 from the clock or the machine: the same network gives the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from .errors import CompactError, brief, shape_text, short
 from .graph import run_fake
 from .kernels import Indexed
 from .methods import Foreign
-from .peel import NUMBERS, shared_prefix
+from .peel import NUMBERS, shared_prefix, without_path
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
 KEY = "compactcli"  # the metadata entry that holds the recipe
@@ -111,20 +112,32 @@ def open_interrupted(path: Path, wishes: Wishes | None = None) -> Network:
     return _from_recipe(file, wishes or Wishes())
 
 
-def open_beside(path: str | Path, network: Network, arch: str | None = None, *, trust_pickle: bool = False) -> Network:
+def open_beside(
+    path: str | Path, network: Network, arch: str | None = None, *, trust_pickle: bool = False, pre: Wishes | None = None
+) -> Network:
     """The network in a file or folder that is to be compared with `network`: its teacher or its baseline.
 
-    If it is the very file that the history began with, it is described as that was: the same arguments,
-    input shape and normalisation. Raises CompactError if it cannot be read.
+    If it is the very file that the history began with, or is not recognised by itself, it is described as that was: the same
+    arguments, input shape and normalisation. `pre` is what the user says of the latter for both.
+    Raises CompactError if it cannot be read.
     """
-    recipe = network.recipe
+    recipe, pre = network.recipe, pre or Wishes()
     if recipe.source is None or file_sha256(path) != recipe.source.sha256:
-        return open_model(path, Wishes(trust_pickle=trust_pickle))
+        wished = Wishes(mean=pre.mean, std=pre.std, trust_pickle=trust_pickle)
+        try:
+            return open_model(path, wished)
+        except CompactError:
+            if arch is None:
+                raise
+            with contextlib.suppress(CompactError):
+                described = replace(wished, arch=arch, arch_kwargs=dict(recipe.kwargs), input_shape=network.input_shape)
+                return open_model(path, described)
+            raise
     name = recipe.architecture if is_known(recipe.architecture) else arch
     if recipe.opened:
         name = None  # it is recognised as it was then
-    pre = recipe.preprocessing
-    return open_model(path, Wishes(name, dict(recipe.kwargs), network.input_shape, pre.mean, pre.std, trust_pickle))
+    own = recipe.preprocessing
+    return open_model(path, Wishes(name, dict(recipe.kwargs), network.input_shape, own.mean, own.std, trust_pickle))
 
 
 def file_sha256(path: str | Path) -> str | None:
@@ -186,16 +199,22 @@ def nonfinite(module: nn.Module) -> tuple[list[str], list[str]]:
     return [name for name in bad if name not in infinite], infinite
 
 
-def check_finite(network: Network) -> None:
-    """Raise CompactError naming a weight that is not."""
-    weights, _ = nonfinite(network.module)
+def check_finite(network: Network, log: Callable[[str], None] = lambda line: None) -> None:
+    """Raise CompactError naming a weight that is not; `log` is told of a variance that is infinite."""
+    weights, variances = nonfinite(network.module)
+    for name in variances:
+        log(f"warning: {network.name}: {name} holds Inf: the channel behind it is constant")
     if weights:
         raise CompactError(f"{network.name}: {weights[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
 
 
 def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     recipe = Recipe.loads(file.metadata[KEY])
-    recipe = replace(recipe, input_shape=wishes.input_shape or recipe.input_shape)
+    if wishes.input_shape and wishes.input_shape != recipe.input_shape:
+        prepared = recipe.preprocessing
+        if wishes.input_shape[1:] != recipe.input_shape[1:]:
+            prepared = replace(prepared, resize=None)  # images are then scaled straight to it
+        recipe = replace(recipe, input_shape=wishes.input_shape, preprocessing=prepared)
     channels, height, width = recipe.input_shape
     shape = (channels, height, width)
     if len(recipe.preprocessing.mean) != channels or len(recipe.preprocessing.std) != channels:
@@ -217,7 +236,7 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
 
 
 def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
-    tensors = file.tensors
+    tensors: Mapping[str, Tensor] = file.tensors
     notes, foreign = list(file.notes), None
     if wishes.arch is not None:
         architecture = _named(wishes.arch, wishes)
@@ -226,7 +245,7 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
     else:
         plain = {name: tensor for name, tensor in tensors.items() if name not in NUMBERS}
         foreign = methods.recognise(plain)
-        found = foreign.found if foreign else detection.detect(plain)
+        found, tensors = (foreign.found, tensors) if foreign else _detected(plain, notes)
         architecture = found.architecture
         if wishes.arch_kwargs or wishes.input_shape:
             architecture = architectures.get(
@@ -244,6 +263,21 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
     if foreign:
         recipe = recipe.then(_opening(foreign, recipe))
     return Network(module, recipe, file.name, file.folder, file.sha256, file.size_bytes, tuple(notes))
+
+
+def _detected(tensors: Mapping[str, Tensor], notes: list[str]) -> tuple[detection.Detection, Mapping[str, Tensor]]:
+    """What the tensors are of, and these without what all names begin with, if it is so that they are known."""
+    try:
+        return detection.detect(tensors), tensors
+    except CompactError:
+        bare = without_path(tensors)
+        if bare is tensors:
+            raise
+        with contextlib.suppress(CompactError):
+            found = detection.detect(bare)
+            notes.append(f"left out what all names begin with, {short(next(iter(tensors)).removesuffix(next(iter(bare))))}")
+            return found, bare
+        raise
 
 
 def _opening(foreign: Foreign, recipe: Recipe) -> Step:
@@ -330,6 +364,11 @@ def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = _state(module)
     every = module.state_dict()
     tensors = _check_fit(own, tensors, module)
+    tensors |= {  # averages of weights are of these as well
+        name: tensor.nan_to_num().long()
+        for name, tensor in tensors.items()
+        if name.endswith(COUNTER) and tensor.is_floating_point()
+    }
     counters = {name: torch.zeros_like(t, device="cpu") for name, t in own.items() if name.endswith(COUNTER)}
     values = OrderedDict({**counters, **tensors})
     values._metadata = every._metadata  # type: ignore[attr-defined]  # the version of each module's format, which some ask for
@@ -379,9 +418,12 @@ def _as_named(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     own = module.state_dict()
     found = {name: tensor for name, tensor in tensors.items() if name not in NUMBERS or name in own}
     prefix = shared_prefix(own)
-    if prefix and own.keys().isdisjoint(found.keys() - NUMBERS):
-        found = {name if name in NUMBERS else prefix + name: tensor for name, tensor in found.items()}
-    return found
+    if not own.keys().isdisjoint(found.keys() - NUMBERS):
+        return found
+    if prefix:
+        return {name if name in NUMBERS else prefix + name: tensor for name, tensor in found.items()}
+    bare = without_path(found)
+    return found if own.keys().isdisjoint(bare) else dict(bare)
 
 
 def _mismatch(

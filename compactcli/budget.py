@@ -231,6 +231,11 @@ class Budget:
     def out_of_reach(self, least: float) -> CompactError:
         """What to raise where the least that a method can do costs more than the target."""
         reachable = math.ceil(1000 * least / self.original) / 1000
+        if reachable >= 1 and (self.round_to or 1) > 1:
+            return CompactError(
+                f"--ratio {self.ratio:g} of {self.of} is out of reach: nothing here can be made smaller by steps of "
+                f"{self.round_to}; try --round 1"
+            )
         if reachable >= 1:
             return CompactError(
                 f"--ratio {self.ratio:g} of {self.of} is out of reach: this method makes nothing smaller here; try another "

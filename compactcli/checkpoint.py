@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,6 +167,8 @@ def _stranger(head: bytes) -> str:
         return "this is a git-lfs pointer, not the checkpoint itself; run git lfs pull"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or head[257:262] == b"ustar":
         return "this is a compressed file or a tar archive; unpack it first"
+    if head.startswith(b"\x08") and any(maker in head for maker in (b"pytorch", b"onnx", b"torch")):
+        return "this is an ONNX file, which holds no network to change; give the checkpoint that it was exported from"
     if head.startswith(b"\x89HDF"):
         return "this is an HDF5 file (Keras?); only PyTorch and safetensors checkpoints are read"
     return f"not a checkpoint (it begins with {head[:8]!r}); wanted a file of torch.save or safetensors"
@@ -256,6 +259,12 @@ def _zip(file: _File, size: int) -> _Content:
     with damage("zip archive", *broken):
         archive = zipfile.ZipFile(file)
     entries = {info.filename: info for info in archive.infolist()}
+    if any(name.rpartition("/")[2] == "constants.pkl" for name in entries):
+        raise CompactError("this is a TorchScript archive, which holds code; save model.state_dict() with torch.save instead")
+    if any(name.rpartition("/")[2] == "archive_format" for name in entries):
+        raise CompactError(
+            "this is a program of torch.export, which holds no network to change; give the checkpoint it was made of"
+        )
     if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
         raise CompactError("the zip archive is compressed, which torch.save never does; unpack it first")
     if sum(info.file_size for info in archive.infolist()) > size:
@@ -266,8 +275,6 @@ def _zip(file: _File, size: int) -> _Content:
     root = next((name.removesuffix("data.pkl") for name in entries if name.rpartition("/")[2] == "data.pkl"), None)
     if root is None:
         raise CompactError("a zip archive without data.pkl, so not one of torch.save; unpack it, or save model.state_dict()")
-    if f"{root}constants.pkl" in entries:
-        raise CompactError("this is a TorchScript archive, which holds code; save model.state_dict() with torch.save instead")
 
     def content(name: str) -> Tensor:
         if name not in entries:
@@ -360,11 +367,16 @@ def _unpickled(file: _File) -> Any:
     except Exception as problem:  # foreign code raises what it likes
         detail = " ".join(str(problem).split())[:160]
         raise CompactError(f"unpickling failed: {detail}; run where its classes can be imported (PYTHONPATH)") from problem
+    return _modules_apart(tree)
+
+
+def _modules_apart(tree: Any) -> Any:
+    """Tables with the state_dicts of modules, and with arrays of numpy as tensors."""
     if isinstance(tree, nn.Module):
         return tree.state_dict()
-    if isinstance(tree, dict):
-        return {key: value.state_dict() if isinstance(value, nn.Module) else value for key, value in tree.items()}
-    return tree
+    if isinstance(tree, np.ndarray) and tree.dtype.kind in "fiub":
+        return torch.from_numpy(tree.copy())
+    return {key: _modules_apart(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _unsupported(name: str, kind: str) -> CompactError:

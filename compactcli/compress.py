@@ -225,7 +225,7 @@ def _job(
     log: Callable[[str], None],
 ) -> _Job:
     """The network in plain layers, in place, and its budget. Raises what `compress` does before there is a plan."""
-    artefact.check_finite(network)
+    artefact.check_finite(network, log)
     of: Of = target.of or method.of[0]
     if of not in method.of:
         why = "makes layers of a kind that is not timed" if "macs" in method.of else "stores less and computes the same"

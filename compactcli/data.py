@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .distributed import world_size
-from .errors import CompactError
+from .errors import CompactError, short
 from .recipe import Preprocessing
 
 MEMORY_LIMIT = 8 * 10**9  # bytes of decoded images held at once
@@ -143,6 +143,28 @@ def check_classes(dataset: Dataset, num_classes: int) -> None:
     # Where classes have no names, the last ones may just have no images.
     if found > num_classes or (dataset.classes is not None and found < num_classes):
         raise CompactError(f"the data {dataset.name} has {found} class{'es' if found != 1 else ''}, the network {num_classes}")
+
+
+def as_named(dataset: Dataset, classes: Sequence[str] | None, log: Callable[[str], None] = lambda line: None) -> Dataset:
+    """The dataset with its classes in the order in which a network has them; `log` is told where they have other names.
+
+    Folders are in the order of their names, which need not be that of the data that a network was trained on.
+    """
+    own = dataset.classes
+    if classes is None or own is None or tuple(classes) == own:
+        return dataset
+    if len(set(own)) != len(own) or sorted(own) != sorted(classes):
+        if len(own) == len(classes):
+            first = next(n for n, (a, b) in enumerate(zip(classes, own, strict=True)) if a != b)
+            named = f"class {first} is {short(own[first])} there, {short(classes[first])} in what it was trained on"
+            log(f"warning: {dataset.name} has classes of other names than the network: {named}")
+        return dataset
+    place = torch.tensor([tuple(classes).index(name) for name in own])
+
+    def moved(split: Split | None) -> Split | None:
+        return split if split is None or split.labels is None else replace(split, labels=place[split.labels])
+
+    return replace(dataset, classes=tuple(classes), train=moved(dataset.train), test=moved(dataset.test))
 
 
 def normalise(images: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,5 +1,6 @@
 """What a network is and does: parameters, MACs, thop's figure, latency, accuracy, redundancy."""
 
+import math
 import platform
 import statistics
 import time
@@ -296,7 +297,10 @@ def probed(model: nn.Module, input_shape: Sequence[int], *, finite: bool = False
 
 def relative_change(now: Tensor, before: Tensor) -> float:
     """How far outputs are from what they were, as a share of their length."""
-    return float((now - before).norm() / before.norm().clamp_min(1e-30))
+    change = float((now - before).norm() / before.norm().clamp_min(1e-30))
+    if math.isfinite(change) and before.square().sum().isfinite():
+        return change
+    return float((now.double() - before.double()).norm() / before.double().norm())  # too large for squares in float32
 
 
 def redundancy(weight: Tensor) -> Redundancy | None:

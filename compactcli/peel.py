@@ -1,7 +1,8 @@
 """Takes the weights out of what training scripts wrap around them, and their names out of prefixes."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +22,9 @@ LIGHTNING = "pytorch-lightning_version"  # what says that a checkpoint is of a L
 NUMBERS = frozenset({"acc", "acc1", "best_acc", "best_acc1", "best_prec1", "epoch", "loss", "step"})
 AVERAGES = frozenset({"n_averaged"})
 COUNTERS = frozenset({"total_ops", "total_params"})
+
+
+T = TypeVar("T")
 
 
 class NeedsTrustError(CompactError):
@@ -83,6 +87,18 @@ def shared_prefix(names: Iterable[str]) -> str:
                 shared = longer
                 break
     return shared
+
+
+def without_path(tensors: Mapping[str, T]) -> Mapping[str, T]:
+    """The tensors without the modules that all names begin with; the same mapping where they share none."""
+    shared: list[str] = next(iter(tensors), "").split(".")[:-1]
+    for name in tensors:
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shared, name.split(".")[:-1], strict=False))
+        shared = [part for part, _ in alike]
+    if not shared:
+        return tensors
+    length = len(".".join(shared)) + 1
+    return {name[length:]: tensor for name, tensor in tensors.items()}
 
 
 def _unwrap(tree: Any, seen: set[int]) -> tuple[dict[str, Any], list[str]] | None:

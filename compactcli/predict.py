@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ class Plain:
     graph: Graph
     channels: Channels
     moments: Mapping[str, Moments] | None
-    whole: Mapping[str, int]  # what a ratio is of, where the network had other layers that stored or cost less
+    whole: Mapping[str, int] = field(
+        default_factory=dict
+    )  # what a ratio is of, where the network had other layers that stored or cost less
 
     def budget(self, ratio: float, of: Of, module: nn.Module | None = None) -> Budget:
         return Budget(self.graph, self.channels, module or self.module, ratio=ratio, of=of, original=self.whole.get(of))

@@ -158,9 +158,17 @@ class Recipe:
         return replace(self, steps=(*self.steps, step))
 
     def dumps(self) -> str:
-        """The recipe as one line of JSON, keys sorted: equal recipes give equal bytes."""
+        """The recipe as one line of JSON, keys sorted: equal recipes give equal bytes.
+
+        Raises CompactError for a figure that is not finite.
+        """
         tree = {"format": FORMAT, **_plain(self)}
-        return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        try:
+            return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        except ValueError:
+            raise CompactError(
+                "a figure of the history is not finite: the network's numbers are too large to compute with"
+            ) from None
 
     @staticmethod
     def loads(text: str) -> "Recipe":

@@ -175,7 +175,7 @@ def _from_class_folders(
     unknown = [folder for folder in _folders(root) if folder.name not in classes]
     if unknown:
         raise CompactError(f"{unknown[0]} is a class that {among} does not have")
-    files_of = [_sound(_images(root / own), form, skipped) if (root / own).is_dir() else [] for own in classes]
+    files_of = [_sound(_images_below(root / own), form, skipped) if (root / own).is_dir() else [] for own in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in files_of]))
     if len(labels) == 0:
         raise CompactError(f"the folders in {root} hold no images ({' '.join(sorted(SUFFIXES))})")
@@ -242,6 +242,11 @@ def _images(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
     return [folder / name for name in sorted(names) if os.path.splitext(name)[1].lower() in SUFFIXES]
+
+
+def _images_below(folder: Path) -> list[Path]:
+    """The image files in `folder` and in all folders in it, by path."""
+    return [*_images(folder), *(image for inner in _folders(folder) for image in _images_below(inner))]
 
 
 def _sound(files: list[Path], form: Form, skipped: list[Path] | None) -> list[Path]:

@@ -36,6 +36,8 @@ def model_target(output: str | None, source: str, suffix: str, ending: str = ".s
     `suffix` and `ending` name the file made beside the working folder's others where stdout is a terminal.
     Raises UsageError if there is nothing to name it after, and CompactError if the folder is missing.
     """
+    if output == "":
+        raise UsageError("-o: the file's name is empty (is a variable unset?); give one")
     if output is None and not sys.stdout.isatty():
         return "-"
     if output is None and source == "-":

@@ -279,7 +279,7 @@ class _Run:
 
     def take(self, tensors: dict[str, Tensor], standing: dict[str, Any]) -> None:
         """Be where a run stood."""
-        self.step, self.loss_sum, self.seen = standing["step"], standing["loss_sum"], standing["seen"]
+        self.step, self.loss_sum, self.seen = int(standing["step"]), float(standing["loss_sum"]), int(standing["seen"])
         self.records = [EpochRecord(**record) for record in standing["records"]]
         self.best = next(record for record in self.records if record.epoch == standing["best"])
         self.best_weights, self.ended, self.peaks = under("best", tensors), standing["ended"], standing["peaks"]

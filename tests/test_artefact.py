@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from networks import named, outputs
 from torch import Tensor, nn
 
 import compactcli
-from compactcli import architectures, artefact, report, sources
+from compactcli import architectures, artefact, methods, report, sources
 from compactcli.artefact import Network, Wishes, dumps, fresh, open_model, save
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -183,6 +184,38 @@ def test_counters_of_batches_may_be_missing():
     found = open_model(safetensors.torch.save(state)).module
     assert_same(found, model.eval(), torch.randn(1, 3, 32, 32))
     assert int(found.bn1.num_batches_tracked) == 0
+
+
+def test_counters_of_batches_may_be_averages():
+    model = named("cifar:resnet8", width=4)
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    found = open_model(safetensors.torch.save(state)).module
+    assert found.bn1.num_batches_tracked.dtype == torch.int64
+    assert torch.equal(found.bn1.num_batches_tracked, model.bn1.num_batches_tracked)
+
+
+@pytest.mark.parametrize("arch", [None, "cifar:resnet8"])
+@pytest.mark.parametrize("prefix", ["encoder.", "resnet.", "ema.student.model."])
+def test_what_all_names_begin_with_is_no_part_of_a_known_network(prefix, arch):
+    model = named("cifar:resnet8", width=8).eval()
+    content = safetensors.torch.save({f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()})
+    found = open_model(content, Wishes(arch=arch, arch_kwargs={"width": 8} if arch else None))
+    assert_same(found.module, model, torch.randn(2, 3, 32, 32))
+    assert any(prefix in note for note in found.notes) or arch or prefix.endswith("model.")
+    with pytest.raises(CompactError, match="cannot name the architecture"):
+        open_model(safetensors.torch.save({"a.b.weight": torch.zeros(3), "a.b.c.bias": torch.zeros(3)}))
+
+
+def test_another_input_shape_is_that_of_the_original():
+    """Images are scaled to it, and no part of them is cut off that is not of the original's."""
+    model = named("squeezenet1_1", num_classes=4)
+    first = open_model(safetensors.torch.save(model.state_dict()))
+    again = dumps(first)
+    for shape in (None, (3, 96, 96), (3, 224, 224)):
+        wishes = Wishes(input_shape=shape)
+        wanted = open_model(safetensors.torch.save(model.state_dict()), wishes)
+        found = open_model(again, wishes)
+        assert (found.input_shape, found.recipe.preprocessing) == (wanted.input_shape, wanted.recipe.preprocessing)
 
 
 class Tied(nn.Module):
@@ -369,6 +402,7 @@ def edited(*edits: object) -> bytes:
         Replace("", "hinge.decomposed", {"rank": 1}),
         Replace("layer1.0", "hinge.decomposed", {"rank": 1}),
         Share("net", "csg.generator", {"code": 3}),
+        Keep("conv1.bias", 0, (0,)),  # a convolution without one
     ],
     ids=str,
 )
@@ -400,6 +434,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     ),
     "steps that are no list": lambda t: t.update(steps={"a": 1}),
     "a newer format": lambda t: t.update(format=2),
+    "a method that there is not": lambda t: t["steps"].append(
+        {"command": "compress", "method": "\x1b[2J" * 999, "options": {}, "edits": [], "measures": {}, "version": "0"}
+    ),
+    "options of another kind": lambda t: t["steps"].append(
+        {"command": "compress", "method": "csg", "options": {"slice": 5}, "edits": [], "measures": {}, "version": "0"}
+    ),
 }
 
 
@@ -411,6 +451,7 @@ def test_hostile_recipes_are_one_line(name):
     def use() -> None:
         found = open_model(content)
         report.report(found, None, None)
+        methods.attached(found.recipe, found.module)
         shape, preprocessing = found.input_shape, found.recipe.preprocessing
         report.evaluate(found, sources.open_dataset("digits", input_shape=shape, preprocessing=preprocessing, limit=20))
 
@@ -418,6 +459,77 @@ def test_hostile_recipes_are_one_line(name):
         use()
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+def test_channels_of_what_is_shared_are_none_to_keep():
+    shared = Share("csg_3x3", "csg.generator", {"outputs": 4, "inputs": 4, "code": 3, "height": 3, "width": 3})
+    with pytest.raises(CompactError, match="the weights do not fit the architecture|edits 'compactcli_shared"):
+        open_model(edited(shared, Keep("compactcli_shared.csg_3x3.weight", 0, (0,))))
+
+
+def test_a_small_file_of_a_large_network_takes_no_memory():
+    """What edits would leave of it is seen before anything of it is copied."""
+    wide = network(width=4)
+    step = Step("compress", "hinge", {}, (Keep("layer3.0.conv2", 1, tuple(range(4000))),), Measures(), None, "0.1.0")
+    recipe = replace(wide.recipe, kwargs={**wide.recipe.kwargs, "width": 1024}).then(step)
+    content = dumps(replace(wide, recipe=recipe))
+    code = (
+        "import resource, sys\nfrom compactcli.artefact import open_model\nfrom compactcli.errors import CompactError\n"
+        "open_model(sys.argv[2])\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    open_model(sys.argv[1])\nexcept CompactError as problem:\n    print(problem)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / "hostile.safetensors", Path(folder) / "honest.safetensors"]
+        for file, data in zip(files, (content, dumps(wide)), strict=True):
+            file.write_bytes(data)
+        done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    problem, grown = done.stdout.splitlines()
+    assert "the weights do not fit the architecture" in problem
+    assert int(grown) < 100_000  # kilobytes
+
+
+WRAPPED = """
+import torch
+from torch import nn
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+    def forward(self, x):
+        return self.model(x)
+
+class Counts(Wrapped):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("step", torch.zeros(()))
+
+def parallel():
+    return nn.DataParallel(Wrapped())
+"""
+
+
+@pytest.mark.parametrize("saved", ["Wrapped", "Counts", "parallel"])
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_names_of_ones_own_network_may_be_those_of_wrappers(saved, wrapper, tmp_path, monkeypatch):
+    """What is taken off the names of a file for a known network is put back where one's own has it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_net.py").write_text(WRAPPED)
+    first = architectures.user(f"{tmp_path}/own_net.py:{saved}", None, (3, 8, 8)).build(initialise=True)
+    first.eval()
+    torch.save({f"{wrapper}{name}": tensor for name, tensor in first.state_dict().items()}, tmp_path / "net.pt")
+    found = open_model(tmp_path / "net.pt", Wishes(arch=f"{tmp_path}/own_net.py:{saved}", input_shape=(3, 8, 8)))
+    example = torch.randn(2, 3, 8, 8)
+    assert torch.equal(found.module(example), first(example))
+    assert found.module.state_dict().keys() == first.state_dict().keys()
+
+
+def test_numbers_of_a_training_run_are_no_weights(tmp_path):
+    model = named("cifar:resnet8", width=4)
+    torch.save({**model.state_dict(), "epoch": torch.tensor(3), "best_acc": torch.tensor(0.5)}, tmp_path / "net.pt")
+    assert open_model(tmp_path / "net.pt").module.state_dict().keys() == model.state_dict().keys()
 
 
 def test_text_that_is_no_recipe_is_one_line():

@@ -13,7 +13,7 @@ from test_train import same, weights
 
 from compactcli import artefact, data, kernels, measure, methods, report
 from compactcli.artefact import Network, open_model
-from compactcli.compress import Target, compress
+from compactcli.compress import Search, Target, compress
 from compactcli.finetune import finetune
 from compactcli.recipe import Keep, Replace, Share
 
@@ -116,13 +116,28 @@ def test_a_chained_network_trains_on(first, second):
     given = open_model(made(first, second))
     before = weights(given.module)
     hooks = methods.attached(given.recipe, given.module)
-    assert [type(hook) for hook in hooks] == [methods.get(first), methods.get(second)]
+    left = {edit.module for edit in given.recipe.steps[0].edits} - {
+        edit.module for edit in given.recipe.steps[1].edits if isinstance(edit, Replace)
+    }
+    assert [type(hook) for hook in hooks] == [methods.get(name) for name in ([first, second] if left else [second])]
     trained = finetune(given, images(36), settings(epochs=1), keep="last")
     after = weights(trained.module)
     assert before.keys() == after.keys()
     changed = [name for name, _ in trained.module.named_parameters() if not same({name: before[name]}, after)]
     assert len(changed) > 0.9 * len(list(trained.module.named_parameters()))
     assert [step.command for step in open_model(artefact.dumps(trained)).recipe.steps] == ["compress", "compress", "finetune"]
+
+
+@every_pair
+def test_a_search_follows_any_method(first, second):
+    """Hooks of the step before meet the layers that the search has made its own, for a while, of those that they train."""
+    given = open_model(made(first))
+    chosen = settings(epochs=1, batch_size=12)
+    target = Target(KEPT, nearest=True)
+    searched = compress(given, second, methods.get(second)(), target, search=Search(images(36), chosen))
+    assert [step.method for step in searched.recipe.steps] == [first, second]
+    again = open_model(artefact.dumps(searched))
+    assert torch.equal(outputs(again.module, image(again))[0], outputs(searched.module, image(again))[0])
 
 
 @pytest.mark.parametrize(("first", "second"), [("hinge", "csg"), ("hetconv", "linearconv"), ("fcf", "hinge")])

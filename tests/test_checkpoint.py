@@ -10,6 +10,8 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -639,6 +641,68 @@ def with_pickle(operations: bytes, zipped: bool, numel: int = 4) -> bytes:
 def test_views_that_leave_their_storage(zipped, numel, size, stride, offset, line):
     assert read(with_pickle(tensor_operations(4, (2, 2), (2, 1)), zipped)).tensors["w"].shape == (2, 2)
     refused(with_pickle(tensor_operations(numel, size, stride, offset), zipped), line)
+
+
+def test_a_view_between_the_bytes_of_a_number():
+    kind = b"ctorch\nfloat32\n"
+    storage = b"(X\x07\x00\x00\x00storagectorch.storage\nUntypedStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10"
+    for start, line in ((4, None), (1, "does not fit in its storage of 16 bytes")):
+        part = storage + b"(X\x01\x00\x00\x00vK" + bytes([start]) + b"K\x08ttQ"
+        content = with_pickle(
+            b"ctorch._utils\n_rebuild_tensor_v3\n(" + part + b"K\x00K\x02\x85K\x01\x85\x89}" + kind + b"}tR", True
+        )
+        if line is None:
+            assert read(content).tensors["w"].shape == (2,)
+        else:
+            refused(content, line)
+
+
+class Scripted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_programs_of_torch_say_that_they_are_none(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, which gives up its own format
+        torch.jit.trace(Scripted(), torch.zeros(1)).save(str(tmp_path / "net.pt"))
+    refused((tmp_path / "net.pt").read_bytes(), "TorchScript archive.*save model.state_dict")
+    refused(
+        zip_of({"net/archive_format": b"pt2", "net/models/model.json": b"{}"}, zipfile.ZIP_DEFLATED), "a program of torch.export"
+    )
+    refused(b"\x08\x08\x12\x07pytorch\x1a\x062.13.0" + bytes(99), "this is an ONNX file.* give the checkpoint")
+
+
+def test_arrays_of_numpy_need_trust_and_are_weights_then(tmp_path):
+    torch.save({"state_dict": {"conv.weight": np.ones((2, 3)), "conv.bias": np.zeros(2)}, "epoch": 3}, tmp_path / "net.pt")
+    refused((tmp_path / "net.pt").read_bytes(), "only --trust-pickle unpickles it")
+    found = read(tmp_path / "net.pt", trust_pickle=True).tensors
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {"conv.weight": (2, 3), "conv.bias": (2,)}
+
+
+@pytest.mark.parametrize("operation", [b"\x8e", b"\x8d", b"\x8b", b"X", b"B", b"T"])
+def test_a_word_as_long_as_a_pickle_says_is_not_waited_for(operation):
+    """Its buffer would be made at once."""
+    wide = operation in (b"\x8e", b"\x8d")
+    length = ((1 << 46) if wide else (1 << 31) - 1).to_bytes(8 if wide else 4, "little")
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        file.write(b"\x80\x04" + operation + length)
+        file.flush()
+        with pytest.raises(CompactError, match="the pickle is damaged or cut short"):
+            read(file.name)
+
+
+def test_many_names_for_one_table_without_tensors_are_read_once(save, monkeypatch):
+    """Else a small file would take for ever."""
+    table = {f"entry{number}": number for number in range(100)}
+    tree: dict[str, object] = {"last": torch.ones(1)}
+    for number in range(50):
+        tree = {"model": tree, f"table{number}": table}
+    looked: list[object] = []
+    known = peel.is_tensor
+    monkeypatch.setattr(peel, "is_tensor", lambda value: looked.append(value) or known(value))
+    assert list(read(save(tree)).tensors) == ["last"]
+    assert len(looked) < 500
 
 
 def test_a_legacy_storage_longer_than_the_file():

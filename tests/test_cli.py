@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import typer
-from networks import named
+from networks import named, randomise_
 from PIL import Image
 from test_report import ANALYSIS, EVALUATION, LAYER, MODEL, REPORT, check_bench, check_report
 from typer.testing import CliRunner, Result
@@ -600,6 +600,57 @@ def test_a_saved_table_drives_a_compression(net, tmp_path):
     assert "one model" in one_line(run("bench", net, net, "--save", table), 2)
 
 
+@pytest.mark.parametrize("scale", [1e18, 1e37])
+@pytest.mark.parametrize("name", ["conv1.weight", "linear.weight"])
+def test_numbers_that_are_too_large_are_one_line_or_right(name, scale, tmp_path):
+    """Of a network whose training was lost: each is finite, and their squares are not."""
+    weights = named("cifar:resnet8", width=8, in_channels=1).state_dict()
+    torch.save({**weights, name: weights[name] * scale}, tmp_path / "net.pt")
+    images = ("--data", "digits", "--limit", "60")
+    for command in (
+        ("compress", *HINGE, "0.6", "-o", tmp_path / "out"),
+        ("compress", *HINGE, "0.6", *images, "-o", tmp_path / "out"),
+        ("analyze", "--json", *images),
+        ("export", "--to", "weights", "-o", tmp_path / "out"),
+        ("export", "--fold-bn", "-o", tmp_path / "out"),
+    ):
+        result = run(command[0], tmp_path / "net.pt", *command[1:], "-q")
+        if result.exit_code:
+            one_line(result)
+        elif (tmp_path / "out").exists() and command[0] == "compress":
+            error = open_model(tmp_path / "out").recipe.steps[0].error
+            assert error is not None
+            assert 0 < error < 100
+        (tmp_path / "out").unlink(missing_ok=True)
+
+
+def test_compress_tells_of_a_channel_without_a_variance(tmp_path):
+    weights = named("cifar:resnet8", width=8, in_channels=1).state_dict()
+    weights["bn1.running_var"][0] = float("inf")
+    torch.save(weights, tmp_path / "net.pt")
+    result = run("compress", tmp_path / "net.pt", *HINGE, "0.6", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: net.pt: bn1.running_var holds Inf: the channel behind it is constant" in result.stderr
+
+
+def test_an_output_without_a_name_is_refused(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "-o: the file's name is empty" in one_line(run("compress", net, *HINGE, "0.6", "-o", ""), 2)
+    assert sorted(os.listdir(tmp_path)) == ["net.pt"]
+
+
+def test_a_step_that_is_too_wide_is_the_rounds_fault(net, tmp_path):
+    line = one_line(run("compress", net, *HINGE, "0.6", "--round", "1000", "--set", "mode=prune", "-q", "-o", tmp_path / "out"))
+    assert line.endswith("nothing here can be made smaller by steps of 1000; try --round 1")
+
+
+def test_a_baseline_has_the_normalisation_that_is_given(net, tmp_path):
+    torch.save(randomise_(named("cifar:resnet8", width=8, in_channels=1), 1).state_dict(), tmp_path / "other.pt")
+    images = ("--data", "digits", "--limit", "60", "--mean", "0.9", "--std", "0.1", "-q", "--json")
+    told = json.loads(run("report", net, "--baseline", tmp_path / "other.pt", *images).stdout)
+    assert told["baseline"]["accuracy"] == json.loads(run("evaluate", tmp_path / "other.pt", *images).stdout)["accuracy"]
+
+
 def test_analyze_warns_of_what_compress_refuses(tmp_path):
     broken = state(**{"linear.bias": torch.full((10,), float("nan")), "bn1.running_var": torch.full((4,), float("inf"))})
     (tmp_path / "net.pt").write_bytes(torch_file(broken))
@@ -997,7 +1048,7 @@ def test_what_is_set_once_for_all_commands_contradicts_none(monkeypatch, tmp_pat
     [
         (("--arch-kwargs", "x=NaN"), "--arch-kwargs x=NaN: give a finite number"),
         (("--arch-kwargs", f"x={'[' * 100_000}"), "--arch-kwargs x: nested too deeply"),
-        (("--arch-kwargs", "shortcut=None"), "cifar:resnet8 with shortcut=None"),
+        (("--arch", "cifar:resnet8", "--arch-kwargs", "in_channels=None"), "cannot take in_channels=None"),
         (("--input-shape", "3x3²x32"), "--input-shape 3x3²x32: give it as CxHxW"),
         (("--device", "meta", "--data", "digits"), "--device meta: not to be had here"),
         (("--device", "hpu", "--data", "digits"), "--device hpu: not to be had here"),

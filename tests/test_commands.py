@@ -9,7 +9,7 @@ import typer
 
 from compactcli.cli import app
 from compactcli.commands import DEFAULTS, SEARCH, command_line
-from compactcli.methods import get, names
+from compactcli.methods import get, names, parse_options
 from compactcli.optim import Settings
 
 SETTINGS: dict[str, Any] = {
@@ -75,6 +75,16 @@ def test_compress_reads_how_it_met_its_target():
     assert (read(line)["limit"], read(line)["nearest"]) == (1024, False)
     assert "--limit" not in line
     assert read(command_line({"command": "compress", "method": "hinge", "options": options | {"nearest": True}}))["nearest"]
+
+
+@pytest.mark.parametrize("pairs", [("preset=cifar", "select=error"), ("preset=imagenet", "alpha=0.99"), ("preset=cifar",)])
+def test_what_a_preset_says_otherwise_is_read_as_it_was(pairs):
+    kind = get("fcf")
+    given = parse_options(kind, pairs)
+    options = {"ratio": 0.5, "of": "macs", **kind(given).recorded()}
+    line = command_line({"command": "compress", "method": "fcf", "options": options})
+    assert parse_options(kind, read(line)["set"]) == given
+    assert line.count("--set") == len(pairs)
 
 
 def test_a_flag_at_its_default_is_left_out():

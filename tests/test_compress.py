@@ -1,7 +1,9 @@
 """The drivers: plan, edit under the law, measure, one step; and training on, with a teacher, one step more."""
 
+import copy
 import json
 import re
+import sys
 from pathlib import Path
 
 import networks
@@ -13,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from compactcli import __version__, artefact, data, dials, measure, sources, surgery, train
+from compactcli import __version__, architectures, artefact, data, dials, measure, sources, surgery, train
 from compactcli import compress as driver
 from compactcli.artefact import Network, Wishes, open_model
 from compactcli.budget import Budget
@@ -316,6 +318,26 @@ def test_an_original_that_needs_trust_is_the_teacher_with_it_alone(tmp_path):
         teacher = find_teacher(small, wanted, trust_pickle=True)
         assert teacher is not None
         assert teacher.recipe.preprocessing == small.recipe.preprocessing
+
+
+def test_a_teacher_of_ones_own_factory_is_opened_by_it(tmp_path, monkeypatch):
+    """Other weights of the network that --arch names, which no file says of itself."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Flatten())"
+    )
+    arch = f"{tmp_path}/own_net.py:make"
+    wishes = Wishes(arch=arch, input_shape=(3, 8, 8), mean=(0.25,) * 3, std=(0.5,) * 3)
+    for name in ("one.pt", "other.pt"):
+        torch.save(architectures.user(arch, None, (3, 8, 8)).build(initialise=True).state_dict(), tmp_path / name)
+    one = open_model(tmp_path / "one.pt", wishes)
+    for given in (one, compress(copy.deepcopy(one), "hinge", hinge("prune"), Target(0.7))):
+        teacher = artefact.open_beside(tmp_path / "other.pt", given, arch)
+        assert teacher.input_shape == (3, 8, 8)
+        with pytest.raises(CompactError, match="cannot name the architecture"):
+            artefact.open_beside(tmp_path / "other.pt", given)
+    wished = artefact.open_beside(tmp_path / "other.pt", one, arch, pre=wishes)
+    assert wished.recipe.preprocessing == one.recipe.preprocessing
 
 
 def test_an_original_in_a_folder_is_found(tmp_path):

@@ -395,6 +395,31 @@ def test_a_function_that_cannot_be_loaded_is_one_line(spec: str, message: str) -
         sources.open_dataset(spec, input_shape=(1, 2, 2), preprocessing=GREY)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_in_folders_of_a_class_are_of_that_class(part: str, tmp_path: Path) -> None:
+    for place in ("a/0.png", "a/more/1.png", "b/images/2.png", "b/images/deep/3.png", "b/.hidden/4.png"):
+        save(tmp_path / part / place)
+    split = getattr(open_folder(tmp_path), part)
+    assert data.labels_of(split).tolist() == [0, 0, 1, 1]
+
+
+def test_classes_are_those_of_the_network_in_whatever_order_they_come(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "owl", "owl"):
+        save(tmp_path / "train" / name / f"{len(list(tmp_path.rglob('*.png')))}.png")
+    dataset, lines = open_folder(tmp_path), list[str]()
+    for classes, labels in ((("cat", "dog", "owl"), [0, 1, 2, 2]), (("owl", "cat", "dog"), [1, 2, 0, 0]), (None, [0, 1, 2, 2])):
+        found = data.as_named(dataset, classes, lines.append)
+        assert data.labels_of(found.train).tolist() == labels
+        assert found.classes == (classes or dataset.classes)
+    assert not lines
+    other = data.as_named(dataset, ("cat", "hen", "owl"), lines.append)
+    assert data.labels_of(other.train).tolist() == [0, 1, 2, 2]
+    assert lines == [
+        f"warning: {tmp_path.name} has classes of other names than the network: "
+        + ("class 1 is dog there, hen in what it was trained on")
+    ]
+
+
 # Laws
 
 

@@ -14,14 +14,15 @@ from test_search import images, settings
 from test_train import same, weights
 from torch import Tensor, nn
 
-from compactcli import artefact, channels, kernels, measure, surgery
+from compactcli import artefact, channels, kernels, measure, methods, surgery
 from compactcli.artefact import Wishes
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
+from compactcli.errors import UsageError
 from compactcli.graph import trace
 from compactcli.history import Watch
 from compactcli.methods import Progress, get, linearconv, parse_options
-from compactcli.recipe import Replace
+from compactcli.recipe import Measures, Preprocessing, Recipe, Replace, Step
 
 LinearConv = get("linearconv")
 DIGITS = Path(__file__).parents[1] / "examples" / "digits-resnet20.pt"
@@ -71,6 +72,12 @@ def test_a_variant_is_that_of_every_layer(digits, options, kind):
     edits, budget = begun(digits, 0.6, *options)
     assert {edit.layer for edit in edits} == {f"linearconv.{kind}"}
     assert 0.97 * budget.target < measure.params(made(digits, edits)) <= budget.target
+
+
+@pytest.mark.parametrize("options", ["rank=2", "rank_share=0.1", "variant=full kept=0.5", "variant=sparse rank=2"])
+def test_an_option_of_another_variant_is_refused(digits, options):
+    with pytest.raises(UsageError, match=r"--set (rank|rank_share|kept): it is for variant=\w+, and this is \w+"):
+        begun(digits, 0.6, *options.split())
 
 
 def test_numbers_that_are_given_are_those_of_every_layer(digits):
@@ -178,6 +185,24 @@ def test_the_correlation_draws_primary_filters_and_l1_the_coefficients_that_are_
     model.zero_grad()
     chosen("correlation=0").regularise(model, progress(9))  # without a search no coefficient is drawn
     assert not gradients(model)
+
+
+def test_a_step_after_a_step_draws_its_own_layers_once():
+    """Each method of the history has hooks; of layers that a later step made anew only that step's."""
+    model, steps = sparse(), []
+    for made in (["0", "1"], ["1"]):
+        edits = tuple(Replace(path, "linearconv.full", {"primary": 3}) for path in made)
+        steps.append(
+            Step("compress", "linearconv", chosen(f"correlation=0.{len(steps) + 1}").recorded(), edits, Measures(), None, "")
+        )
+    recipe = Recipe("own.py:make", {}, (3, 8, 8), Preprocessing((0.5,) * 3, (1.0,) * 3), steps=tuple(steps))
+    for hook in methods.attached(recipe, model):
+        hook.regularise(model, progress(9))
+    together = gradients(model)
+    model.zero_grad()
+    (0.1 * linearconv.correlation(model[0].primary) + 0.2 * linearconv.correlation(model[1].primary)).backward()
+    assert all(torch.allclose(together[name], own) for name, own in gradients(model).items())
+    assert together.keys() == gradients(model).keys()
 
 
 def test_losses_add_to_the_gradients_there_are():

@@ -119,6 +119,19 @@ def test_a_plan_is_what_compress_does(name, given):
     assert sum(row["after"]["macs"] for row in tree["layers"]) == tree["after"]["macs"]
 
 
+@pytest.mark.parametrize("of", ["macs", "params"])
+def test_a_prediction_is_of_what_compress_does_to_a_file_of_an_earlier_step(of, given):
+    """Of its layers that are made plain for it the ratio is not: it is of the file."""
+    earlier = {"params": ("linearconv", 0.6), "macs": ("hetconv", 0.6)}[of]
+    small = compress(copy.deepcopy(given), earlier[0], methods.get(earlier[0])(), Target(earlier[1]))
+    before = {"params": measure.params(small.module), "macs": measure.macs(small.module, small.input_shape)}
+    (row,) = analyse(copy.deepcopy(small), wanted=Predicted(["hinge"], [0.7], of))["predictions"]
+    tree = planned(small, "hinge", methods.get("hinge")(), Target(0.7, of))
+    assert row["error"] == pytest.approx(tree["error"])
+    assert tree["before"] == before
+    assert tree["after"][of] <= 0.7 * before[of]
+
+
 def test_moments_are_taken_once(given, dataset, monkeypatch):
     """All layers from one set, of all the images that are told: no pass over them for each of the layers."""
     seen = []

@@ -4,6 +4,7 @@ import json
 import string
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -212,6 +213,30 @@ def test_hostile_indices_are_refused(index):
     content = tree(Keep("a", 0, (1,)))
     content["steps"][0]["edits"][0]["index"] = index
     refused(content, "the recipe in this file is damaged")
+
+
+def test_short_text_for_many_channels_has_a_limit():
+    """Each of the edits is small, and each of the channels takes some bytes once it is read."""
+    content = tree(Keep("a", 0, (1,)))
+    edit = {**content["steps"][0]["edits"][0], "index": "0-1048575"}
+    content["steps"][0]["edits"] = [edit] * 4
+    assert sum(len(each.index) for each in Recipe.loads(json.dumps(content)).edits) == 1 << 22
+    content["steps"][0]["edits"] = [edit] * 1000
+    tracemalloc.start()
+    refused(content, "its edits keep more than 4194304 channels")
+    assert tracemalloc.get_traced_memory()[1] < 500e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "[" * 5 + "1" + "]" * 5, '{"a":' * 5 + "1" + "}" * 5])
+@pytest.mark.parametrize("where", ["kwargs", "options"])
+def test_options_are_words_and_numbers_that_can_be_told(where, value):
+    content = tree(Keep("a", 0, (1,)))
+    place = content if where == "kwargs" else content["steps"][0]
+    place[where] = {"name": "PLACE"}
+    with pytest.raises(CompactError, match="the recipe in this file is damaged") as caught:
+        Recipe.loads(json.dumps(content).replace('"PLACE"', value))
+    assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize(("index", "text"), [((0,), "0"), ((0, 1), "0-1"), ((3, 5), "3,5"), (tuple(range(1 << 12)), "0-4095")])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,33 @@ def test_what_is_no_run_is_one_line(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CompactError, match=r"run\.safetensors (cannot be resumed from|is not what an interrupted)"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run, tensors: run["standing"].clear(),
+        lambda run, tensors: run.update(standing=[]),
+        lambda run, tensors: run.update(identity=[]),
+        lambda run, tensors: run["standing"].update(step="many"),
+        lambda run, tensors: run["standing"].update(records=[{"epoch": 0}]),
+        lambda run, tensors: run["standing"].update(best=99),
+        lambda run, tensors: tensors.pop(next(name for name in tensors if name.startswith("model."))),
+        lambda run, tensors: tensors.pop(next(name for name in tensors if name.startswith("best."))),
+    ],
+)
+def test_a_damaged_run_is_one_line(change: Callable[[Any, Any], Any], tmp_path: Path) -> None:
+    kind = settings(**KINDS["best"])
+    with pytest.raises(DeadError):
+        run(kind, tmp_path, die_at=9)
+    path = store(tmp_path).path
+    tensors, metadata = read(path)
+    told = json.loads(metadata["compactcli_run"])
+    change(told, tensors)
+    safetensors.torch.save_file(tensors, path, {**metadata, "compactcli_run": json.dumps(told)})
+    with pytest.raises(CompactError, match="leave --resume out to begin") as caught:
+        run(kind, tmp_path, resume=True)
+    assert str(caught.value).isprintable()
 
 
 # The command, really killed

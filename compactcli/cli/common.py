@@ -117,6 +117,8 @@ def _line(problem: Exception) -> str | None:
         return "out of memory; try a smaller --batch-size or --limit"
     if isinstance(problem, CompactError):
         return shown(" ".join(str(problem).split()))
+    if isinstance(problem, RuntimeError) and type(problem).__name__ == "_LinAlgError":
+        return f"the network's numbers are too large, or too far apart, to compute with ({brief(str(problem))})"
     if isinstance(problem, OSError):  # what the library reads and writes has its own message: stdout's has no name
         return f"{problem.filename or 'stdout'}: {(problem.strerror or str(problem)).lower()}"
     if isinstance(problem, RuntimeError) and _who() != "compactcli":
@@ -192,7 +194,11 @@ def progress_bar(quiet: bool, unit: str = "steps") -> Iterator[Callable[[int, in
 
 def write_json(tree: dict[str, Any]) -> None:
     """One JSON document on stdout."""
-    typer.echo(json.dumps(tree, indent=2, allow_nan=False))
+    try:
+        text = json.dumps(tree, indent=2, allow_nan=False)
+    except ValueError:
+        raise CompactError("a figure is not finite: the network's numbers are too large to compute with") from None
+    typer.echo(text)
 
 
 def open_network(
@@ -211,7 +217,7 @@ def open_network(
     """The network that the command's model flags name; its notes go to stderr."""
     wished_kwargs = dict(_assignment(pair) for pair in arch_kwargs or ())
     shape = parse_shape(input_shape)
-    means, stds = (None if text is None else floats(flag, text) for flag, text in (("--mean", mean), ("--std", std)))
+    means, stds = floats_of("--mean", mean), floats_of("--std", std)
     if fresh and model is not None:
         raise UsageError("--fresh reads nothing; leave the model out")
     source = None if fresh else streams.model_source(model)
@@ -242,10 +248,10 @@ def open_data(
     """The dataset of --data, decoded for the network's input; None without the flag."""
     if spec is None:
         return None
-    from .. import distributed, sources
+    from .. import data, distributed, sources
 
     with distributed.main_first():  # it may be downloaded
-        return sources.open_dataset(
+        dataset = sources.open_dataset(
             spec,
             input_shape=network.input_shape,
             preprocessing=network.recipe.preprocessing,
@@ -256,6 +262,7 @@ def open_data(
             skip_corrupt=skip_corrupt,
             log=lambda line: note(line, quiet),
         )
+    return data.as_named(dataset, network.recipe.classes, log=lambda line: note(line, quiet))
 
 
 def check_own(flag: str, path: str | Path, others: Sequence[str | Path | None]) -> None:
@@ -309,6 +316,11 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
         raise UsageError(f"--input-shape {text}: give it as CxHxW, e.g. 3x32x32")
     channels, height, width = map(int, parts)
     return channels, height, width
+
+
+def floats_of(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """The numbers of a flag; None without it. Raises UsageError if they are none."""
+    return None if text is None else floats(flag, text)
 
 
 def floats(flag: str, text: str) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """`compactcli report`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,10 +87,13 @@ def command(
     from .. import artefact, compare, page, report, tables
     from ..markdown import comparison_markdown, report_markdown
 
-    other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch, trust_pickle=trust_pickle)
+    given = artefact.Wishes(mean=common.floats_of("--mean", mean), std=common.floats_of("--std", std))
+    other = None if baseline is None else artefact.open_beside(baseline, networks[0], arch, trust_pickle=trust_pickle, pre=given)
     shape = common.parse_shape(input_shape)
     if baseline is not None and other is not None and shape not in (None, other.input_shape):
-        other = artefact.open_model(baseline, artefact.Wishes(input_shape=shape, trust_pickle=trust_pickle))
+        other = artefact.open_model(baseline, replace(given, input_shape=shape, trust_pickle=trust_pickle))
+    for line in other.notes if other is not None else ():
+        note(f"{baseline}: {line}", quiet)
     datasets = _datasets(
         networks, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
     )
@@ -126,7 +130,8 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
 def _datasets(networks: "Sequence[Network]", spec: str | None, **wishes: Any) -> "list[Dataset | None]":
     """The images of --data for each network, decoded once for those that take them alike."""
     known: dict[Any, Dataset | None] = {}
-    keys = [(each.input_shape, each.recipe.preprocessing.resize, each.recipe.preprocessing.interpolation) for each in networks]
+    recipes = [each.recipe for each in networks]
+    keys = [(each.input_shape, each.preprocessing.resize, each.preprocessing.interpolation, each.classes) for each in recipes]
     for key, network in zip(keys, networks, strict=True):
         if key not in known:
             known[key] = open_data(network, spec, **wishes)
