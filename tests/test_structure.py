@@ -16,6 +16,7 @@ PACKAGE = ROOT / "compactcli"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # DESIGN.md, "The parts": a file imports from its own row and from those above it.
+# CONTRIBUTING.md tells the same.
 ORDER = [
     {"errors", "recipe", "distributed", "vision", "proximal", "lpbox", "pareto", "usercode"},
     {"graph", "data", "images", "sources", "augment", "streams", "cifar", "batchnorm", "history", "kernels"},
@@ -59,6 +60,12 @@ ORDER = [
     {"cli"},
 ]
 ROOF = {"__init__", "__main__"}  # the library on one screen, and `python -m`
+
+
+def test_contributors_are_told_the_order():
+    _, _, told = (ROOT / "CONTRIBUTING.md").read_text().partition("Imports go only this way, and a test holds it:\n\n```\n")
+    block = told.partition("```")[0]
+    assert [set(re.findall(r"[a-z]+", row)) for row in block.split("<-")] == ORDER
 
 
 def part(path: Path) -> str:
