@@ -62,6 +62,13 @@ def loads(text: str, name: str) -> list[dict[str, Any]]:
     return [{"stage": None, **epoch} for epoch in epochs]
 
 
+def records_of(trees: Sequence[Any]) -> list[EpochRecord]:
+    """The records that these were as JSON. Raises ValueError where one is none."""
+    if not all(_is_epoch(tree) and "stage" not in tree for tree in trees):
+        raise ValueError("an epoch that is none")
+    return [EpochRecord(**tree) for tree in trees]
+
+
 def _is_epoch(tree: Any) -> bool:
     """Whether a line's document has the fields of a record, numbers or null, and at most a stage beside."""
     if not isinstance(tree, dict) or not isinstance(tree.get("stage"), str | None):

@@ -111,17 +111,30 @@ def unpack_(
     average: Average | None,
     hooks: Sequence[Method],
 ) -> None:
-    """Put what `pack` gave where it came from: on the same devices, in the same memory formats."""
+    """Put what `pack` gave where it came from: on the same devices, in the same memory formats.
+
+    Raises ValueError, or RuntimeError, where it is of something else.
+    """
     model.load_state_dict(under("model", tensors))
     if average is not None:
-        for name, tensor in under("average", tensors).items():
+        averages = under("average", tensors)
+        check_alike(averages, average.tensors)
+        for name, tensor in averages.items():
             average.tensors[name].copy_(tensor)
     for number, hook in enumerate(hooks):
         hook.load_state_dict(under(f"hook.{number}", tensors))
     for number, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
         for name, tensor in under(f"optimizer.{number}", tensors).items():
             alike = tensor.shape == parameter.shape
+            if not alike and tensor.ndim:  # else it counts steps
+                raise ValueError(f"{name} of a parameter of another shape")
             optimizer.state[parameter][name] = torch.empty_like(parameter.detach()).copy_(tensor) if alike else tensor
+
+
+def check_alike(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless both have the same names and shapes."""
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise ValueError("weights of another network")
 
 
 def under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from . import augment, batchnorm, data, distributed, gradient, measure, optim
 from .errors import CompactError, brief
 from .gradient import Gradient
-from .history import EpochRecord, History, Watch, better
+from .history import EpochRecord, History, Watch, better, records_of
 from .methods import Method, Progress
 from .optim import Settings
 from .recipe import Preprocessing
-from .resume import Interruption, Store, pack, under, unpack_
+from .resume import Interruption, Store, check_alike, pack, under, unpack_
 
 VALIDATION_LIMIT = 5_000  # images: more would not order epochs better, only take longer
 
@@ -273,18 +273,19 @@ class _Run:
         try:
             self.take(*state)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as problem:
-            said = brief(f"{type(problem).__name__}: {problem}")
-            raise CompactError(f"what the interrupted run left is damaged ({said}); leave --resume out to begin again") from None
+            raise CompactError(f"the run's file is damaged ({brief(repr(problem))}); leave --resume out to begin again") from None
         return True
 
     def take(self, tensors: dict[str, Tensor], standing: dict[str, Any]) -> None:
         """Be where a run stood."""
         self.step, self.loss_sum, self.seen = int(standing["step"]), float(standing["loss_sum"]), int(standing["seen"])
-        self.records = [EpochRecord(**record) for record in standing["records"]]
+        self.records = records_of(standing["records"])
         self.best = next(record for record in self.records if record.epoch == standing["best"])
-        self.best_weights, self.ended, self.peaks = under("best", tensors), standing["ended"], standing["peaks"]
-        if self.keep == "best" and self.best_weights.keys() != self.model.state_dict().keys():
-            raise ValueError("the best weights are of another network")
+        self.best_weights, self.peaks = under("best", tensors), [float(peak) for peak in standing["peaks"]]
+        self.ended = None if standing["ended"] is None else brief(standing["ended"])
+        if not 0 <= self.step <= self.total_steps or len(self.peaks) != len(self.optimizer.param_groups):
+            raise ValueError("a step or a rate of another run")
+        check_alike(self.best_weights, self.model.state_dict() if self.keep == "best" else {})
         unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
 
 

@@ -4,6 +4,7 @@ python -m tests.fuzz --count 20000 --format artefact [--save counts.json]
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -33,10 +34,16 @@ import mutations
 from mutations import Mutation
 
 from compactcli import architectures, artefact, kernels, methods
+from compactcli import data as images_of
 from compactcli.artefact import Wishes
+from compactcli.commands import command_line
 from compactcli.compress import Target as Ratio
 from compactcli.compress import compress
 from compactcli.errors import CompactError
+from compactcli.finetune import kept_run
+from compactcli.history import Watch
+from compactcli.optim import Settings
+from compactcli.train import fit_
 
 SECONDS = 5  # for one input
 MEMORY = 1 << 30  # of address space beyond what the parent has
@@ -191,9 +198,13 @@ def campaign(form: Format, count: int, seed: int = 0, first: int = 0) -> Iterato
 
 
 def open_and_run(source: bytes | str) -> None:
-    """All that a file goes through on its way to a network that is used: opened, folded and run on an image."""
+    """All that a file goes through on its way to a network that is used: opened, told of, folded and run on an image."""
     with watched():
         network = artefact.open_model(source)
+        network.recipe.dumps()
+        for step in network.recipe.steps:
+            command_line({"command": step.command, "method": step.method, "options": step.options})
+        methods.attached(network.recipe, network.module)
         kernels.fold_(network.module)
         channels, height, width = network.input_shape
         if channels * height * width <= PIXELS:
@@ -298,12 +309,56 @@ def _pickle_file() -> bytes:
         return archive.read("archive/data.pkl")
 
 
+def _train(path: Path, *, resume: bool, steps: int | None = None) -> None:
+    """A short run that is kept in a file, or goes on from it; it ends early after that many steps."""
+    network = artefact.fresh(Wishes("cifar:resnet8", {"width": 4, "num_classes": 2}), 0)
+    images = torch.arange(16 * 3 * 32 * 32).view(16, 3, 32, 32).remainder(251).to(torch.uint8)
+    dataset = images_of.Dataset("ramps", False, None, images_of.from_tensors(images, torch.arange(16) % 2, "train"), None)
+    settings = Settings(epochs=2, batch_size=4, lr=0.01, precision="float32", save_every=1)
+    store = kept_run(path, network, dataset, settings, None)
+
+    def progress(done: int, total: int) -> None:
+        if done == steps:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        fit_(
+            network.module,
+            dataset,
+            network.recipe.preprocessing,
+            settings,
+            store=store,
+            resume=resume,
+            watch=Watch(progress=progress),
+        )
+
+
+@functools.cache
+def run_file() -> bytes:
+    """What a run leaves that was broken off in its second epoch."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "run.safetensors"
+        _train(path, resume=False, steps=18)
+        return path.read_bytes()
+
+
+def _resume(data: bytes) -> None:
+    """Goes on with the run that a file holds, and opens the network in it."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "run.safetensors"
+        path.write_bytes(data)
+        with watched():
+            artefact.open_interrupted(path)
+        _train(path, resume=True)
+
+
 FORMATS: dict[str, Format] = {
     "artefact": Format(open_and_run, artefacts, mutations.ARTEFACT),
     "safetensors": Format(open_and_run, lambda: [safetensors_file()], mutations.SAFETENSORS),
     "zip": Format(open_and_run, lambda: [torch_file(zipped=True)], mutations.ZIP),
     "pickle": Format(_open_pickle, lambda: [_pickle_file()], mutations.PICKLE),
     "legacy": Format(open_and_run, lambda: [torch_file(zipped=False)], mutations.PICKLE),
+    "run": Format(_resume, lambda: [run_file()], mutations.RUN),
     "folder": Format(_open_folder, lambda: [folder()], (_damaged_folder,)),
 }
 if not architectures.has_timm():  # whose networks such folders are of

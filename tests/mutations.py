@@ -219,6 +219,11 @@ def recipe(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
     return _with_recipe(data, lambda tree, _: _changed(tree, chance))
 
 
+def standing(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
+    """Changes one value of what a run's file says of where it stands."""
+    return _with_recipe(data, lambda tree, _: {**tree, "standing": _changed(tree.get("standing"), chance)}, "compactcli_run")
+
+
 def edits(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes:
     """Makes, changes, moves, repeats or drops an edit of the recipe; half the time with tensors that fit what results."""
 
@@ -312,6 +317,7 @@ def command(data: bytes, seeds: Sequence[bytes], chance: random.Random) -> bytes
 BYTES: tuple[Mutation, ...] = (flip, truncate, delete, insert, zero, splice, number, digits)
 SAFETENSORS: tuple[Mutation, ...] = (*BYTES, header, header, tensor, tensor, tensor, duplicate, deep)
 ARTEFACT: tuple[Mutation, ...] = (*SAFETENSORS, places, places, *(recipe,) * 4, *(edits,) * 8)
+RUN: tuple[Mutation, ...] = (*SAFETENSORS, *(standing,) * 12)
 PICKLE: tuple[Mutation, ...] = (*BYTES, command)
 ZIP: tuple[Mutation, ...] = (*PICKLE, *(archive,) * 9)
 JSON: tuple[Mutation, ...] = (*BYTES, *(text,) * 12, deep)
@@ -354,11 +360,11 @@ def _with_header(data: bytes, change: Callable[[Tree, bytes], tuple[object, byte
         return data
 
 
-def _with_recipe(data: bytes, change: Callable[[Tree, list[str]], object]) -> bytes:
+def _with_recipe(data: bytes, change: Callable[[Tree, list[str]], object], key: str = "compactcli") -> bytes:
     def within(tree: Tree, body: bytes) -> tuple[Tree, bytes]:
         modules = sorted({name.rpartition(".")[0] for name in tree if name != "__metadata__"} | set(tree))
-        found = json.loads(tree["__metadata__"]["compactcli"])
-        tree["__metadata__"]["compactcli"] = json.dumps(change(found, modules))
+        found = json.loads(tree["__metadata__"][key])
+        tree["__metadata__"][key] = json.dumps(change(found, modules))
         return tree, body
 
     return _with_header(data, within)
@@ -394,6 +400,8 @@ def _edit(names: Sequence[str], chance: random.Random) -> Tree:
     """An edit of any kind, with a layer of any kind and options from those of all layers."""
     methods.register_layers([f"{name}.any" for name in methods.names()])
     module = chance.choice(names) if chance.random() < 0.9 else chance.choice(TRICKS)
+    if chance.random() < 0.1:
+        module = chance.choice((f"{module}.weight", f"{module}.bias", "compactcli_shared.csg_3x3.weight"))
     layer = chance.choice((*surgery.LAYERS, chance.choice(TRICKS)))
     known = ("rank", "filters", "inputs", "outputs", "primary", "kept", "height", "width", "code", "rows", "parts", "size")
     sides = ("left", "right", "top", "bottom")
