@@ -16,8 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .data import MEMORY_LIMIT, Shape, Split, from_tensors
-from .errors import CompactError
+from .errors import CompactError, brief
 from .recipe import Preprocessing
+
+LARGEST = 1 << 27  # pixels that an image is scaled to before its middle is taken
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def form_of(shape: Shape, preprocessing: Preprocessing) -> Form:
     resampling = Image.Resampling.__members__.get(preprocessing.interpolation.upper())
     if resampling is None:
         known = ", ".join(name.lower() for name in Image.Resampling.__members__)
-        raise CompactError(f"unknown interpolation {preprocessing.interpolation!r}; it must be one of {known}")
+        raise CompactError(f"unknown interpolation {brief(repr(preprocessing.interpolation))}; it must be one of {known}")
     return Form(shape, preprocessing.resize, resampling)
 
 
@@ -100,6 +102,8 @@ def _pixels(image: Image.Image, form: Form) -> np.ndarray[Any, Any]:
     if form.resize is not None:
         short = min(image.size)
         scaled = (int(form.resize * image.width / short), int(form.resize * image.height / short))
+        if scaled[0] * scaled[1] > LARGEST:
+            raise ValueError(f"{image.width} x {image.height} pixels, too narrow to be scaled")
         image = image if scaled == image.size else image.resize(scaled, form.resampling)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))

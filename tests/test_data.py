@@ -189,6 +189,15 @@ def test_unknown_data_lists_the_names() -> None:
         sources.open_dataset("digits", input_shape=(1, 4, 4), preprocessing=Preprocessing((0.5,), (0.5,), interpolation="cubic"))
 
 
+def test_an_image_that_would_be_huge_once_it_is_scaled_is_refused(tmp_path: Path) -> None:
+    """Its shorter side is made as long as the network wants, and the other as many times longer as it is."""
+    save(tmp_path / "1.png", size=(1, 60_000))
+    dataset = open_folder(tmp_path, (3, 224, 224), preprocessing=replace(COLOUR, resize=256))
+    assert dataset.train is not None
+    with pytest.raises(CompactError, match="1 x 60000 pixels, too narrow to be scaled"):
+        dataset.train.images()
+
+
 def test_images_beyond_memory_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         save(tmp_path / f"{number}.png")

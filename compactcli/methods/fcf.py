@@ -58,7 +58,7 @@ class Options:
     rate: Annotated[float, "search: learning rate of the scalars, the same in every step"] = 0.1
     rho: Annotated[float, "search: the penalty's strength at the start"] = 0.01
     growth: Annotated[float, "search: what it is multiplied with in each step; 0: so that it is full at half of the search"] = 0.0
-    most: Annotated[float, "search: the penalty's full strength"] = 6.0
+    most: Annotated[float, "search: the penalty's full strength; no more than 0.6 / (alpha rate) is used"] = 6.0
     preset: Annotated[Literal["none", "cifar", "imagenet"], "search: the paper's constants, for what is not set otherwise"] = (
         "none"
     )
