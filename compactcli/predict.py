@@ -37,9 +37,7 @@ class Plain:
     graph: Graph
     channels: Channels
     moments: Mapping[str, Moments] | None
-    whole: Mapping[str, int] = field(
-        default_factory=dict
-    )  # what a ratio is of, where the network had other layers that stored or cost less
+    whole: Mapping[str, int] = field(default_factory=dict)  # what ratios are of, as `measure.wholes` tells
 
     def budget(self, ratio: float, of: Of, module: nn.Module | None = None) -> Budget:
         return Budget(self.graph, self.channels, module or self.module, ratio=ratio, of=of, original=self.whole.get(of))

@@ -312,13 +312,9 @@ def _simple(value: Any, depth: int = DEPTH) -> Any:
         for _, each in own:
             _simple(each, depth - 1)
         return value
-    return value if value is None or isinstance(value, str | bool) else _given(value)
-
-
-def _given(value: Any) -> int | float:
-    _number(value)
-    number: int | float = value
-    return number
+    if value is not None and not isinstance(value, str | bool):
+        _number(value)
+    return value
 
 
 def _optional(read: Callable[[Any], Any], value: Any) -> Any:

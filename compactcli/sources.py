@@ -66,7 +66,7 @@ def open_dataset(
         dataset = _from_torchvision(spec, data_dir or _cache_dir(), download, form)
     elif Path(spec).is_dir():
         skipped: list[Path] = []
-        dataset = _from_folder(Path(spec), form, skipped if skip_corrupt else None)
+        dataset = _from_folder(Path(spec), form, skipped if skip_corrupt else None, log)
         if skipped:
             named = ", ".join(str(file.relative_to(spec)) for file in skipped[:SKIPPED_NAMED])
             more = f" and {len(skipped) - SKIPPED_NAMED} more" if len(skipped) > SKIPPED_NAMED else ""
@@ -145,15 +145,17 @@ def _from_torchvision(name: str, root: Path, download: bool, form: Form) -> Data
     return Dataset(name, True, classes, splits["train"], splits["test"], flip)
 
 
-def _from_folder(root: Path, form: Form, skipped: list[Path] | None) -> Dataset:
+def _from_folder(root: Path, form: Form, skipped: list[Path] | None, log: Callable[[str], None]) -> Dataset:
     """What a folder holds. Files that cannot be decoded are put into `skipped` and left out; None: nothing is decoded yet."""
     name = root.resolve().name
     # A folder called "train" is a split if it holds folders; with images in it, it is a class.
     parts = [part for part in ("train", "test", "val") if (root / part).is_dir() and _folders(root / part)]
     if parts:
+        if loose := [image for part in parts for image in _images(root / part)]:
+            raise CompactError(f"{loose[0]} is in no folder of a class, as others in {loose[0].parent} are; put it into one")
         for part in ("train", "test", "val"):
-            if loose := _images(root / part) if (root / part).is_dir() else []:
-                raise CompactError(f"{loose[0]} is in no folder of a class, as the images of {parts[0]}/ are; put it into one")
+            if part not in parts and (root / part).is_dir() and _images(root / part):
+                log(f"{name}: left out {part}/, whose images are in no folders of classes")
         classes = tuple(folder.name for folder in _folders(root / parts[0]))
         splits = {part: _from_class_folders(root / part, part, classes, form, skipped, f"{parts[0]}/") for part in parts}
         return Dataset(name, False, classes, splits.get("train"), splits.get("test", splits.get("val")))

@@ -98,10 +98,20 @@ def test_images_beside_folders_are_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_images_in_no_class_of_a_split_are_told_of(part: str, tmp_path: Path) -> None:
-    save(tmp_path / "train" / "a" / "1.png")
+    for split in ("train", "test"):
+        save(tmp_path / split / "a" / "1.png")
     image = save(tmp_path / part / "1.png")
-    with pytest.raises(CompactError, match=f"{re.escape(str(image))} is in no folder of a class, as the images of train/ are"):
+    with pytest.raises(CompactError, match=f"{re.escape(str(image))} is in no folder of a class, as others in .*{part} are"):
         open_folder(tmp_path)
+
+
+def test_a_split_without_classes_is_left_out_and_told_of(tmp_path: Path) -> None:
+    """As the test images of a competition, whose classes nobody tells."""
+    save(tmp_path / "train" / "a" / "1.png")
+    save(tmp_path / "test" / "1.png")
+    lines: list[str] = []
+    assert open_folder(tmp_path, log=lines.append).test is None
+    assert lines == [f"{tmp_path.name}: left out test/, whose images are in no folders of classes"]
 
 
 def test_the_classes_of_val_are_those_that_test_has(tmp_path: Path) -> None:

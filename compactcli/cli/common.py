@@ -83,7 +83,6 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Take an untrained --arch n
 # What libraries say of memory that they do not get, whatever they raise: torch of a CPU and of CUDA, C++, the loader, Python.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to map segment", "can't start new thread")
 
-
 LONGEST = 2_000  # characters of a line for people
 
 
