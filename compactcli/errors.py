@@ -22,6 +22,11 @@ def shape_text(shape: Sequence[int]) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
+def printable(text: str) -> str:
+    """Words of a file or of the user with a mark in the place of all that would steer a terminal, or cannot be written."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 def short(name: str) -> str:
     """A name from a file, fit for a line of text."""
     return name if name.isprintable() and len(name) <= 80 else f"{name[:60]!r}..."

@@ -11,11 +11,11 @@ from rich.text import Text
 
 from .artefact import Network
 from .channels import Axis, Channels
-from .errors import UsageError
+from .errors import UsageError, printable
 from .layers import Layer, layers
 from .plain import plained
 from .plan import plan
-from .tables import printable, words
+from .tables import words
 
 Together = tuple[str | None, tuple[tuple[Axis, int], ...]]  # (why locked, what one set takes along each axis)
 

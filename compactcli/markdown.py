@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import __version__, compare, tables
+from .errors import printable
 
 LEFT = {"", "network", "Pareto for", "command"}  # headings of words; under the others are figures
 
@@ -33,4 +34,4 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _text(value: str) -> str:
     """Words of a file as words of Markdown: one line, with nothing in it that has a meaning there."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", tables.printable(" ".join(value.split())))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$@])", r"\\\1", printable(" ".join(value.split())))

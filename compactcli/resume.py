@@ -118,7 +118,7 @@ def unpack_(
     model.load_state_dict(under("model", tensors))
     if average is not None:
         averages = under("average", tensors)
-        check_alike(averages, average.tensors)
+        check_shapes(averages, average.tensors)
         for name, tensor in averages.items():
             average.tensors[name].copy_(tensor)
     for number, hook in enumerate(hooks):
@@ -131,7 +131,7 @@ def unpack_(
             optimizer.state[parameter][name] = torch.empty_like(parameter.detach()).copy_(tensor) if alike else tensor
 
 
-def check_alike(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def check_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless both have the same names and shapes."""
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in own.items()}:
         raise ValueError("weights of another network")

@@ -36,12 +36,12 @@ from rich.text import Text
 from . import __version__, artefact, data, kernels, measure, methods, report
 from .artefact import Network
 from .compress import Calibration, Target, compress
-from .errors import CompactError, UsageError
+from .errors import CompactError, UsageError, printable
 from .finetune import check, finetune
 from .history import Watch
 from .optim import Settings
 from .pareto import optimal
-from .tables import printable, title, words
+from .tables import title, words
 from .train import VALIDATION_LIMIT
 
 SCHEMA = "compactcli/sweep/1"

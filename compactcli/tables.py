@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .commands import command_line
-from .errors import shape_text
+from .errors import printable, shape_text
 from .report import ratio
 
 MADE = ("params_materialised", "params_without_shared", "macs_synthesis")  # figures of layers that make their kernels
@@ -245,11 +245,6 @@ def bench_table(tree: Mapping[str, Any]) -> RenderableType:
             table.add_row(*row, *[number(own["peak_memory_bytes"], " B")] * memory)
         table.add_section()
     return table
-
-
-def printable(text: str) -> str:
-    """Words of a file or of the user with a mark in the place of all that would steer a terminal, or cannot be written."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def words(text: str) -> Text:

@@ -17,7 +17,7 @@ from .history import EpochRecord, History, Watch, better, records_of
 from .methods import Method, Progress
 from .optim import Settings
 from .recipe import Preprocessing
-from .resume import Interruption, Store, check_alike, pack, under, unpack_
+from .resume import Interruption, Store, check_shapes, pack, under, unpack_
 
 VALIDATION_LIMIT = 5_000  # images: more would not order epochs better, only take longer
 
@@ -285,7 +285,7 @@ class _Run:
         self.ended = None if standing["ended"] is None else brief(standing["ended"])
         if not 0 <= self.step <= self.total_steps or len(self.peaks) != len(self.optimizer.param_groups):
             raise ValueError("a step or a rate of another run")
-        check_alike(self.best_weights, self.model.state_dict() if self.keep == "best" else {})
+        check_shapes(self.best_weights, self.model.state_dict() if self.keep == "best" else {})
         unpack_(tensors, self.model, self.optimizer, self.average, self.hooks)
 
 

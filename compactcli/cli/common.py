@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from .. import streams
-from ..errors import CompactError, UsageError, brief
+from ..errors import CompactError, UsageError, brief, printable
 from ..recipe import DTYPES
 
 if TYPE_CHECKING:
@@ -126,9 +126,8 @@ def _line(problem: Exception) -> str | None:
 
 
 def shown(line: str) -> str:
-    """A line for people: at most LONGEST characters, a mark for each that would steer a terminal, for names may be a file's."""
-    line = line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+    """A line for people: at most LONGEST characters, and printable, for names may be a file's."""
+    return printable(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…")
 
 
 def _lacks_memory(problem: BaseException | None) -> bool:

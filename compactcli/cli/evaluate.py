@@ -2,7 +2,7 @@
 
 import math
 
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from . import common
 from .common import guarded, open_data, open_network
 
@@ -50,7 +50,7 @@ def command(
     )
     if dataset is None:
         raise UsageError("give --data: the file names no dataset to evaluate on")
-    from .. import report, tables
+    from .. import report
 
     evaluated = report.evaluate(network, dataset, batch_size=batch_size, device=device)
     if not math.isfinite(evaluated.accuracy.loss):
@@ -60,4 +60,4 @@ def command(
     else:
         found = evaluated.accuracy
         figures = f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
-        print(f"{figures} on {found.images:,} {evaluated.split} images of {tables.printable(evaluated.dataset)}")
+        print(f"{figures} on {found.images:,} {evaluated.split} images of {printable(evaluated.dataset)}")
