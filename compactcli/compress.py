@@ -237,7 +237,7 @@ def _job(
     plain = plain_(module, shape)
     if made:
         log(f"{name}: made {made} layers of an earlier step plain: what it had saved there is undone")
-    graph, channels = plan(module, shape, log)
+    graph, channels = plan(module, shape, log, soft=method.soft)
     table = target.table
     if of == "latency" and table is None:
         log(f"{network.name}: timing its layers, one image at a time; --latency-table FILE takes what bench --save measured")

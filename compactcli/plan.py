@@ -11,8 +11,11 @@ from .errors import CompactError
 from .graph import Graph, run_fake, trace
 
 
-def plan(module: nn.Module, shape: Sequence[int], log: Callable[[str], None] = lambda line: None) -> tuple[Graph, Channels]:
+def plan(
+    module: nn.Module, shape: Sequence[int], log: Callable[[str], None] = lambda line: None, *, soft: bool = False
+) -> tuple[Graph, Channels]:
     """The traced network and its coupled sets, those locked whose removal would leave a number in the network's code wrong.
+    `soft`: as `channels.find` has it.
 
     Found by running the network, on fake tensors, without the first set of every family at once, and where that
     fails of fewer and fewer. `log` gets a line for each family that is locked so.
@@ -20,14 +23,14 @@ def plan(module: nn.Module, shape: Sequence[int], log: Callable[[str], None] = l
     graph = trace(module, shape)
     if graph.baked:
         log("the network's code depends on the values of tensors: what it did on random images is taken for what it does")
-    channels = find(graph, module)
+    channels = find(graph, module, soft=soft)
     groups = [family for family in families(channels) if len(family.sets) > 1]
     locked = {}
     for family, reason in _stuck(module, channels, groups, shape):
         axis = next(axis for axis, _ in family.axes)
         locked[axis] = f"its number is written in code: {reason}"
         log(f"{axis[0]}: left alone, {locked[axis]}")
-    return graph, find(graph, module, locked) if locked else channels
+    return graph, find(graph, module, locked, soft=soft) if locked else channels
 
 
 def _stuck(module: nn.Module, channels: Channels, groups: Sequence[Family], shape: Sequence[int]) -> list[tuple[Family, str]]:

@@ -1,12 +1,13 @@
 """Apply edits to a network in place, and hold every one to the law.
 
 The law, in float64: a network with channels removed equals the same network with those channels
-zeroed in every consumer; a network with a layer replaced equals it with the layer's dense form put
-back. Refitting weights comes later and is measured separately.
+zeroed in every consumer, and left out of the statistics of layer normalisations; a network with a
+layer replaced equals it with the layer's dense form put back. Refitting weights comes later and is
+measured separately.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from . import kernels
@@ -93,8 +95,7 @@ def apply_checked_(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[
             with _dense(model, [edit for edit in stage if isinstance(edit, Replace)]):
                 expected = run_double(model, image)
         else:
-            masks = _masks(model, stage, consumed)
-            expected = run_double(model, image, masks)
+            expected = run_double(model, image, _masks(model, stage, consumed), _statistics(model, stage))
             apply_(model, stage)
         run_fake(model, input_shape, train=True)
         with named_failure("in eval mode"):
@@ -151,8 +152,11 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def run_double(model: nn.Module, image: Tensor, masks: Mapping[Axis, Tensor] | None = None) -> list[Tensor]:
-    """The outputs in eval mode and float64, with the masked positions of weights taken as zero.
+def run_double(
+    model: nn.Module, image: Tensor, masks: Mapping[Axis, Tensor] | None = None, statistics: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """The outputs in eval mode and float64, with the masked positions of weights taken as zero, and layer normalisations
+    of the modules in `statistics` taken over these channels alone.
 
     One module at a time is cast as it is entered and put back as it is left: no copy of the model. What is random in eval mode
     too is drawn alike in every call.
@@ -160,11 +164,13 @@ def run_double(model: nn.Module, image: Tensor, masks: Mapping[Axis, Tensor] | N
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), _drawn_alike(), _double(model, masks or {}):
+        with torch.no_grad(), _drawn_alike(), _double(model, masks or {}), _normalising(model, statistics):
             return outputs(model(image))
     except RuntimeError:  # a module reads the tensors of another, or names a dtype: all must be cast at once
         with torch.no_grad(), _drawn_alike(), _AllDouble():
-            return outputs(_doubled(model, masks or {})(image))
+            copy = _doubled(model, masks or {})
+            with _normalising(copy, statistics):
+                return outputs(copy(image))
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -217,6 +223,34 @@ def _doubled(model: nn.Module, masks: Mapping[Axis, Tensor]) -> nn.Module:
     for (name, axis), gone in masks.items():
         tensors[name].index_fill_(axis, gone, 0)
     return result
+
+
+def _normalising(model: nn.Module, statistics: Mapping[str, Tensor] | None) -> AbstractContextManager[Any]:
+    return _Normalising(model, statistics) if statistics else nullcontext()
+
+
+class _Normalising(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Layer normalisations take their statistics over some of the channels; the others come out as zero."""
+
+    def __init__(self, model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = {id(model.get_submodule(path).weight): kept for path, kept in statistics.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        at = {torch.ops.aten.native_layer_norm.default: 2, torch.ops.aten.native_group_norm.default: 1}.get(func)
+        kept = None if at is None else self.kept.get(id(args[at]))
+        if at is None or kept is None:
+            return func(*args, **kwargs or {})
+        axis, given = (args[0].ndim - 1, list(args)) if at == 2 else (1, list(args))
+        whole = torch.zeros_like(args[0])
+        given[0] = args[0].index_select(axis, kept)
+        given[at : at + 2] = [None if vector is None else vector[kept] for vector in args[at : at + 2]]
+        if at == 2:
+            given[1] = [len(kept)]
+        else:
+            given[4] = len(kept)
+        normalised, *moments = func(*given)
+        return whole.index_copy_(axis, kept, normalised), *moments
 
 
 class _AllDouble(TorchFunctionMode):
@@ -289,6 +323,17 @@ def _masks(model: nn.Module, edits: Sequence[Edit], consumed: frozenset[Axis]) -
     return masks
 
 
+def _statistics(model: nn.Module, edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """The channels that are kept of modules whose statistics are taken over all of them."""
+    found, modules = {}, dict(model.named_modules())
+    for edit in edits:
+        if isinstance(edit, Keep):
+            module = modules.get(edit.module)
+            if isinstance(module, nn.LayerNorm) or (isinstance(module, nn.GroupNorm) and module.num_groups == 1):
+                found[edit.module] = torch.tensor(edit.index)
+    return found
+
+
 def _parent(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path.rpartition(".")[0])
 
@@ -306,7 +351,7 @@ def _targets(model: nn.Module, edit: Keep) -> list[tuple[nn.Module, str, int]]:
         if isinstance(module, _ConvNd) and transposed and module.groups > 1 and edit.axis == 0:
             weight = []  # its outputs go with the inputs of their group
         return weight + ([(module, "bias", 0)] if edit.axis == 0 and module.bias is not None else [])
-    if isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU) and edit.axis == 0:
+    if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm | nn.PReLU) and edit.axis == 0:
         names = ("weight", "bias", "running_mean", "running_var")
         return [(module, name, 0) for name in names if getattr(module, name, None) is not None]
     raise CompactError(f"the recipe cuts axis {edit.axis} of {edit.module!r}, a {type(module).__name__}, which has no such axis")
@@ -407,6 +452,8 @@ def _refresh_(module: nn.Module) -> None:
     elif isinstance(module, nn.GroupNorm):
         if module.weight is not None:
             module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 

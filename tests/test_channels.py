@@ -174,6 +174,7 @@ def test_padding_counted_by_a_module_may_be_cut():
     assert Set("2.short", "after", 0) in edits
 
 
+SOFT = "normalisation takes statistics over; they go with --set soft=true"
 PADDED = "the number of padded channels is written in code"
 LOCKED = [
     ("pad_code", "4.weight", 1, PADDED),
@@ -182,8 +183,8 @@ LOCKED = [
     ("part_of_channels", "2.weight", 0, BY_NUMBERS),
     ("split_by_number", "2.weight", 0, BY_NUMBERS),
     ("picked", "2.weight", 0, BY_NUMBERS),
-    ("layer_norm", "0.weight", 0, "channels that a layer normalisation takes statistics over"),
-    ("group_norm_of_all", "2.weight", 0, "channels that a group normalisation takes statistics over"),
+    ("layer_norm", "0.weight", 0, f"channels that a layer {SOFT}"),
+    ("group_norm_of_all", "2.weight", 0, f"channels that a group {SOFT}"),
     ("standardised", "2.weight", 0, "a position that goes into the statistics of a batch normalisation"),
     ("neighbours", "2.weight", 0, "a position read by a convolution"),
     ("softmax_of_channels", "2.weight", 0, "compared across channels by softmax"),

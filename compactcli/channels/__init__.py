@@ -22,13 +22,14 @@ from .walk import INPUT, OUTPUT, Axis, Channels, Ids, Label, Slot, Walk
 __all__ = ["BY_NUMBERS", "INPUT", "OUTPUT", "Axis", "Channels", "Ids", "Slot", "edits", "find", "layer_axis"]
 
 
-def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None) -> Channels:
+def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None, *, soft: bool = False) -> Channels:
     """The coupled sets of the traced network; `locked` names axes that may not be cut, and why.
 
+    With `soft` channels may go that a layer normalisation takes its statistics over, which changes those of the others.
     Heads that run only in training are traced as well: they read channels of the trunk. What a branch that was
     not taken reads is not known, so nothing is free where there is one with parameters of its own.
     """
-    walk = Walk(graph, model, RULES)
+    walk = Walk(graph, model, RULES, soft)
     walk.run()
     if walk.unreached():
         walk.graph = trace(model, graph.image.meta["val"].shape[1:], train=True)
@@ -63,7 +64,7 @@ def layer_axis(model: nn.Module, tensor: str, axis: int) -> tuple[str, int]:
     module = model.get_submodule(path)
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and name == "weight":
         return path, 1 - axis
-    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+    known = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.PReLU)
     if isinstance(module, nn.modules.conv._ConvNd | nn.Linear) and module._parameters.get("weight") is None:
         return tensor, axis  # its weight is computed, and does not go with its bias
     own = name in ("weight", "bias", "running_mean", "running_var")  # a gain beside them is cut by itself

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..graph import operation
 from .walk import INPUT, Ids, Label, Rule, Walk, argument, nodes_in, shape_of
@@ -191,12 +191,26 @@ def _layer_norm(walk: Walk, node: fx.Node) -> list[Label]:
     """Statistics are taken over the last axes; the others pass."""
     shape: Any = node.args[1]
     first = len(shape_of(node.args[0])) - len(shape)
-    walk.lock(walk.of(node.args[2:4]), "scales and shifts what a layer normalisation takes statistics over")
-    walk.lock(
-        (label for label in walk.of(node.args[0]) if label.axis >= first),
-        "channels that a layer normalisation takes statistics over",
-    )
+    over = [label for label in walk.of(node.args[0]) if label.axis >= first]
+    if len(shape) > 1:
+        walk.lock([*over, *walk.of(node.args[2:4])], "channels and positions that a layer normalisation takes statistics over")
+    else:
+        _statistics_over(walk, node, over, walk.of(node.args[2:4]), "channels that a layer normalisation takes statistics over")
     return walk.of(node.args[0])
+
+
+def _statistics_over(walk: Walk, node: fx.Node, over: list[Label], vectors: list[Label], reason: str) -> None:
+    """A removal changes the statistics of what stays: channels that go, with their scales and shifts, only if the walk is soft.
+
+    They can where the module that normalises is told of their number by its vectors.
+    """
+    module = walk.model.get_submodule(walk.graph.owners[node])
+    follows = bool(over and vectors) and isinstance(module, nn.LayerNorm | nn.GroupNorm)
+    if not follows or not walk.soft:
+        walk.lock([*over, *vectors], f"{reason}; they go with --set soft=true" if follows else reason)
+    for label in vectors:
+        for channels in over:
+            walk.tie(label.ids, channels.ids)
 
 
 @rule("native_group_norm")
@@ -210,7 +224,8 @@ def _group_norm(walk: Walk, node: fx.Node) -> list[Label]:
     labels = [label for label in walk.of(node.args[0]) if label.axis == 1]
     members = [label.ids.reshape(groups, -1) for label in [*labels, *walk.of(node.args[1:3])]]
     if groups == 1:
-        walk.lock((Label(0, ids.ravel()) for ids in members), "channels that a group normalisation takes statistics over")
+        reason = "channels that a group normalisation takes statistics over"
+        _statistics_over(walk, node, labels, walk.of(node.args[1:3]), reason)
     elif not labels:
         walk.lock(walk.of(node.args[1:3]), "normalises the network's input")
     else:

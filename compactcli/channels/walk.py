@@ -63,6 +63,7 @@ class Walk:
     graph: Graph
     model: nn.Module
     rules: Mapping[str, "Rule"]  # by the names of operations
+    soft: bool = False  # channels may go that a normalisation takes its statistics over
     labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     pieces: dict[fx.Node, list[list[Label]]] = field(default_factory=dict)  # of nodes with several values
     axes: dict[Axis, Ids] = field(default_factory=dict)

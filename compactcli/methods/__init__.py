@@ -70,6 +70,11 @@ class Method:
         self.options = self.Options() if options is None else options
         self.losses: dict[str, float] = {}
 
+    @property
+    def soft(self) -> bool:
+        """Whether channels may go that a normalisation takes its statistics over."""
+        return bool(getattr(self.options, "soft", False))
+
     @classmethod
     def recognise(cls, tensors: "Mapping[str, Tensor]") -> Foreign | None:
         """The network in a file of the method's authors; None for any other file.

@@ -54,6 +54,7 @@ class Options:
         "with the least errors the fastest",
     ] = "auto"
     floor: Annotated[float, "smallest share of its filters that a layer keeps"] = 0.05
+    soft: Annotated[bool, "prune channels, too, that layer normalisations take their statistics over"] = False
     alpha: Annotated[float, "search: share of the penalty in the gradient of the scalars, that of the loss has the rest"] = 0.99
     rate: Annotated[float, "search: learning rate of the scalars, the same in every step"] = 0.1
     rho: Annotated[float, "search: the penalty's strength at the start"] = 0.01

@@ -48,6 +48,7 @@ class Options:
     by: Annotated[
         Literal["error", "norm"], "search: keep by the output error that moments tell, or by the groups' squared norms"
     ] = "error"
+    soft: Annotated[bool, "prune channels, too, that layer normalisations take their statistics over"] = False
     two_slope: Annotated[bool, "give each ReLU inside a residual block a learnable slope on either side of zero"] = False
     init: Annotated[_hinge_groups.Init, "search: how a kernel is divided into a matrix and filters"] = "svd2"
     regularizer: Annotated[
