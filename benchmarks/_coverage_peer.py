@@ -9,9 +9,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from compactcli import measure, surgery
+from compactcli import measure
 from compactcli.channels import Axis
-from compactcli.graph import trace
+from compactcli.graph import outputs, trace
+from compactcli.law import NOISE_FACTOR, TOLERANCE, difference, run_double
 from compactcli.layers import Layer
 
 from ._coverage_worker import GIANTS, SHARE, Found, Row, architecture, law, randomised, shares, train_step
@@ -27,11 +28,11 @@ def peer(row: Row, name: str) -> None:
     model, shape = randomised(name), architecture(name).input_shape
     row.say({"params": measure.params(model), "bytes": 4 * measure.params(model), "shape": shape})
     with torch.inference_mode():
-        outputs = surgery.outputs(model(torch.randn(1, *shape)))
-    linear = _ignored(model, outputs, nn.Linear)
+        found = outputs(model(torch.randn(1, *shape)))
+    linear = _ignored(model, found, nn.Linear)
     _measure(row, "", model, shape, linear)
     if not linear:
-        _measure(row, "helped_", model, shape, _ignored(model, outputs, nn.Conv2d))
+        _measure(row, "helped_", model, shape, _ignored(model, found, nn.Conv2d))
 
 
 def _ignored(model: nn.Module, outputs: list[Tensor], kind: type[nn.Module]) -> list[str]:
@@ -118,22 +119,22 @@ def _evaluated(original: nn.Module, pruned: nn.Module, shape: tuple[int, int, in
     """Whether the pruned network runs, and gives outputs of the same shape: as many classes."""
     with torch.inference_mode():
         image = torch.randn(1, *shape)
-        before, after = ([tuple(o.shape) for o in surgery.outputs(m.eval()(image))] for m in (original, pruned))
+        before, after = ([tuple(o.shape) for o in outputs(m.eval()(image))] for m in (original, pruned))
     return {"same_outputs": before == after}
 
 
 def _exact(original: nn.Module, pruned: nn.Module, pruning: _Pruning, shape: tuple[int, int, int]) -> Found:
     """The smallest difference from the original with the removed channels zeroed, in float64."""
     image = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    actual = surgery.run_double(pruned, image)
+    actual = run_double(pruned, image)
     errors: dict[str, float] = {}
     for way, masks in pruning.masks():
-        errors[way] = surgery.difference(actual, surgery.run_double(original, image, masks))
-        if errors[way] <= surgery.TOLERANCE:
+        errors[way] = difference(actual, run_double(original, image, masks))
+        if errors[way] <= TOLERANCE:
             break
     way = min(errors, key=lambda way: errors[way])
     found = law(pruned, image, errors[way])
-    exact = errors[way] <= max(surgery.TOLERANCE, surgery.NOISE_FACTOR * found.get("noise", 0.0))
+    exact = errors[way] <= max(TOLERANCE, NOISE_FACTOR * found.get("noise", 0.0))
     return {"exact": exact, "masked": way, **found}
 
 

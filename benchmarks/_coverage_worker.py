@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from compactcli import architectures, artefact, channels, detection, measure, surgery
+from compactcli import architectures, artefact, channels, detection, measure
 from compactcli.architectures import Architecture
 from compactcli.budget import Budget
 from compactcli.channels import Channels
 from compactcli.compress import Target, compress
-from compactcli.graph import Graph, run_fake
+from compactcli.graph import Graph, outputs, run_fake
+from compactcli.law import TOLERANCE, apply_checked_, difference, run_double
 from compactcli.layers import Layer, layers
 from compactcli.methods import get
 from compactcli.plain import plain_
@@ -155,17 +156,17 @@ def shares(graph: Graph, counted: Callable[[Layer], tuple[int, int]]) -> Found:
 
 def law(model: nn.Module, image: Tensor, error: float) -> Found:
     """The error beside the noise floor, where it is above the tolerance."""
-    if error <= surgery.TOLERANCE:
+    if error <= TOLERANCE:
         return {"law": error}
-    outputs = surgery.run_double(model, image)
-    return {"law": error, "noise": surgery.difference(surgery.run_double(model, image * (1 + 1e-15)), outputs)}
+    expected = run_double(model, image)
+    return {"law": error, "noise": difference(run_double(model, image * (1 + 1e-15)), expected)}
 
 
 def train_step(model: nn.Module, shape: Sequence[int]) -> Found:
     """One step of SGD on two images, on the cross-entropy of every output, heads for training among them."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    found = surgery.outputs(model(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))))
+    found = outputs(model(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))))
     loss = sum(nn.functional.cross_entropy(o, torch.zeros(2, *o.shape[2:], dtype=torch.long)) for o in found)
     assert isinstance(loss, Tensor)
     loss.backward()
@@ -223,7 +224,7 @@ def _bare(model: nn.Module, shape: Sequence[int]) -> Found:
         network = artefact.open_model(path)
     image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        error = surgery.difference(surgery.outputs(network.module(image)), surgery.outputs(model(image)))
+        error = difference(outputs(network.module(image)), outputs(model(image)))
     return {"name": network.recipe.architecture, "equal": error < 1e-5}
 
 
@@ -260,7 +261,7 @@ def _removable(sets: Channels, share: float) -> list[int]:
 
 def _cut(model: nn.Module, sets: Channels, removed: list[int], shape: Sequence[int]) -> Found:
     edits = channels.edits(sets, removed, model)
-    error = surgery.apply_checked_(model, edits, sets.consumed, shape)
+    error = apply_checked_(model, edits, sets.consumed, shape)
     image = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return {"removed": len(removed), "of": len(sets.free()), **law(model, image, error)}
 

@@ -34,6 +34,7 @@ PARTS = {  # file: its tests, the faster ones first
     "channels/rules.py": ("channels", "plain", "surgery", "budget", "hinge"),
     "channels/walk.py": ("channels", "plain", "surgery", "budget", "hinge"),
     "recipe.py": ("recipe", "streams", "surgery", "artefact", "compress"),
+    "law.py": ("plain", "surgery", "soft", "compress"),
     "surgery.py": ("plain", "channels", "recipe", "surgery", "kernels", "compress", "artefact"),
     "budget.py": ("counters", "budget", "hinge", "timing", "squeeze", "compress"),
     "dials.py": ("counters", "budget", "hinge", "timing", "squeeze", "compress"),

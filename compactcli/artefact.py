@@ -8,8 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +18,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import __version__, architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery
+from . import __version__, architectures, checkpoint, detection, kernels, measure, methods, resume, streams, surgery, weights
 from .architectures import Architecture
 from .checkpoint import Checkpoint
-from .errors import CompactError, brief, shape_text, short
-from .graph import run_fake
-from .kernels import Indexed
+from .errors import CompactError, brief, short
+from .graph import run_fake, scores
 from .methods import Foreign
-from .peel import NUMBERS, shared_prefix, without_path
+from .peel import NUMBERS, without_path
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
 
 KEY = "compactcli"  # the metadata entry that holds the recipe
-COUNTER = "num_batches_tracked"  # of batches, which may be absent
 FAR_LARGER = 16  # times what a file holds: a network that edits have made smaller, or a hostile recipe
 
 
@@ -54,8 +51,8 @@ class Network:
     @cached_property
     def num_classes(self) -> int:
         """How many numbers it gives for an image, or for each of its pixels; of several outputs, those that are trained."""
-        scores = surgery.scores(run_fake(self.module, self.input_shape))
-        return scores.shape[1] if scores.ndim > 1 else 1
+        given = scores(run_fake(self.module, self.input_shape))
+        return given.shape[1] if given.ndim > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def fresh(wishes: Wishes, seed: int) -> Network:
 def dumps(network: Network) -> bytes:
     """The file's bytes: the state_dict, in the recipe's dtype, and, under one metadata key, the recipe."""
     dtype = network.recipe.dtype
-    data = safetensors.torch.save({name: stored(tensor, dtype) for name, tensor in _state(network.module).items()})
+    data = safetensors.torch.save({name: stored(tensor, dtype) for name, tensor in weights.state(network.module).items()})
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = {KEY: network.recipe.dumps(), "format": "pt"}
@@ -194,18 +191,18 @@ def save(network: Network, target: str) -> int:
 
 def nonfinite(module: nn.Module) -> tuple[list[str], list[str]]:
     """(weights, running variances) that hold NaN or Inf."""
-    bad = [name for name, tensor in _state(module).items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = [name for name, tensor in weights.state(module).items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     infinite = [n for n in bad if n.endswith("running_var") and not module.state_dict()[n].isnan().any()]
     return [name for name in bad if name not in infinite], infinite
 
 
 def check_finite(network: Network, log: Callable[[str], None] = lambda line: None) -> None:
     """Raise CompactError naming a weight that is not; `log` is told of a variance that is infinite."""
-    weights, variances = nonfinite(network.module)
+    bad, variances = nonfinite(network.module)
     for name in variances:
         log(f"warning: {network.name}: {name} holds Inf: the channel behind it is constant")
-    if weights:
-        raise CompactError(f"{network.name}: {weights[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
+    if bad:
+        raise CompactError(f"{network.name}: {bad[0]} holds NaN or Inf: nothing can be derived from it; repair or retrain it")
 
 
 def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
@@ -225,9 +222,9 @@ def _from_recipe(file: Checkpoint, wishes: Wishes) -> Network:
     if measure.params(module) > FAR_LARGER * sum(tensor.numel() for tensor in file.tensors.values()):
         hollow = architecture.build(device="meta")  # what is given up of it takes memory while it is
         surgery.apply_(hollow, recipe.edits)
-        _check_fit(_state(hollow), file.tensors, hollow)
+        weights.check_fit(weights.state(hollow), file.tensors, hollow)
     surgery.apply_(module, recipe.edits)
-    _load_(module, file.tensors)
+    weights.load_(module, file.tensors)
     run_fake(module, shape)
     own = {"--arch": wishes.arch if is_known(recipe.architecture) else None, "--arch-kwargs": wishes.arch_kwargs}
     idle = [flag for flag, wish in own.items() if wish and wish != recipe.architecture]
@@ -258,7 +255,7 @@ def _from_weights(file: Checkpoint, wishes: Wishes) -> Network:
     module = architecture.build()
     if foreign:
         surgery.apply_(module, foreign.edits)
-    _load_(module, foreign.tensors if foreign else _as_named(module, tensors))
+    weights.load_(module, foreign.tensors if foreign else weights.as_named(module, tensors))
     recipe = _first_recipe(architecture, module, file)
     if foreign:
         recipe = recipe.then(_opening(foreign, recipe))
@@ -339,104 +336,3 @@ def _with_preprocessing(recipe: Recipe, wishes: Wishes) -> Recipe:
     if min(changes.get("std", (1,))) <= 0:
         raise CompactError(f"--std {','.join(f'{value:g}' for value in changes['std'])}: each must be more than 0")
     return replace(recipe, preprocessing=replace(recipe.preprocessing, **changes))
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """The state_dict with tensors that several names share under the first of them."""
-    unique = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-    return {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items() if name in unique}
-
-
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Further names of a tensor -> its first."""
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    first: dict[int, str] = {}
-    for name, tensor in named:
-        first.setdefault(id(tensor), name)
-    return {name: first[id(tensor)] for name, tensor in named if first[id(tensor)] != name}
-
-
-def _load_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors in the module's places, without copying where they are of its types and none is there twice.
-
-    Counters of batches may be absent.
-    """
-    own = _state(module)
-    every = module.state_dict()
-    tensors = _check_fit(own, tensors, module)
-    tensors |= {  # averages of weights are of these as well
-        name: tensor.nan_to_num().long()
-        for name, tensor in tensors.items()
-        if name.endswith(COUNTER) and tensor.is_floating_point()
-    }
-    counters = {name: torch.zeros_like(t, device="cpu") for name, t in own.items() if name.endswith(COUNTER)}
-    values = OrderedDict({**counters, **tensors})
-    values._metadata = every._metadata  # type: ignore[attr-defined]  # the version of each module's format, which some ask for
-    for name, tensor in own.items():
-        if values[name].is_floating_point() != tensor.is_floating_point():
-            raise CompactError(f"{short(name)} is {values[name].dtype}, the architecture's {tensor.dtype}")
-    places: set[int] = set()
-    for name, value in values.items():
-        values[name] = value.to(own[name].dtype) if value.is_floating_point() else value
-        # Numbers that a file holds once, under two names or for many places, are many in the network.
-        if values[name].numel() and (values[name].data_ptr() in places or 0 in values[name].stride()):
-            values[name] = values[name].clone(memory_format=torch.contiguous_format)
-        places.add(values[name].data_ptr())
-    aliases = _aliases(module)
-    module.load_state_dict(values, strict=False, assign=True)
-    for alias, name in aliases.items():  # what was one tensor is one again
-        path, _, last = alias.rpartition(".")
-        owner = module.get_submodule(path)
-        if last in owner._parameters:
-            owner._parameters[last] = module.get_parameter(name)
-        else:
-            owner._buffers[last] = module.get_buffer(name)
-    for name, layer in module.named_modules():
-        if isinstance(layer, Indexed):
-            try:
-                layer.check()
-            except CompactError as problem:
-                raise CompactError(f"{short(name)}.{problem}") from None
-
-
-def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that go into the module's `own` places. Raises CompactError where names or shapes are others."""
-    every = module.state_dict()
-    tensors = {name: tensor for name, tensor in tensors.items() if name in own or name not in every}
-    missing = [name for name in own if name not in tensors and not name.endswith(COUNTER)]
-    unexpected = [name for name in tensors if name not in own]
-    wrong = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if missing or unexpected or wrong:
-        raise CompactError(_mismatch(missing, unexpected, wrong, own, tensors))
-    return tensors
-
-
-def _as_named(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by the names that the network has: with what was taken off these names where its own begin so too,
-    and without the numbers of the training run, if they are not its own.
-    """
-    own = module.state_dict()
-    found = {name: tensor for name, tensor in tensors.items() if name not in NUMBERS or name in own}
-    prefix = shared_prefix(own)
-    if not own.keys().isdisjoint(found.keys() - NUMBERS):
-        return found
-    if prefix:
-        return {name if name in NUMBERS else prefix + name: tensor for name, tensor in found.items()}
-    bare = without_path(found)
-    return found if own.keys().isdisjoint(bare) else dict(bare)
-
-
-def _mismatch(
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    wrong: Sequence[str],
-    own: Mapping[str, Tensor],
-    given: Mapping[str, Tensor],
-) -> str:
-    if wrong:
-        name = wrong[0]
-        what = f"{short(name)} is {shape_text(given[name].shape)}, the architecture's {shape_text(own[name].shape)}"
-    else:
-        what = f"{short(missing[0])} is missing" if missing else f"{short(unexpected[0])} is not in the architecture"
-    more = len(missing) + len(unexpected) + len(wrong) - 1
-    return f"the weights do not fit the architecture: {what}" + (f", and {more} more differ" if more else "")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, artefact, calibrate, data, distributed, kernels, measure, precision, surgery, timing
+from . import __version__, artefact, calibrate, data, distributed, kernels, law, measure, precision, surgery, timing
 from .artefact import Network
 from .budget import Budget, Of
 from .channels import Channels
@@ -108,7 +108,7 @@ def compress(
         error = _made_(searched, module, method, ended, shape, seed, progress)
         log(f"{name}: output error {error:.3f} on {made_on}{hint}")
     else:
-        surgery.apply_checked_(module, ended, channels.consumed, shape)
+        law.apply_checked_(module, ended, channels.consumed, shape)
     params, macs = measure.params(module), measure.macs(module, shape)
     if of == "latency":
         log(f"{name}: planned for {budget.target:.2f} of {budget.original:.2f} ms a batch; `compactcli bench` measures it")
@@ -318,10 +318,10 @@ def _made_(
     """Apply the edits, and refit to images where there are; the relative change of the outputs on them, else on random ones."""
     if job.batches is None:
         assert job.before is not None
-        surgery.apply_checked_(module, edits, job.channels.consumed, shape)
+        law.apply_checked_(module, edits, job.channels.consumed, shape)
         return _mended_(module, method.mended(), shape, job.before)
     original = copied(module)
-    surgery.apply_checked_(module, edits, job.channels.consumed, shape)
+    law.apply_checked_(module, edits, job.channels.consumed, shape)
     return calibrate.refit_(module, original, edits, job.batches, seed=seed, progress=progress)
 
 

@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import __version__, architectures, artefact, folding, kernels, measure, surgery
+from . import __version__, architectures, artefact, folding, kernels, law, measure
 from .artefact import Network
 from .errors import CompactError, shape_text
-from .graph import BATCH, copied, not_finite, silent
+from .graph import BATCH, copied, not_finite, outputs, silent
 from .precision import uncast_
 from .recipe import Measures, Step, without_tensors
 
@@ -83,7 +83,7 @@ def export(
         _fold_bn_(module, network.input_shape, log)
     _zero_subnormals_(module, log)
     result = _WRITERS[to](_Job(network, module, ending, arch, log))
-    difference = max(surgery.difference(result.run(image), wanted) for image, wanted in zip(images, expected, strict=True))
+    difference = max(law.difference(result.run(image), wanted) for image, wanted in zip(images, expected, strict=True))
     told = f"at batch {' and '.join(map(str, BATCHES))} by up to {difference:.1e} of the largest output"
     if not difference <= TOLERANCE:
         raise CompactError(
@@ -173,7 +173,7 @@ def _images(batch: int, input_shape: Sequence[int]) -> Tensor:
 
 def _run(module: Callable[[Tensor], Any], image: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return surgery.outputs(module(image))
+        return outputs(module(image))
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def _traced(job: _Job) -> torch.export.ExportedProgram:
     forward = job.module.forward
 
     def named(input: Tensor) -> Any:
-        found = surgery.outputs(forward(input))
+        found = outputs(forward(input))
         return found[0] if len(found) == 1 else tuple(found)
 
     job.module.forward = named

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from . import surgery
+from . import law
 from .errors import CompactError
 from .graph import Graph, operation, trace
 from .recipe import Replace
@@ -39,7 +39,7 @@ def fold_(model: nn.Module, input_shape: tuple[int, ...]) -> list[Replace]:
         edits.append(Replace(norm, "folding.norm", {}))
     if edits:
         dtype = next(model.parameters()).dtype
-        surgery.apply_same_(model, edits, input_shape)
+        law.apply_same_(model, edits, input_shape)
         for edit in edits:
             model.get_submodule(edit.module).to(dtype)
     return edits

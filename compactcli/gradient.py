@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from . import distributed, optim, surgery
+from . import distributed, optim
 from .errors import CompactError
+from .graph import scores
 from .optim import Settings
 
 Gradient = Callable[[Tensor, Tensor, int], Tensor]
@@ -41,9 +42,9 @@ class Plain:
         for number, (part, wanted) in enumerate(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True), 1):
             with distributed.unsynchronised(self.network) if number < count else nullcontext():
                 with optim.autocast(self.settings):
-                    outputs = surgery.scores(self.network(part))
+                    outputs = scores(self.network(part))
                     with torch.no_grad():
-                        targets = None if self.teacher is None else surgery.scores(self.teacher(part))
+                        targets = None if self.teacher is None else scores(self.teacher(part))
                 loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / images)
                 (loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
             total += loss.detach()

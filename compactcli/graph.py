@@ -275,3 +275,21 @@ def _hookable(module: nn.Module) -> bool:
 def _first_line(problem: BaseException) -> str:
     lines = str(problem).strip().splitlines()
     return lines[0][:200] if lines else type(problem).__name__
+
+
+def outputs(output: Any) -> list[Tensor]:
+    """Every tensor of a network's output, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return [tensor for item in items for tensor in outputs(item)]
+
+
+def scores(output: Any) -> Tensor:
+    """The first tensor of a network's output that holds floating-point numbers: behind it may be auxiliary ones, as while
+    torchvision's Inception trains. Raises CompactError if there is none.
+    """
+    found = next((tensor for tensor in outputs(output) if tensor.is_floating_point()), None)
+    if found is None:
+        raise CompactError("the network's output has no floating-point tensor, so nothing tells how it changes")
+    return found

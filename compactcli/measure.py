@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import kernels, surgery
+from . import kernels
 from .errors import CompactError
-from .graph import copied, named_failure, not_finite, run_fake
+from .graph import copied, named_failure, not_finite, run_fake, scores
 
 MemoryFormat = Literal["contiguous", "channels_last"]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -271,7 +271,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     with torch.inference_mode():
         for image, label in batches:
             with named_failure("on these images"):
-                logits = surgery.scores(model(image)).float()
+                logits = scores(model(image)).float()
             ranked = logits.topk(min(5, logits.shape[1])).indices == label[:, None]  # (n, 5)
             top1 += int(ranked[:, 0].sum())
             top5 += int(ranked.any(1).sum())
@@ -289,7 +289,7 @@ def probed(model: nn.Module, input_shape: Sequence[int], *, finite: bool = False
     """
     images = torch.randn(PROBES, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), named_failure("on random images"):
-        found = surgery.scores(model.eval()(images))
+        found = scores(model.eval()(images))
     if finite and not found.isfinite().all():
         raise not_finite(model, images, "random images")
     return found

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from . import data
-from .graph import Graph, named_failure, not_finite
+from .graph import Graph, named_failure, not_finite, scores
 from .recipe import Preprocessing
-from .surgery import scores
 
 MOMENT_IMAGES = 256  # enough for the moments
 SKETCH = 128  # random combinations of a layer's outputs, or inputs, that stand for all of them where there are more

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import kernels, surgery
+from . import kernels, law
 from .errors import CompactError
 from .graph import Graph, copied, operation, per_image, trace
 from .recipe import Edit, Replace
@@ -41,7 +41,7 @@ def _apply_(model: nn.Module, edits: Sequence[Replace], input_shape: Sequence[in
     """Replace layers, by values in float64 that are rounded to the network's own type once they have been checked."""
     if edits:
         dtype = next(model.parameters()).dtype
-        surgery.apply_same_(model, edits, input_shape)
+        law.apply_same_(model, edits, input_shape)
         for edit in edits:
             model.get_submodule(edit.module).to(dtype)
 

@@ -15,12 +15,11 @@ from .budget import Budget, Floats, Of
 from .channels import Channels
 from .data import Split
 from .errors import CompactError, UsageError
-from .graph import Graph
+from .graph import Graph, scores
 from .layers import Layer
 from .methods import hinge
 from .methods._widths import removable
 from .moments import Moments, gather
-from .surgery import scores
 
 SHARES = (0.75, 0.5, 0.25)  # of a layer's channels, or of its rank
 LABELLED = 1_024  # images that predicted accuracies are of

@@ -14,10 +14,10 @@ from compactcli.artefact import Network, Wishes
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.graph import trace
+from compactcli.law import apply_checked_
 from compactcli.methods import get, names
 from compactcli.plain import plain_
 from compactcli.recipe import Measures, Step, without_tensors
-from compactcli.surgery import apply_checked_
 
 LAW = 1e-9  # of the largest output, in float64
 ROUNDING = 1e-3  # of the largest output, in float32: kernels made beforehand beside those that are made anew

@@ -19,7 +19,7 @@ from networks import named, outputs
 from torch import Tensor, nn
 
 import compactcli
-from compactcli import architectures, artefact, methods, report, sources
+from compactcli import architectures, artefact, methods, report, sources, weights
 from compactcli.artefact import Network, Wishes, dumps, fresh, open_model, save
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -374,7 +374,7 @@ def with_recipe(model: Network, change: Callable[[dict[str, Any]], None]) -> byt
     tree = json.loads(model.recipe.dumps())
     change(tree)
     metadata = {"format": "pt", "compactcli": json.dumps(tree)}
-    return safetensors.torch.save(artefact._state(model.module), metadata)
+    return safetensors.torch.save(weights.state(model.module), metadata)
 
 
 def edited(*edits: object) -> bytes:

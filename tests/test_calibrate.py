@@ -9,7 +9,7 @@ from networks import Code, conv, head, randomise_
 from test_compress import own
 from torch import nn
 
-from compactcli import artefact, budget, calibrate, cifar, data, measure, moments, surgery
+from compactcli import artefact, budget, calibrate, cifar, data, law, measure, moments, surgery
 from compactcli.channels import edits as channel_edits
 from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
@@ -199,7 +199,7 @@ def test_a_filter_that_the_others_can_replace_is_replaced():
     model = copy.deepcopy(target)
     channels = find(trace(model, SHAPE), model)
     edits = channel_edits(channels, [int(channels.axes["0.weight", 0][7])], model)
-    surgery.apply_checked_(model, edits, channels.consumed, SHAPE)
+    law.apply_checked_(model, edits, channels.consumed, SHAPE)
     with torch.no_grad():
         image = torch.randn(16, *SHAPE)
         cut = float((model(image) - target(image)).norm() / target(image).norm())
@@ -219,7 +219,7 @@ def test_refitting_brings_the_logits_closer(mode):
     known = moments.gather(target, [layer.name for layer in plan.layers], batches())
     model = copy.deepcopy(target)
     edits = Hinge(Options(mode=mode)).finish(model, channels, plan, known)
-    surgery.apply_checked_(model, edits, channels.consumed, SHAPE)
+    law.apply_checked_(model, edits, channels.consumed, SHAPE)
     held_out = torch.cat(batches(seed=1))
     with torch.no_grad():
         wanted = target(held_out)

@@ -11,7 +11,7 @@ from test_compress import own
 from test_search import images, settings, small
 from torch import Tensor, nn
 
-from compactcli import data, kernels, measure, surgery
+from compactcli import data, kernels, law, measure, surgery
 from compactcli.artefact import Network
 from compactcli.budget import Budget, Of
 from compactcli.compress import Calibration, Search, Target, compress
@@ -395,10 +395,10 @@ def test_an_order_changes_nothing_else(name):
     torch.manual_seed(0)
     model = randomise_(ORDERED[name]()).eval()
     channels, budget = planned(model)
-    before, x = surgery.run_double(model, random(2, *SHAPE)), random(2, *SHAPE)
+    before, x = law.run_double(model, random(2, *SHAPE)), random(2, *SHAPE)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     arrange_(model, channels, budget, Metrics(model, channels, budget, None), narrow(model, budget))
-    assert surgery.difference(surgery.run_double(model, x), before) < 1e-12
+    assert law.difference(law.run_double(model, x), before) < 1e-12
     assert {key: value.shape for key, value in model.state_dict().items()} == shapes
 
 
@@ -447,21 +447,21 @@ def test_layers_without_moments_are_ordered_by_their_weights(missing):
     model = network()
     channels, budget = planned(model)
     moments = {} if missing == "all" else {name: own for name, own in known(model, budget).items() if name != missing}
-    before, x = surgery.run_double(model, random(2, *SHAPE)), random(2, *SHAPE)
+    before, x = law.run_double(model, random(2, *SHAPE)), random(2, *SHAPE)
     found = arrange_(model, channels, budget, Metrics(model, channels, budget, moments), narrow(model, budget))
     assert found.keys() == moments.keys()
-    assert surgery.difference(surgery.run_double(model, x), before) < 1e-12
+    assert law.difference(law.run_double(model, x), before) < 1e-12
 
 
 def lost(model: nn.Module, moments: dict[str, Moments] | None, parts: int, *options: str) -> float:
     """What the network loses that has so many parts in every layer that may have them."""
     channels, budget = planned(model, 0.01, nearest=True)
     layers = {layer.name: layer for layer in budget.layers}
-    before = surgery.run_double(model, random(4, *SHAPE))
+    before = law.run_double(model, random(4, *SHAPE))
     edits = chosen(f"parts={parts}", "width=1", *options).start(model, channels, budget, moments)
     metrics = Metrics(model, channels, budget, None)
     kernels_ = {edit.module: hetconv._support(layers[edit.module].shape, parts) for edit in edits}
-    assert surgery.difference(surgery.run_double(model, random(4, *SHAPE)), before) < 1e-12
+    assert law.difference(law.run_double(model, random(4, *SHAPE)), before) < 1e-12
     weights = {name: hetconv._weight(model, layers[name]) for name in kernels_}
     return sum(metrics.of(layers[name]).cost((weights[name] * ~kept).flatten(1)) for name, kept in kernels_.items())
 

@@ -10,7 +10,7 @@ from networks import AWKWARD, named, outputs, randomise_
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compactcli import channels, surgery
+from compactcli import channels, law, surgery
 from compactcli.budget import Budget
 from compactcli.dials import Dial
 from compactcli.errors import CompactError, UsageError
@@ -366,7 +366,7 @@ def test_a_pruned_layer_is_decomposed_from_what_is_left_of_it(monkeypatch):
     (pair,) = [edit for edit in edits if isinstance(edit, Replace)]
     assert pair.tensors["0.weight"].shape == (rank, width, 3, 3)
     assert pair.tensors["1.weight"].shape[1] == rank
-    surgery.apply_checked_(model, edits, sets.consumed, CIFAR_SHAPE)
+    law.apply_checked_(model, edits, sets.consumed, CIFAR_SHAPE)
     image = torch.randn(2, *CIFAR_SHAPE)
     torch.testing.assert_close(outputs(model, image), outputs(cut, image), rtol=1e-4, atol=1e-4)
 
@@ -379,7 +379,7 @@ def test_awkward_networks_are_made_smaller_under_the_law(name, mode):
     task, sets = plan(model, 0.8, networks.SHAPE, nearest=True)
     assert macs(model, networks.SHAPE) == task.original
     edits = Hinge(parse_options(Hinge, [f"mode={mode}"])).finish(model, sets, task, None)
-    assert surgery.apply_checked_(model, edits, sets.consumed, networks.SHAPE) < 1e-9
+    assert law.apply_checked_(model, edits, sets.consumed, networks.SHAPE) < 1e-9
     assert macs(model, networks.SHAPE) <= task.original
 
 

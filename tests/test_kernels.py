@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import Code, outputs
 from torch import Tensor, nn
 
-from compactcli import artefact, kernels, surgery
+from compactcli import kernels, surgery, weights
 from compactcli.errors import CompactError
 from compactcli.kernels import KernelLayer
 from compactcli.methods import get, names, register_layers
@@ -482,9 +482,9 @@ def test_every_kind_of_layer_with_positions_is_known():
 def test_positions_that_there_are_not_are_refused_in_one_line(kind, damage):
     model = indexed(kind)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    artefact._load_(model, state)
+    weights.load_(model, state)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             with pytest.raises(CompactError, match=f"^{name} does not (hold|have) ") as raised:
-                artefact._load_(indexed(kind), {**state, name: damage(tensor)})
+                weights.load_(indexed(kind), {**state, name: damage(tensor)})
             assert "\n" not in str(raised.value)

@@ -11,7 +11,7 @@ from test_compress import own
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from compactcli import channels, kernels, measure, methods, report, surgery
+from compactcli import channels, kernels, law, measure, methods, report
 from compactcli.compress import Calibration, Target, compress
 from compactcli.errors import CompactError
 from compactcli.graph import trace
@@ -186,7 +186,7 @@ def test_cut_equals_mask(name):
     _, sets = plan(module, SHAPE)
     gone = removable(sets, 0.4)
     assert len(gone)
-    surgery.apply_checked_(module, channels.edits(sets, gone, module), sets.consumed, SHAPE)
+    law.apply_checked_(module, channels.edits(sets, gone, module), sets.consumed, SHAPE)
 
 
 REASONS = ("this method", "could make nothing here smaller", "there are no", "depends on the values")

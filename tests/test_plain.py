@@ -12,7 +12,7 @@ from test_artefact import assert_same, network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from compactcli import channels, kernels, methods, surgery
+from compactcli import channels, kernels, law, methods, surgery
 from compactcli.artefact import dumps, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -105,7 +105,7 @@ def test_the_function_stays_and_every_channel_between_layers_is_free(make):
     assert [sets.reason((f"{name}.weight", 0)) for name in convolutions] == [None] * len(convolutions)
     removed = removable(sets, 0.4)
     assert removed
-    assert surgery.apply_checked_(model, channels.edits(sets, removed, model), sets.consumed, SHAPE) < 1e-9
+    assert law.apply_checked_(model, channels.edits(sets, removed, model), sets.consumed, SHAPE) < 1e-9
 
 
 @pytest.mark.parametrize("make", PARAMETERS)
@@ -142,7 +142,7 @@ def test_awkward_networks_keep_their_function_and_the_law(name):
         torch.testing.assert_close(now, then, rtol=1e-4, atol=1e-5)
     _, sets = plan(model, SHAPE)
     edits = channels.edits(sets, removable(sets, 0.3), model)
-    assert surgery.apply_checked_(model, edits, sets.consumed, SHAPE) < 1e-9
+    assert law.apply_checked_(model, edits, sets.consumed, SHAPE) < 1e-9
 
 
 def test_a_kernel_that_depends_on_the_image_stays():

@@ -13,7 +13,7 @@ from test_artefact import Tied, assert_same, image, network, smaller
 from test_compress import own
 from torch import nn
 
-from compactcli import artefact, data, kernels, measure, methods, report, sources
+from compactcli import data, kernels, measure, methods, report, sources, weights
 from compactcli.artefact import Network, dumps, open_model, stored
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
@@ -158,7 +158,7 @@ def test_a_weight_that_is_not_finite_is_refused():
 def test_half_precision_in_a_file_without_a_recipe_for_it_is_computed_in_float32():
     """As a file may be that others have made smaller."""
     given = made("plain")
-    halves = {name: t.half() if t.is_floating_point() else t for name, t in artefact._state(given.module).items()}
+    halves = {name: t.half() if t.is_floating_point() else t for name, t in weights.state(given.module).items()}
     found = open_model(safetensors.torch.save(halves, {"compactcli": given.recipe.dumps()}))
     assert found.recipe.dtype is None
     assert {t.dtype for t in found.module.state_dict().values()} == {torch.float32, torch.int64}
@@ -227,6 +227,6 @@ def test_both_accuracies_are_told(digits):
 def test_a_recipe_with_a_type_nobody_knows_is_refused():
     given = cast_(made("plain"), "float16")
     tree = json.loads(given.recipe.dumps()) | {"dtype": "float8_e4m3fn"}
-    content = safetensors.torch.save(artefact._state(given.module), {"compactcli": json.dumps(tree)})
+    content = safetensors.torch.save(weights.state(given.module), {"compactcli": json.dumps(tree)})
     with pytest.raises(CompactError, match="stdin: the recipe stores numbers as 'float8_e4m3fn'; it needs a newer compactcli"):
         open_model(content)

@@ -16,7 +16,7 @@ from test_surgery import assert_law, found, largest_difference
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from compactcli import channels, measure, surgery
+from compactcli import channels, law, measure, surgery
 from compactcli.analysis import analyse
 from compactcli.artefact import Wishes, open_model
 from compactcli.budget import Budget
@@ -34,7 +34,7 @@ def awkward(name: str) -> nn.Module:
 def cut(model: nn.Module, sets: Channels, share: float, shape: tuple[int, ...]) -> nn.Module:
     """A copy without a random share of the free sets, held to the law."""
     small = copy.deepcopy(model)
-    surgery.apply_checked_(small, channels.edits(sets, removable(sets, share), model), sets.consumed, shape)
+    law.apply_checked_(small, channels.edits(sets, removable(sets, share), model), sets.consumed, shape)
     return small
 
 
@@ -147,7 +147,7 @@ def test_a_width_in_the_code_is_found_and_the_rest_is_cut(factory):
 def test_what_breaks_the_law_leaves_no_file(factory, monkeypatch):
     """A file is written before anyone checks that the cut network runs, or computes the same."""
     before = sorted(os.listdir(factory))
-    monkeypatch.setattr(surgery, "_masks", lambda model, edits, consumed: {})  # an error that the check is there to find
+    monkeypatch.setattr(law, "_masks", lambda model, edits, consumed: {})  # an error that the check is there to find
     line = one_line(run("compress", "-q", *FRESH, "--method", "hinge", "--ratio", "0.5", "-o", "small.safetensors"))
     assert "nothing was written" in line
     assert [name for name in sorted(os.listdir(factory)) if name != "__pycache__"] == before
@@ -186,7 +186,7 @@ def test_zeroing_the_filters_is_not_the_cut_network():
     gone = sets.axes["0.weight", 0][:4].tolist()
     small, naive = copy.deepcopy(model), copy.deepcopy(model).double()
     edits = channels.edits(sets, gone, model)
-    assert surgery.apply_checked_(small, edits, sets.consumed, SHAPE) < 1e-9
+    assert law.apply_checked_(small, edits, sets.consumed, SHAPE) < 1e-9
     naive[0].weight.data[:4], naive[0].bias.data[:4] = 0, 0
     image = torch.randn(2, *SHAPE, dtype=torch.float64)
     actual = outputs(copy.deepcopy(small).double(), image)

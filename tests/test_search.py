@@ -17,7 +17,7 @@ from test_resume import DeadError
 from test_train import same, weights
 from torch import Tensor, nn
 
-from compactcli import artefact, channels, data, measure, report, sources, surgery, train
+from compactcli import artefact, channels, data, law, measure, report, sources, surgery, train
 from compactcli.architectures import get as architecture
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
@@ -230,7 +230,7 @@ def test_each_regularizer_gets_there_in_time(regularizer):
     graph = trace(model, (3, 32, 32))
     sets = channels.find(graph, model)
     budget = Budget(graph, sets, model, ratio=0.52)
-    surgery.apply_checked_(model, method.finish(model, sets, budget, None), sets.consumed, (3, 32, 32))
+    law.apply_checked_(model, method.finish(model, sets, budget, None), sets.consumed, (3, 32, 32))
     assert measure.macs(model, (3, 32, 32)) <= 0.52 * budget.original
     if regularizer != "l1-2":  # its norms are of all together, so that they go one by one
         assert (outputs(model, image)[0] - before).norm() < 0.02 * before.norm()

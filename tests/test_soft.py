@@ -9,7 +9,7 @@ from networks import CLASSES, SHAPE, Code, conv, head, outputs, randomise_, remo
 from test_compress import own
 from torch import Tensor, nn
 
-from compactcli import artefact, channels, measure, surgery
+from compactcli import artefact, channels, law, measure, surgery
 from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.data import Dataset, from_tensors
 from compactcli.errors import CompactError
@@ -85,7 +85,7 @@ def test_cut_equals_mask_with_the_statistics_of_what_is_kept(name, seed):
     module = soft(name)
     _, sets = plan(module, SHAPE, soft=True)
     edits = channels.edits(sets, removable(sets, 0.4, seed), module)
-    assert surgery.apply_checked_(module, edits, sets.consumed, SHAPE) < surgery.TOLERANCE
+    assert law.apply_checked_(module, edits, sets.consumed, SHAPE) < law.TOLERANCE
     for each in module.modules():
         if isinstance(each, nn.LayerNorm):
             assert each.normalized_shape == tuple(each.weight.shape)
@@ -96,9 +96,9 @@ def test_without_those_statistics_the_law_is_broken(name, monkeypatch):
     module = soft(name)
     _, sets = plan(module, SHAPE, soft=True)
     edits = channels.edits(sets, removable(sets, 0.4), module)
-    monkeypatch.setattr(surgery, "_statistics", lambda model, edits: {})
+    monkeypatch.setattr(law, "_statistics", lambda model, edits: {})
     with pytest.raises(CompactError, match="differs from the masked one"):
-        surgery.apply_checked_(module, edits, sets.consumed, SHAPE)
+        law.apply_checked_(module, edits, sets.consumed, SHAPE)
 
 
 def own_norm() -> nn.Module:

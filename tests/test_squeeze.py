@@ -10,7 +10,7 @@ from test_fcf import CIFAR, begun, chosen, given_, images, left
 from test_kernels import GEOMETRIES
 from torch import Tensor, nn
 
-from compactcli import artefact, channels, counters, kernels, measure, surgery
+from compactcli import artefact, channels, counters, kernels, law, measure, surgery
 from compactcli.artefact import Wishes
 from compactcli.compress import Calibration, Target, compress
 from compactcli.errors import CompactError
@@ -162,7 +162,7 @@ def test_what_is_left_out_in_a_search_is_gone():
     assert (gated - wanted).abs().max() > 1e-3
     method.end(model)
     torch.testing.assert_close(outputs(model, image)[0], gated)
-    surgery.apply_checked_(model, method.finish(model, sets, budget, {}), sets.consumed, CIFAR)
+    law.apply_checked_(model, method.finish(model, sets, budget, {}), sets.consumed, CIFAR)
     each, norm = model.layer1[0].conv2, model.layer1[0].bn2
     gone = [n for n in range(each.outputs) if n not in each.written.tolist()]
     assert gone

@@ -30,6 +30,7 @@ ORDER = [
         "folding",
         "channels",
         "surgery",
+        "law",
         "layers",
         "budget",
         "dials",
@@ -40,7 +41,7 @@ ORDER = [
         "plan",
     },
     {"methods", "measure", "counters"},
-    {"artefact", "optim", "gradient", "resume", "train", "commands"},
+    {"artefact", "weights", "optim", "gradient", "resume", "train", "commands"},
     {
         "compress",
         "finetune",

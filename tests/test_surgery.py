@@ -15,9 +15,10 @@ from compactcli import channels, surgery
 from compactcli.channels import Channels
 from compactcli.errors import CompactError
 from compactcli.graph import trace
+from compactcli.law import apply_checked_, run_double
 from compactcli.methods import get
 from compactcli.recipe import Edit, Keep, Replace, Set, Share
-from compactcli.surgery import LAYERS, LayerKind, apply_, apply_checked_, run_double
+from compactcli.surgery import LAYERS, LayerKind, apply_
 
 get("hinge")  # registers its layers
 
@@ -131,7 +132,7 @@ def test_wrong_channels_are_caught(small, monkeypatch):
     for module in ("0", "1", "3"):
 
         def wrong_(model: nn.Module, edit: Keep, done: dict, holders: dict, module: str = module) -> None:
-            size = surgery._tensor(*surgery._targets(model, edit)[0][:2]).shape[surgery._targets(model, edit)[0][2]]
+            size = surgery._tensor(*surgery.targets(model, edit)[0][:2]).shape[surgery.targets(model, edit)[0][2]]
             other = tuple(sorted((i + 1) % size for i in edit.index))
             chosen = Keep(edit.module, edit.axis, other) if edit.module == module and edit.axis == 0 else edit
             keep_(model, chosen, done, holders)

@@ -8,7 +8,7 @@ from networks import SHAPE, Code, conv, head, named, outputs, randomise_
 from test_artefact import network
 from torch import nn
 
-from compactcli import artefact, calibrate, channels, measure, surgery
+from compactcli import artefact, calibrate, channels, law, measure, surgery
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Target, compress
 from compactcli.errors import CompactError
@@ -145,7 +145,7 @@ def test_channels_are_tied_as_by_a_relu(kwargs):
     assert {axis: ids.tolist() for axis, ids in with_it.axes.items()} == {a: ids.tolist() for a, ids in without.axes.items()}
     assert with_it.consumed == without.consumed
     removed = with_it.free()[::3]
-    assert surgery.apply_checked_(model, channels.edits(with_it, removed, model), with_it.consumed, CIFAR_SHAPE) < 1e-9
+    assert law.apply_checked_(model, channels.edits(with_it, removed, model), with_it.consumed, CIFAR_SHAPE) < 1e-9
 
 
 @pytest.mark.parametrize(("slopes", "same"), [((1.0, 0.0), nn.ReLU), ((0.9, 0.0), TwoSlope)])

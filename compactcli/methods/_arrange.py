@@ -13,8 +13,8 @@ from torch import nn
 
 from ..budget import Budget, Family
 from ..channels import Axis, Channels, Ids
+from ..law import same_function
 from ..layers import Layer
-from ..surgery import same_function
 from ._errors import Metrics
 
 if TYPE_CHECKING:
