@@ -330,6 +330,7 @@ USAGE = [
     (("--method", "hinge", "--ratio", "0.5", "--dry-run", "--epochs", "1"), "compactcli: --dry-run plans from weights or images"),
     (("--method", "hinge", "--ratio", "0.5", "--resume"), "compactcli: --resume: it is for training; give --epochs or"),
     (("--method", "hinge", "--ratio", "0.5", "--history", "h"), "compactcli: --history: it is for training; give --epochs or"),
+    (("--method", "hinge", "--ratio", "0.5", "--keep", "best"), "compactcli: --keep: it is for training; give --epochs or"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "0"), "compactcli: --round 0: it is 1 or more"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "many"), "compactcli: --round many: give it as a whole number, or auto"),
     (("--method", "hinge", "--ratio", "0.5", "--round", "1.5"), "compactcli: --round 1.5: give it as a whole number, or auto"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 @guarded
 def command(
+    context: typer.Context,
     model: common.Model = None,
     *,
     method: Annotated[str, typer.Option(help="How to compress; `compactcli methods` lists them.")],
@@ -141,14 +142,8 @@ def command(
         writes = distributed.is_main() and not dry_run
         destination = streams.model_target(output, named, f"{method}-{ratio:g}") if writes else "-"
         common.check_own("-o", destination, (teacher, latency_table))
-        given = {
-            "--resume": resume, "--state": state, "--history": history, "--time-limit": time_limit, "--lr": lr,
-            "--teacher": teacher not in (None, "none"), "--weight-decay": weight_decay != 1e-4, "--optimizer": optimizer != "sgd",
-            "--schedule": schedule != "cosine", "--distill-weight": distill_weight != 0.4, "--temperature": temperature != 4.0,
-            "--keep": keep != "best",
-        }  # fmt: skip
-        if not trains and (idle := [flag for flag, value in given.items() if value]):
-            raise UsageError(f"{idle[0]}: it is for training; give --epochs or --finetune-epochs as well")
+        if not trains:
+            training.check_idle(context)
         training.check_history(history, (destination, source, teacher, latency_table))
         kept: Path | None = None
         if trains:

@@ -43,6 +43,20 @@ Precision = Annotated[
 ]
 
 
+FLAGS = (
+    *("resume", "state", "history", "time_limit", "lr", "teacher", "weight_decay", "optimizer", "schedule", "distill_weight"),
+    *("temperature", "keep"),
+)  # that change nothing where there is no training
+
+
+def check_idle(context: typer.Context) -> None:
+    """Raise UsageError if one of FLAGS is given to a command that does not train; the teacher may be none."""
+    for name in FLAGS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and context.params[name] != "none":
+            raise UsageError(f"--{name.replace('_', '-')}: it is for training; give --epochs or --finetune-epochs as well")
+
+
 def check_keep(keep: str) -> None:
     """Raise UsageError for a word that --keep does not know."""
     if keep not in ("best", "last"):
