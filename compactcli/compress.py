@@ -230,6 +230,8 @@ def _job(
     if of not in method.of:
         why = "makes layers of a kind that is not timed" if "macs" in method.of else "stores less and computes the same"
         raise UsageError(f"--of {of}: {name} {why}; use --of {method.of[0]}")
+    if target.round_to is not None and not method.rounds:
+        raise UsageError(f"--round: {name} makes nothing that it could round; leave it out")
     precision.uncast_(network, log)
     module, shape = network.module, network.input_shape
     made = len(kernels.layers(module))

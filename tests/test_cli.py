@@ -325,6 +325,10 @@ USAGE = [
         ("--method", "hetconv", "--ratio", "0.5", "--of", "latency"),
         "--of latency: hetconv makes layers of a kind that",
     ),
+    *(
+        (("--method", method, "--ratio", "0.5", "--round", "8"), f"--round: {method} makes nothing that it could")
+        for method in ("csg", "hetconv")
+    ),
     (("--method", "hinge", "--ratio", "0.5", "--latency-table", "t"), "compactcli: --latency-table: it is for --of latency"),
     (("--method", "hinge", "--ratio", "0.5", "--json"), "compactcli: --json: it is for --dry-run"),
     (("--method", "hinge", "--ratio", "0.5", "--dry-run", "--epochs", "1"), "compactcli: --dry-run plans from weights or images"),

@@ -64,6 +64,7 @@ class Method:
     Options: ClassVar[type] = NoOptions
     # What --ratio may be of; the first is the default.
     of: ClassVar[tuple[Literal["macs", "params", "latency"], ...]] = ("macs", "params", "latency")
+    rounds: ClassVar[bool] = True  # whether it makes fewer channels, filters or ranks, which --round makes multiples of a number
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by the option "preset": values for what is not set otherwise
 
     def __init__(self, options: Any = None) -> None:

@@ -90,6 +90,7 @@ class CSG(Method):
 
     Options = Options
     of: ClassVar[tuple[Of, ...]] = ("params",)
+    rounds = False
 
     @classmethod
     def recognise(cls, tensors: Mapping[str, Tensor]) -> Foreign | None:

@@ -63,6 +63,7 @@ class HetConv(Method):
 
     Options = Options
     of: ClassVar[tuple[Of, ...]] = ("macs", "params")
+    rounds = False
 
     def start(
         self,
