@@ -31,6 +31,7 @@ from ._common import ROOT, Row, Rows, add, provenance, rows
 LEAST_KILLED = 0.85
 PARTS = {  # file: its tests, the faster ones first
     "channels/__init__.py": ("channels", "plain", "surgery", "budget", "hinge"),
+    "channels/moves.py": ("channels", "plain", "surgery", "budget", "hinge"),
     "channels/rules.py": ("channels", "plain", "surgery", "budget", "hinge"),
     "channels/walk.py": ("channels", "plain", "surgery", "budget", "hinge"),
     "recipe.py": ("recipe", "streams", "surgery", "artefact", "compress"),

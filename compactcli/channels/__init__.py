@@ -16,7 +16,8 @@ from torch import nn
 
 from ..graph import Graph, trace
 from ..recipe import Edit, Keep, Set
-from .rules import BY_NUMBERS, RULES
+from . import rules  # noqa: F401  # registers its rules
+from .moves import BY_NUMBERS
 from .walk import INPUT, OUTPUT, Axis, Channels, Ids, Label, Slot, Walk
 
 __all__ = ["BY_NUMBERS", "INPUT", "OUTPUT", "Axis", "Channels", "Ids", "Slot", "edits", "find", "layer_axis"]
@@ -29,7 +30,7 @@ def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = Non
     Heads that run only in training are traced as well: they read channels of the trunk. What a branch that was
     not taken reads is not known, so nothing is free where there is one with parameters of its own.
     """
-    walk = Walk(graph, model, RULES, soft)
+    walk = Walk(graph, model, soft)
     walk.run()
     if walk.unreached():
         walk.graph = trace(model, graph.image.meta["val"].shape[1:], train=True)

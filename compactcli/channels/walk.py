@@ -2,7 +2,7 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,7 +62,6 @@ class Walk:
 
     graph: Graph
     model: nn.Module
-    rules: Mapping[str, "Rule"]  # by the names of operations
     soft: bool = False  # channels may go that a normalisation takes its statistics over
     labels: dict[fx.Node, list[Label]] = field(default_factory=dict)
     pieces: dict[fx.Node, list[list[Label]]] = field(default_factory=dict)  # of nodes with several values
@@ -139,7 +138,7 @@ class Walk:
             self.labels[node] = self.pieces[source][index] if source in self.pieces else own
         elif node.op == "call_function":
             self.reached.update(self.graph.tensors[n] for n in nodes_in(node.args) if n in self.graph.tensors)
-            known = self.rules.get(operation(node))
+            known = RULES.get(operation(node))
             if _has_out(node):
                 self.lock(self.of((node.args, node.kwargs)), f"written into a given tensor by {operation(node)}")
             elif known is not None:
@@ -178,6 +177,17 @@ class Walk:
 
 
 Rule = Callable[[Walk, fx.Node], list[Label]]  # from a node to the labels of its value
+RULES: dict[str, Rule] = {}  # by the names of operations: rules.py and moves.py register theirs
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operations, by their names without overload."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
 
 
 def _components(size: int, ties: Sequence[tuple[Ids, Ids]]) -> Ids:
@@ -212,6 +222,13 @@ def shape_of(value: Any) -> tuple[int, ...]:
     """The shape of a node's value, of the first if there are several."""
     made = value.meta["val"]
     return tuple((made[0] if isinstance(made, (tuple, list)) else made).shape)
+
+
+def axis_of(node: fx.Node, index: int, default: int) -> int:
+    """The axis that an argument names, counted from the first of the tensor, or of the first one's result for a list."""
+    value: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", default)
+    rank = len(shape_of(node)) if operation(node) in ("cat", "stack") else len(shape_of(argument(node, 0)))
+    return int(value) % rank
 
 
 def nodes_in(tree: Any) -> list[fx.Node]:
