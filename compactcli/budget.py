@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from .channels import Axis, Channels, Ids
 from .errors import CompactError
 from .graph import Graph
 from .kernels import VECTOR
-from .layers import Layer, costs
+from .layers import Layer, costs, matching
 
 Of = Literal["macs", "params", "latency"]
 Price = Literal["cost", "time"]  # what error is weighed against: what the budget counts, or the time it takes
@@ -73,7 +73,7 @@ class Budget:
     A state of the network is `along`, the positions left on every axis, and `ranks`, one per layer,
     infinite where the layer is whole. Both may have leading axes: many candidates at once. `original` is what the ratio is
     of, where that is not this network but what it was before. `times` are what a budget of latency counts, and what tells the
-    time of any other.
+    time of any other. `leave` names layers that stay as they are.
     """
 
     def __init__(
@@ -88,10 +88,13 @@ class Budget:
         nearest: bool = False,
         original: float | None = None,
         times: Times | None = None,
+        leave: Sequence[str] = (),
     ) -> None:
         self.ratio, self.of, self.round_to, self.nearest = ratio, of, round_to, nearest
         self.graph = graph
         self.layers, self._elsewhere = costs(graph)
+        fixed = {layer.weight for layer in matching(self.layers, leave)}
+        self.layers = [replace(layer, fixed=layer.weight in fixed) for layer in self.layers]
         self.families = families(channels)
         self._column = column = {axis: index for index, axis in enumerate(channels.axes)}
         self._full = np.array([*(len(sets) for sets in channels.axes.values()), 1], dtype=float)

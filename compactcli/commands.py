@@ -12,7 +12,7 @@ from .recipe import IMAGES
 # The options of a step that are flags of its command, in the order in which they are written.
 TRAINING = ("epochs", "lr", "weight_decay", "optimizer", "schedule")
 FLAGS = {
-    "compress": ("ratio", "of", "round", "nearest", "images"),
+    "compress": ("ratio", "of", "round", "nearest", "leave", "images"),
     "finetune": (
         *(*TRAINING, "milestones", "warmup_epochs", "batch_size", "accumulate", "teacher", "distill_weight", "temperature"),
         *("label_smoothing", "cutout", "clip_grad", "ema", "batch_norm", "keep", "precision", "seed"),
@@ -54,6 +54,8 @@ def _flags(names: Sequence[str], options: Mapping[str, Any], plain: Mapping[str,
         flag = f"--{CALLED.get(name, name).replace('_', '-')}"
         if name == "teacher" and name in options:
             words += [flag, "none" if value is None else _word(value)]
+        elif name == "leave":
+            words += [word for each in value or () for word in (flag, _word(each))]
         elif name == "batch_norm":
             words += [BATCH_NORM[value]] if isinstance(value, str) and value in BATCH_NORM else []
         elif value is not None and value is not False and _word(value) != _word(plain.get(name)):

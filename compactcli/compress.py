@@ -75,6 +75,7 @@ def compress(
     *,
     calibration: Calibration | None = None,
     search: Search | None = None,
+    leave: Sequence[str] = (),
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
@@ -82,11 +83,13 @@ def compress(
     """Change the network in place with a method; the same network, one step on.
 
     From its weights alone; calibrated on images; or, with those as well, after a search that trains it with the method's
-    hooks: what is then made smaller, and refitted to, is the network that the search ends with.
+    hooks: what is then made smaller, and refitted to, is the network that the search ends with. Layers that `leave` names, or
+    has a pattern for, keep their filters and stay what they are.
 
-    Raises CompactError if a weight or an output is not finite, the target is out of reach or the law is broken.
+    Raises UsageError for a name that no layer has; CompactError if a weight or an output is not finite, the target is out of
+    reach or the law is broken.
     """
-    job = _job(network, name, method, target, calibration, seed, log)
+    job = _job(network, name, method, target, calibration, leave, seed, log)
     module, shape, channels, budget, of = network.module, network.input_shape, job.channels, job.budget, job.budget.of
     if search is not None:
         check(network, search.dataset, search.teacher)
@@ -118,6 +121,8 @@ def compress(
     options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **method.recorded()}
     if target.nearest:
         options["nearest"] = True
+    if leave:
+        options["leave"] = list(leave)
     if search is not None:
         options["search"] = {**search.settings.identity(), "teacher": None if search.teacher is None else search.teacher.name}
     edits = without_tensors([*job.plain, *begun, *ended])
@@ -133,6 +138,7 @@ def planned(
     target: Target,
     *,
     calibration: Calibration | None = None,
+    leave: Sequence[str] = (),
     seed: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -141,7 +147,7 @@ def planned(
     The network is left in an undefined state. Raises what `compress` raises before it changes anything.
     """
     sizes = measure.params(network.module), measure.macs(network.module, network.input_shape)
-    job = _job(network, name, method, target, calibration, seed, log)
+    job = _job(network, name, method, target, calibration, leave, seed, log)
     module, known = network.module, job.moments()
     edits = method.start(module, job.channels, job.budget, known)
     edits = [*edits, *method.finish(module, job.channels, job.budget, known)]
@@ -221,6 +227,7 @@ def _job(
     method: Method,
     target: Target,
     calibration: Calibration | None,
+    leave: Sequence[str],
     seed: int,
     log: Callable[[str], None],
 ) -> _Job:
@@ -239,7 +246,7 @@ def _job(
     plain = plain_(module, shape)
     if made:
         log(f"{name}: made {made} layers of an earlier step plain: what it had saved there is undone")
-    graph, channels = plan(module, shape, log, soft=method.soft)
+    graph, channels = plan(module, shape, log, soft=method.soft, leave=leave)
     table = target.table
     if of == "latency" and table is None:
         log(f"{network.name}: timing its layers, one image at a time; --latency-table FILE takes what bench --save measured")
@@ -254,6 +261,7 @@ def _job(
         nearest=target.nearest,
         original=whole,
         times=None if table is None else table.times(layers(graph)),
+        leave=leave,
     )
     if graph.baked and calibration is not None:
         raise CompactError(

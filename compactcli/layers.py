@@ -4,12 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 from torch import fx, nn
 from torch.utils.flop_counter import flop_registry
 
+from .errors import UsageError
 from .graph import Graph, operation, per_image
 
 SCALED = ("cat", "relu", "relu_", "avg_pool2d", "max_pool2d_with_indices")  # what scales as its inputs do
@@ -28,6 +31,7 @@ class Layer:
     called: bool  # by its own module's forward, not by another that borrows the weight
     norm: str | None  # the batch normalisation that alone reads its output
     normed: bool  # whether batch normalisations are all that reads its output, be it through the likes of a concatenation
+    fixed: bool = False  # it keeps its filters and stays what it is: the user asked for that
 
     @property
     def out_axis(self) -> int:
@@ -59,6 +63,26 @@ def labels(found: Sequence[Layer]) -> list[str]:
     """What to call each layer: its module, or its weight where the module has several."""
     count = Counter(layer.name for layer in found)
     return [layer.name if count[layer.name] == 1 else layer.weight for layer in found]
+
+
+def matching(found: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """The layers of these names, or in modules of these names; names may hold `*`, `?` and `[...]`.
+
+    Raises UsageError, with what comes nearest, for one that no layer has.
+    """
+    names, result = labels(found), []
+    for pattern in patterns:
+        own = [layer for layer, name in zip(found, names, strict=True) if _named(name, pattern)]
+        if not own:
+            near = get_close_matches(pattern, names, 1)
+            hint = f"did you mean {near[0]}?" if near else "see analyze"
+            raise UsageError(f"--leave {pattern}: no such convolution or linear layer; {hint}")
+        result += own
+    return result
+
+
+def _named(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def single(found: Sequence[Layer]) -> list[str]:

@@ -9,13 +9,21 @@ from .budget import Family, families
 from .channels import Channels, edits, find
 from .errors import CompactError
 from .graph import Graph, run_fake, trace
+from .layers import layers, matching
+
+LEFT = "--leave says so"
 
 
 def plan(
-    module: nn.Module, shape: Sequence[int], log: Callable[[str], None] = lambda line: None, *, soft: bool = False
+    module: nn.Module,
+    shape: Sequence[int],
+    log: Callable[[str], None] = lambda line: None,
+    *,
+    soft: bool = False,
+    leave: Sequence[str] = (),
 ) -> tuple[Graph, Channels]:
     """The traced network and its coupled sets, those locked whose removal would leave a number in the network's code wrong.
-    `soft`: as `channels.find` has it.
+    `soft`: as `channels.find` has it. `leave` names layers whose filters stay.
 
     Found by running the network, on fake tensors, without the first set of every family at once, and where that
     fails of fewer and fewer. `log` gets a line for each family that is locked so.
@@ -23,14 +31,15 @@ def plan(
     graph = trace(module, shape)
     if graph.baked:
         log("the network's code depends on the values of tensors: what it did on random images is taken for what it does")
-    channels = find(graph, module, soft=soft)
+    locked = {(layer.weight, layer.out_axis): LEFT for layer in matching(layers(graph), leave)}
+    channels = find(graph, module, locked, soft=soft)
     groups = [family for family in families(channels) if len(family.sets) > 1]
-    locked = {}
-    for family, reason in _stuck(module, channels, groups, shape):
+    stuck = _stuck(module, channels, groups, shape)
+    for family, reason in stuck:
         axis = next(axis for axis, _ in family.axes)
         locked[axis] = f"its number is written in code: {reason}"
         log(f"{axis[0]}: left alone, {locked[axis]}")
-    return graph, find(graph, module, locked, soft=soft) if locked else channels
+    return graph, find(graph, module, locked, soft=soft) if stuck else channels
 
 
 def _stuck(module: nn.Module, channels: Channels, groups: Sequence[Family], shape: Sequence[int]) -> list[tuple[Family, str]]:

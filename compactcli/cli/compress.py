@@ -43,6 +43,10 @@ def command(
         ),
     ] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
+    leave: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Layer, or module of layers, to leave as it is; may hold * and ?, and be repeated."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would become of each layer, and why; write nothing.")
     ] = False,
@@ -165,8 +169,10 @@ def command(
         guide = None if not trains or (fresh and teacher is None) else training.teacher(network, teacher, arch, trust_pickle)
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
         identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
+        identity |= {"leave": sorted(leave)} if leave else {}
+        means: dict[str, Any] = {"leave": leave or (), "seed": seed, "log": say}
         if dry_run:
-            tree = planned(network, method, chosen, target, calibration=_calibration(dataset, limit, seed), seed=seed, log=say)
+            tree = planned(network, method, chosen, target, calibration=_calibration(dataset, limit, seed), **means)
             common.show(tables.plan_table(tree), err=True)
             if json:
                 common.write_json(tree)
@@ -180,8 +186,8 @@ def command(
                 if epochs and dataset is not None:
                     watch = Watch(say, advance, training.history_writer(history, "search"))
                     search = Search(dataset, searching, guide, kept, resume, watch, identity)
-                means = {"calibration": calibration, "search": search, "seed": seed}
-                compress(network, method, chosen, target, **means, log=say, progress=advance)  # type: ignore[arg-type]
+                means |= {"calibration": calibration, "search": search, "progress": advance}
+                compress(network, method, chosen, target, **means)
         spare = distributed.shared(time_limit and time_limit - (time.perf_counter() - started))  # it is of both together
         if spare is not None and spare <= 0 and finetune_epochs:
             say("the time is up before fine-tuning; --resume goes on")

@@ -13,9 +13,11 @@ from ..layers import Layer
 
 
 def eligible(model: nn.Module, layer: Layer) -> bool:
-    """Whether the layer is a plain convolution of at least two filters, whose weight nothing else reads."""
+    """Whether the layer may be another: a plain convolution of at least two filters, whose weight nothing else reads."""
     module = model.get_submodule(layer.name)
-    if type(module) is not nn.Conv2d or "weight" not in module._parameters or not layer.called or layer.shape[0] < 2:
+    if type(module) is not nn.Conv2d or "weight" not in module._parameters:
+        return False
+    if layer.fixed or not layer.called or layer.shape[0] < 2:
         return False
     return sum(each is module.weight for _, each in model.named_parameters(remove_duplicate=False)) == 1
 

@@ -310,7 +310,7 @@ def _decomposable(model: nn.Module, channels: Channels, budget: Budget) -> list[
         ends = {channels.reason((layer.weight, axis)) for axis in (0, 1)} & {INPUT, OUTPUT}
         at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
         own = holders[id(parameters.get(layer.weight))] == 1
-        plain = own and isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
+        plain = own and not layer.fixed and isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
         if plain and layer.called and layer.groups == 1 and min(layer.shape[:2]) >= 2 and not at_end:
             result.append((index, layer))
     return result
