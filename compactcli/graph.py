@@ -17,9 +17,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import CompactError
 
+ARITHMETIC = frozenset(name + ending for name in ("add", "sub", "rsub", "mul", "div", "pow") for ending in ("", "_"))
 BATCH = 2  # a batch of one would hide the batch axis among the axes of size one
 
 
@@ -95,18 +97,19 @@ def run_fake(
     train: bool | None = False,
     batch: int = BATCH,
     change: Callable[[nn.Module], None] = lambda shadow: None,
+    numbers: "Numbers | None" = None,
 ) -> Any:
     """Run the network on fake tensors, after a `change` to its shadow copy: nothing is computed, changed or allocated.
-    Its output in the last mode run, of which only the shapes mean anything.
+    Its output in the last mode run, of which only the shapes mean anything. `numbers` takes down those of eval mode.
 
     In eval mode, in train mode, or in both, one after the other, where `train` is None.
     Code that depends on the values of tensors runs on random images, as in `trace`.
     Raises CompactError with the reason where it does not run.
     """
     try:
-        return _run(model, input_shape, train, batch, change, fake=True)
+        return _run(model, input_shape, train, batch, change, numbers, fake=True)
     except DataDependentOutputException:
-        return _run(model, input_shape, train, batch, change, fake=False)
+        return _run(model, input_shape, train, batch, change, numbers, fake=False)
 
 
 def _run(
@@ -115,6 +118,7 @@ def _run(
     train: bool | None,
     batch: int,
     change: Callable[[nn.Module], None],
+    numbers: "Numbers | None",
     *,
     fake: bool,
 ) -> Any:
@@ -127,9 +131,24 @@ def _run(
             for module in shadow.modules():
                 if isinstance(module, _NormBase):  # what shapes do is the same in both modes, and tracing it takes long in one
                     module.eval()
-            with named_failure(f"in {'train' if training else 'eval'} mode"):
+            noting = nullcontext() if training or numbers is None else numbers
+            with named_failure(f"in {'train' if training else 'eval'} mode"), noting:
                 given = shadow(_image(batch, input_shape, mode))
     return given
+
+
+class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What tensors meet in arithmetic that is a number in code, as (operation, number)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[tuple[str, float]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ARITHMETIC:
+            self.found |= {(name, float(number)) for number in args if isinstance(number, int | float)}
+        return func(*args, **(kwargs or {}))
 
 
 def not_finite(model: nn.Module, images: Tensor, which: str) -> CompactError:

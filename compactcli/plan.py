@@ -8,10 +8,14 @@ from . import surgery
 from .budget import Family, families
 from .channels import Channels, edits, find
 from .errors import CompactError
-from .graph import Graph, run_fake, trace
+from .graph import Graph, Numbers, run_fake, trace
 from .layers import layers, matching
 
 LEFT = "--leave says so"
+VERBS = {
+    **{"add": "add", "sub": "subtract", "rsub": "subtract from"},
+    **{"mul": "multiply by", "div": "divide by", "pow": "raise to"},
+}
 
 
 def plan(
@@ -53,10 +57,17 @@ def _stuck(module: nn.Module, channels: Channels, groups: Sequence[Family], shap
 
 
 def _runs(module: nn.Module, channels: Channels, removed: Sequence[int], shape: Sequence[int]) -> str | None:
-    """Why the network without the sets does not run, in eval and in train mode; None if it does."""
-    changes = edits(channels, removed, module)
+    """Why the network without the sets does not run, in eval and in train mode, or its code then reckons with other numbers;
+    None if it does, with the same.
+    """
+    changes, numbers = edits(channels, removed, module), Numbers()
     try:
-        run_fake(module, shape, train=None, change=lambda shadow: surgery.apply_(shadow, changes))
+        run_fake(module, shape, train=None, change=lambda shadow: surgery.apply_(shadow, changes), numbers=numbers)
     except CompactError as problem:
         return str(problem)
+    if numbers.found:
+        before = Numbers()
+        run_fake(module, shape, numbers=before)
+        for name, number in sorted(numbers.found - before.found):
+            return f"with fewer channels its code would {VERBS[name.strip('_')]} {number:g}"
     return None

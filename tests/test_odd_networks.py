@@ -76,6 +76,20 @@ class Property(nn.Module):
         return self.head(self.left(left) + self.right(right))
 
 
+class Counts(nn.Module):
+    """Its code reckons with how many channels there are, here of one layer, there of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 8, 1)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(self.second(x) * x.shape[1] ** -0.5)
+        return self.head(F.relu(self.third(x)) / x.shape[1])
+
+
 class Alike(nn.Module):
     """Its features multiplied with themselves, image by image."""
 
@@ -138,7 +152,7 @@ class Depends(nn.Module):
 
 
 class Random(nn.Module):
-    """Dropout that is never turned off, on what is not cut; before that a number of channels in the code, where asked for."""
+    """Dropout that is never turned off, on what is not cut; before it, where asked for, a tensor made of a number of channels."""
 
     def __init__(self, *, scaled: bool) -> None:
         super().__init__()
@@ -147,7 +161,7 @@ class Random(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.conv(x)))
-        x = x * x.shape[1] ** -0.5 if self.scaled else x
+        x = x * torch.tensor(x.shape[1] ** -0.5) if self.scaled else x
         return F.dropout(self.head(F.relu(self.deep(x)).mean((2, 3))))
 
 
@@ -164,6 +178,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Adapted(8, 12, 4), nn.ReLU(), Adapted(12, 3, 2)
     ),
     "in place": InPlace,
+    "counts": Counts,
     "depends": Depends,
     "random": lambda: Random(scaled=False),
     "synchronised": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(
@@ -245,3 +260,15 @@ def test_a_network_that_is_random_is_held_to_the_law():
     """Noise is no rounding: behind dropout that is never turned off, what breaks the law is found as it is without."""
     with pytest.raises(CompactError, match="the smaller network differs from the masked one"):
         compress(own(randomise_(Random(scaled=True))), "hinge", methods.get("hinge")(), Target(0.6))
+
+
+def test_channels_that_code_counts_are_locked_and_the_others_go():
+    lines: list[str] = []
+    _, sets = plan(odd("counts"), SHAPE, lines.append)
+    told = {name: sets.reason((f"{name}.weight", 0)) for name in ("first", "second", "third")}
+    assert told == {
+        "first": "its number is written in code: with fewer channels its code would multiply by 0.377964",
+        "second": "its number is written in code: with fewer channels its code would divide by 5",
+        "third": None,
+    }
+    assert len(lines) == 2
