@@ -55,7 +55,7 @@ def _flags(names: Sequence[str], options: Mapping[str, Any], plain: Mapping[str,
         if name == "teacher" and name in options:
             words += [flag, "none" if value is None else _word(value)]
         elif name == "leave":
-            words += [word for each in value or () for word in (flag, _word(each))]
+            words += [word for each in (value if isinstance(value, list) else ()) for word in (flag, _word(each))]
         elif name == "batch_norm":
             words += [BATCH_NORM[value]] if isinstance(value, str) and value in BATCH_NORM else []
         elif value is not None and value is not False and _word(value) != _word(plain.get(name)):

@@ -1,6 +1,7 @@
 """The driver of a compression: plan, edit under the law, measure, and one `Step` in the recipe."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from . import __version__, artefact, calibrate, data, distributed, kernels, law, measure, precision, surgery, timing
 from .artefact import Network
 from .budget import Budget, Of
-from .channels import Channels
+from .channels import SOFT, Channels
 from .errors import CompactError, UsageError
 from .finetune import check, kept_run
 from .graph import copied, trace
@@ -94,7 +95,8 @@ def compress(
     if search is not None:
         check(network, search.dataset, search.teacher)
     known = job.moments()
-    begun = method.start(module, channels, budget, known, trains=search is not None)
+    with _narrowed(leave):
+        begun = method.start(module, channels, budget, known, trains=search is not None)
     made_on = "random images" if calibration is None else f"{len(calibration.images):,} images of {calibration.dataset}"
     hint = "; --data D refits the layers on images" if calibration is None else ""
     error: float | None = None
@@ -105,7 +107,10 @@ def compress(
         method.attach(module, begun)
         _searched_(network, method, budget, search, job.table, log)
         known = None if begun else job.moments()  # of what a method made at the start it knows all it needs
-    ended = method.finish(module, channels, budget, known)
+    with _narrowed(leave):
+        ended = method.finish(module, channels, budget, known)
+        if not begun and not ended:
+            raise CompactError(f"{name} could make nothing here smaller; `compactcli analyze` says why")
     if error is None:
         searched = job if search is None or job.before is None else replace(job, before=measure.probed(module, shape))
         error = _made_(searched, module, method, ended, shape, seed, progress)
@@ -149,8 +154,9 @@ def planned(
     sizes = measure.params(network.module), measure.macs(network.module, network.input_shape)
     job = _job(network, name, method, target, calibration, leave, seed, log)
     module, known = network.module, job.moments()
-    edits = method.start(module, job.channels, job.budget, known)
-    edits = [*edits, *method.finish(module, job.channels, job.budget, known)]
+    with _narrowed(leave):
+        edits = method.start(module, job.channels, job.budget, known)
+        edits = [*edits, *method.finish(module, job.channels, job.budget, known)]
     names = labels(job.budget.layers)
     before = [stored(module, layer, name) for layer, name in zip(job.budget.layers, names, strict=True)]
     replaced = {edit.module for edit in edits if isinstance(edit, Replace)}
@@ -173,7 +179,7 @@ def planned(
                     "macs": sum(part.macs for part in parts),
                 },
                 "error": None if loss is None else loss**0.5,
-                "why": _why(layer, edits, job.channels),
+                "why": _why(layer, edits, job.channels, hasattr(method.options, "soft")),
             }
         )
     now = measure.params(module), measure.macs(module, network.input_shape)
@@ -189,8 +195,8 @@ def planned(
     }
 
 
-def _why(layer: Layer, edits: Sequence[Edit], channels: Channels) -> str:
-    """What the edits do to a layer, or why they leave it as it is."""
+def _why(layer: Layer, edits: Sequence[Edit], channels: Channels, softens: bool) -> str:
+    """What the edits do to a layer, or why they leave it as it is; whether the method's options know `soft`."""
     told = []
     for edit in edits:
         match edit:
@@ -203,8 +209,9 @@ def _why(layer: Layer, edits: Sequence[Edit], channels: Channels) -> str:
             case Keep(module=layer.name, axis=1) | Keep(module=layer.weight, axis=layer.in_axis):
                 told.append(f"reads {len(edit.index)} channels")
     if told:
-        return "; ".join(told)
-    reason = channels.reason((layer.weight, layer.out_axis))
+        return "; ".join([*told, *(["its filters stay: --leave says so"] if layer.fixed else [])])
+    reason = "--leave says so" if layer.fixed else channels.reason((layer.weight, layer.out_axis))
+    reason = reason.removesuffix(SOFT) if reason and not softens else reason
     return f"left: {reason}" if reason else "left: others lose less for what they cost"
 
 
@@ -280,6 +287,19 @@ def _job(
     return _Job(plain, channels, budget, batches, moments, before, table)
 
 
+@contextmanager
+def _narrowed(leave: Sequence[str]) -> Iterator[None]:
+    """What cannot be done while the block runs may be for want of layers that the user leaves out: it is told."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except CompactError as problem:
+        if not leave:
+            raise
+        raise CompactError(f"{problem}; or name less with --leave") from None
+
+
 def _searched_(
     network: Network,
     method: Method,
@@ -289,7 +309,8 @@ def _searched_(
     log: Callable[[str], None],
 ) -> None:
     """Train the network with the method's hooks; its weights, in the layers that it had, are then what the search ended with."""
-    identity = {**search.identity, "options": repr(method.options), "target": [budget.of, budget.target]}
+    fixed = [layer.weight for layer in budget.layers if layer.fixed]
+    identity = {**search.identity, "options": repr(method.options), "target": [budget.of, budget.target], "fixed": fixed}
     store = None
     if search.kept is not None:
         store = kept_run(search.kept, network, search.dataset, search.settings, search.teacher, identity)

@@ -6,12 +6,12 @@ from torch import nn
 
 from . import surgery
 from .budget import Family, families
-from .channels import Channels, edits, find
+from .channels import Axis, Channels, edits, find
 from .errors import CompactError
 from .graph import Graph, Numbers, run_fake, trace
-from .layers import layers, matching
+from .layers import Layer, layers, matching
 
-LEFT = "--leave says so"
+TIED = "tied to what --leave names"
 VERBS = {
     **{"add": "add", "sub": "subtract", "rsub": "subtract from"},
     **{"mul": "multiply by", "div": "divide by", "pow": "raise to"},
@@ -35,7 +35,7 @@ def plan(
     graph = trace(module, shape)
     if graph.baked:
         log("the network's code depends on the values of tensors: what it did on random images is taken for what it does")
-    locked = {(layer.weight, layer.out_axis): LEFT for layer in matching(layers(graph), leave)}
+    locked = {axis: TIED for layer in matching(layers(graph), leave) for axis in _filters(layer)}
     channels = find(graph, module, locked, soft=soft)
     groups = [family for family in families(channels) if len(family.sets) > 1]
     stuck = _stuck(module, channels, groups, shape)
@@ -44,6 +44,12 @@ def plan(
         locked[axis] = f"its number is written in code: {reason}"
         log(f"{axis[0]}: left alone, {locked[axis]}")
     return graph, find(graph, module, locked, soft=soft) if stuck else channels
+
+
+def _filters(layer: Layer) -> list[Axis]:
+    """The axes of a layer's weight that its outputs go along: both where they lie on one within groups, or it is not known."""
+    both = (layer.transposed and layer.groups > 1) or not layer.called
+    return [(layer.weight, axis) for axis in ((0, 1) if both else (layer.out_axis,))]
 
 
 def _stuck(module: nn.Module, channels: Channels, groups: Sequence[Family], shape: Sequence[int]) -> list[tuple[Family, str]]:

@@ -174,7 +174,7 @@ def _refresh_(module: nn.Module) -> None:
     elif isinstance(module, nn.GroupNorm):
         if module.weight is not None:
             module.num_channels = len(module.weight)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)

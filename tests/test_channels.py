@@ -174,7 +174,7 @@ def test_padding_counted_by_a_module_may_be_cut():
     assert Set("2.short", "after", 0) in edits
 
 
-SOFT = "normalisation takes statistics over; they go with --set soft=true"
+SOFT = "normalisation takes statistics over; they may go with --set soft=true"
 PADDED = "the number of padded channels is written in code"
 LOCKED = [
     ("pad_code", "4.weight", 1, PADDED),

@@ -90,3 +90,9 @@ def test_what_a_preset_says_otherwise_is_read_as_it_was(pairs):
 def test_a_flag_at_its_default_is_left_out():
     step = {"command": "finetune", "method": None, "options": recorded() | {"keep": "best"}}
     assert command_line(step) == "compactcli finetune --epochs 10 --lr 0.05 --teacher net.pt"
+
+
+@pytest.mark.parametrize("value", [5, True, "abc", None, {"a": 1}, [1, "a b"]])
+def test_layers_to_leave_may_be_anything_in_a_file(value):
+    line = command_line({"command": "compress", "method": "fcf", "options": {"ratio": 0.5, "leave": value}})
+    assert line.endswith(" --leave 1 --leave 'a b'" if isinstance(value, list) else "--ratio 0.5")

@@ -25,6 +25,9 @@ LEFT = ["layer1.0.conv1", "layer2.0", "layer3.1.conv[12]"]
 KEPT = ["layer1.0.conv1", "layer2.0.conv1", "layer2.0.conv2", "layer3.1.conv1", "layer3.1.conv2"]
 
 
+LEAST = Target(0.01, nearest=True)  # whatever may change does
+
+
 def resnet(classes: int = 10) -> Network:
     network = artefact.fresh(Wishes("cifar:resnet14", {"width": 8, "num_classes": classes}), 0)
     randomise_(network.module)
@@ -43,7 +46,7 @@ def test_they_stay_and_the_rest_is_smaller(method, calibrated):
     given, before = resnet(), resnet().module
     noise = torch.randint(0, 256, (16, *CIFAR), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     calibration = Calibration(noise, "noise") if calibrated else None
-    compress(given, method, get(method)(), Target(0.8, nearest=True), calibration=calibration, leave=LEFT)
+    compress(given, method, get(method)(), LEAST, calibration=calibration, leave=LEFT)
     assert kept_as_they_are(given.module, before)
     assert measure.params(given.module) < 0.95 * measure.params(before)
     again = artefact.open_model(artefact.dumps(given)).module
@@ -56,7 +59,7 @@ def test_they_stay_and_the_rest_is_smaller(method, calibrated):
 def test_without_being_asked_they_are_changed(method):
     """The test above would notice."""
     given, before = resnet(), resnet().module
-    compress(given, method, get(method)(), Target(0.4, nearest=True))
+    compress(given, method, get(method)(), LEAST)
     assert not kept_as_they_are(given.module, before)
 
 
@@ -121,5 +124,48 @@ def test_on_the_command_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", names())
 def test_where_nothing_may_change_it_says_so(method):
-    with pytest.raises(CompactError):
+    with pytest.raises(CompactError, match="; or name less with --leave$"):
         compress(resnet(), method, get(method)(), Target(0.5), leave=["*"])
+
+
+@pytest.mark.parametrize("method", ["hinge", "fcf"])
+def test_with_nearest_nothing_is_written_that_is_no_smaller(method):
+    with pytest.raises(CompactError, match=rf"^{method} could make nothing here smaller; .*; or name less with --leave$"):
+        compress(resnet(), method, get(method)(), Target(0.5, nearest=True), leave=["*"])
+
+
+@pytest.mark.parametrize("groups", [2, 16])
+def test_transposed_groups_are_left(groups):
+    """Their outputs lie along both axes of the weight."""
+    up = nn.ConvTranspose2d(16, 16, 2, stride=2, groups=groups)
+    given = own(randomise_(nn.Sequential(conv(3, 16), nn.ReLU(), up, nn.ReLU(), conv(16, 12), *head(12))))
+    compress(given, "fcf", get("fcf")(), Target(0.3, nearest=True), leave=["2"])
+    assert given.module[2].weight.shape == up.weight.shape
+    assert len(given.module[4].weight) < 12
+
+
+def test_a_layer_of_computed_weight_keeps_all_of_it():
+    halved = Code(lambda s, x: x @ (s.weight * 0.5), weight=nn.Parameter(torch.randn(8, 12)))
+    given = own(randomise_(nn.Sequential(conv(3, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), halved, nn.Linear(12, 5))))
+    with pytest.raises(CompactError, match="or name less with --leave"):
+        compress(given, "fcf", get("fcf")(), Target(0.5, nearest=True), leave=["3"])
+    assert given.module[3].weight.shape == (8, 12)
+
+
+def test_activations_in_blocks_that_are_left_stay():
+    given, kind = resnet(), get("hinge")
+    compress(given, "hinge", kind(kind.Options(two_slope=True)), Target(0.8, nearest=True), leave=["layer1", "layer2"])
+    made = {edit.module for edit in given.recipe.steps[-1].edits if getattr(edit, "layer", "") == "hinge.two_slope"}
+    assert {path.partition(".")[0] for path in made} == {"layer3"}
+
+
+def test_a_run_goes_on_only_with_the_same_layers_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--arch", "cifar:resnet8", "--arch-kwargs", "in_channels=1", "--fresh", "--input-shape", "1x32x32")
+    train = ("--method", "fcf", "--ratio", "0.8", "--data", "digits", "--limit", "64", "--epochs", "50", "--time-limit", "0.01")
+    for others in ((), ("--leave", "layer1")):
+        left = run("compress", *flags, *train, *others, "-o", "small.safetensors")
+        assert left.exit_code == 0, left.stderr
+        given = () if others else ("--leave", "layer1")
+        line = one_line(run("compress", "-q", *flags, *train, *given, "--resume", "-o", "small.safetensors"))
+        assert "the run there has leave" in line

@@ -10,14 +10,14 @@ from test_compress import own
 from torch import Tensor, nn
 
 from compactcli import artefact, channels, law, measure, surgery
-from compactcli.compress import Calibration, Search, Target, compress
+from compactcli.compress import Calibration, Search, Target, compress, planned
 from compactcli.data import Dataset, from_tensors
 from compactcli.errors import CompactError
 from compactcli.methods import get, parse_options
 from compactcli.optim import Settings
 from compactcli.plan import plan
 
-HINT = "they go with --set soft=true"
+HINT = "they may go with --set soft=true"
 
 
 class Norm2d(nn.LayerNorm):
@@ -113,8 +113,27 @@ def own_norm() -> nn.Module:
     return Norm()
 
 
+class Computed(nn.LayerNorm):
+    """Scales by what it makes of its weight, as Gemma's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, 1 + self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def parametrized() -> nn.Module:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    norm = Norm2d(8)
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", Doubled())
+    return norm
+
+
 @pytest.mark.parametrize(
-    "norm", [own_norm, lambda: Norm2d(8, elementwise_affine=False), lambda: nn.LayerNorm((8, 8, 8))], ids=["own", "plain", "all"]
+    "norm",
+    [own_norm, lambda: Computed(8), parametrized, lambda: Norm2d(8, elementwise_affine=False), lambda: nn.LayerNorm((8, 8, 8))],
+    ids=["own", "computed", "parametrized", "plain", "all"],
 )
 def test_a_normalisation_that_is_not_told_of_their_number_holds_them(norm):
     module = randomise_(nn.Sequential(conv(3, 8), norm(), conv(8, 6), *head(6))).eval()
@@ -125,6 +144,35 @@ def test_a_normalisation_that_is_not_told_of_their_number_holds_them(norm):
         assert "a layer normalisation takes statistics over" in reason
         assert HINT not in reason
         assert len(sets.free()) == 6
+
+
+def test_the_hint_yields_to_any_other_reason():
+    """It would not help."""
+    norm = Code(lambda s, x: s.norm(x) + x.cumsum(1), norm=Norm2d(8))
+    _, sets = plan(randomise_(nn.Sequential(conv(3, 8), norm, *head(8))).eval(), SHAPE)
+    assert sets.reason(("0.weight", 0)) == "no rule for the operation cumsum"
+
+
+def test_a_method_without_the_option_does_not_hint_at_it():
+    told = planned(own(soft("stages")), "csg", get("csg")(), Target(0.9, nearest=True))["layers"]
+    assert any("takes statistics over" in row["why"] for row in told)
+    assert not any(HINT in row["why"] for row in told)
+
+
+def test_a_gain_of_a_subclass_goes_whatever_the_normalisation_scales():
+    class Gain(nn.LayerNorm):
+        def __init__(self) -> None:
+            super().__init__(64, elementwise_affine=False)
+            self.gain = nn.Parameter(torch.ones(8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(2)) * self.gain
+
+    body = Code(lambda s, x: s.norm(x).mean(2), norm=Gain())
+    module = randomise_(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), body, nn.Linear(8, 4))).eval()
+    _, sets = plan(module, SHAPE)
+    assert sets.reason(("0.weight", 0)) is None
+    law.apply_checked_(module, channels.edits(sets, removable(sets, 0.4), module), sets.consumed, SHAPE)
 
 
 def test_layers_that_read_the_images_stay():

@@ -18,9 +18,9 @@ from ..graph import Graph, trace
 from ..recipe import Edit, Keep, Set
 from . import rules  # noqa: F401  # registers its rules
 from .moves import BY_NUMBERS
-from .walk import INPUT, OUTPUT, Axis, Channels, Ids, Label, Slot, Walk
+from .walk import INPUT, OUTPUT, SOFT, Axis, Channels, Ids, Label, Slot, Walk
 
-__all__ = ["BY_NUMBERS", "INPUT", "OUTPUT", "Axis", "Channels", "Ids", "Slot", "edits", "find", "layer_axis"]
+__all__ = ["BY_NUMBERS", "INPUT", "OUTPUT", "SOFT", "Axis", "Channels", "Ids", "Slot", "edits", "find", "layer_axis"]
 
 
 def find(graph: Graph, model: nn.Module, locked: Mapping[Axis, str] | None = None, *, soft: bool = False) -> Channels:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import fx, nn
 
 from ..graph import operation
-from .walk import INPUT, Ids, Label, Walk, argument, axis_of, nodes_in, rule, shape_of
+from .walk import INPUT, SOFT, Ids, Label, Walk, argument, axis_of, nodes_in, rule, shape_of
 
 
 @rule(
@@ -188,12 +188,13 @@ def _layer_norm(walk: Walk, node: fx.Node) -> list[Label]:
 def _statistics_over(walk: Walk, node: fx.Node, over: list[Label], vectors: list[Label], reason: str) -> None:
     """A removal changes the statistics of what stays: channels that go, with their scales and shifts, only if the walk is soft.
 
-    They can where the module that normalises is told of their number by its vectors.
+    They can where it is the module's own weight that scales them: of that the module, and the law, know how many there are.
     """
-    module = walk.model.get_submodule(walk.graph.owners[node])
-    follows = bool(over and vectors) and isinstance(module, nn.LayerNorm | nn.GroupNorm)
+    owner = walk.graph.owners[node]
+    scaled = any(walk.graph.tensors.get(each) == f"{owner}.weight" for each in nodes_in(node.args[1:4]))
+    follows = bool(over) and scaled and isinstance(walk.model.get_submodule(owner), nn.LayerNorm | nn.GroupNorm)
     if not follows or not walk.soft:
-        walk.lock([*over, *vectors], f"{reason}; they go with --set soft=true" if follows else reason)
+        walk.lock([*over, *vectors], f"{reason}{SOFT}" if follows else reason)
     for label in vectors:
         for channels in over:
             walk.tie(label.ids, channels.ids)

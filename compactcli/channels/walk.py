@@ -15,6 +15,7 @@ from ..recipe import COUNTS
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 Axis = tuple[str, int]  # (parameter or buffer, axis)
 NONE = 0  # the id of positions that belong to no channel
+SOFT = "; they may go with --set soft=true"  # how a reason ends that the user may overrule, if it is the only one
 INPUT, OUTPUT = "reads the network's input", "the network's output"  # why the ends of a network stay
 
 
@@ -164,7 +165,8 @@ class Walk:
         number = np.full(len(roots), -1)
         number[used] = np.arange(len(used))
         locked: dict[int, str] = {}
-        for reason, ids in reversed(self.locks.items()):  # the first reason is the one that is told
+        told = sorted(reversed(self.locks.items()), key=lambda lock: not lock[0].endswith(SOFT))
+        for reason, ids in told:  # the first reason is the one that is told, and any before one that ends in SOFT
             locked.update(dict.fromkeys(np.unique(number[roots[np.concatenate([*ids, [NONE]])]]).tolist(), reason))
         locked.pop(-1, None)  # ids that no parameter has
         return Channels(

@@ -45,7 +45,10 @@ def command(
     nearest: Annotated[bool, typer.Option("--nearest", help="Take the nearest reachable ratio.")] = False,
     leave: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Layer, or module of layers, to leave as it is; may hold * and ?, and be repeated."),
+        typer.Option(
+            metavar="NAME",
+            help="Layer, or module of layers, that keeps its filters and is not replaced; * and ? match.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would become of each layer, and why; write nothing.")
@@ -168,8 +171,8 @@ def command(
         say = partial(note, quiet=quiet)
         guide = None if not trains or (fresh and teacher is None) else training.teacher(network, teacher, arch, trust_pickle)
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
-        identity |= {"nearest": nearest, "set": sorted(set or ()), "calibrated_on": limit, "searched_for": epochs}
-        identity |= {"leave": sorted(leave)} if leave else {}
+        identity |= {"nearest": nearest, "set": sorted(set or ()), "leave": sorted(leave or ())}
+        identity |= {"calibrated_on": limit, "searched_for": epochs}
         means: dict[str, Any] = {"leave": leave or (), "seed": seed, "log": say}
         if dry_run:
             tree = planned(network, method, chosen, target, calibration=_calibration(dataset, limit, seed), **means)

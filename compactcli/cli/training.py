@@ -45,7 +45,7 @@ Precision = Annotated[
 
 FLAGS = (
     *("resume", "state", "history", "time_limit", "lr", "teacher", "weight_decay", "optimizer", "schedule", "distill_weight"),
-    *("temperature", "keep"),
+    *("temperature", "keep", "save_every", "workers", "precision", "cuda_graphs", "batch_size"),
 )  # that change nothing where there is no training
 
 

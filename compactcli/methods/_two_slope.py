@@ -50,7 +50,7 @@ def replacements(model: nn.Module, graph: Graph, channels: Channels, layers: lis
         if operation(node) not in ("relu", "relu_") or type(model.get_submodule(graph.owners[node])) is not nn.ReLU:
             continue
         layer = weights.get(_maker(graph, node.args[0]) or "")
-        if layer is None or channels.reason((layer.weight, layer.in_axis)) == INPUT:
+        if layer is None or layer.fixed or channels.reason((layer.weight, layer.in_axis)) == INPUT:
             continue
         if max(makers[number] for number in channels.axes[layer.weight, layer.out_axis].tolist()) > 1:
             continue
