@@ -142,7 +142,10 @@ def check_classes(dataset: Dataset, num_classes: int) -> None:
     found = max((int(own.max()) + 1 for own in labels), default=0) if dataset.classes is None else len(dataset.classes)
     # Where classes have no names, the last ones may just have no images.
     if found > num_classes or (dataset.classes is not None and found < num_classes):
-        raise CompactError(f"the data {dataset.name} has {found} class{'es' if found != 1 else ''}, the network {num_classes}")
+        hint = "" if dataset.classes is None or found > num_classes else "; a class without images may be an empty folder"
+        raise CompactError(
+            f"the data {dataset.name} has {found} class{'es' if found != 1 else ''}, the network {num_classes}{hint}"
+        )
 
 
 def as_named(dataset: Dataset, classes: Sequence[str] | None, log: Callable[[str], None] = lambda line: None) -> Dataset:

@@ -176,11 +176,11 @@ def _from_class_folders(
     """The images of the folders `classes` in `root`, labelled by their place in that list, which is that of `among`."""
     unknown = [folder for folder in _folders(root) if folder.name not in classes]
     if unknown:
-        raise CompactError(f"{unknown[0]} is a class that {among} does not have")
+        raise CompactError(f"{unknown[0]} is a class that {among} does not have; --data {root} reads that folder alone")
     files_of = [_sound(_images_below(root / own), form, skipped) if (root / own).is_dir() else [] for own in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in files_of]))
     if len(labels) == 0:
-        raise CompactError(f"the folders in {root} hold no images ({' '.join(sorted(SUFFIXES))})")
+        raise CompactError(f"the folders in {root} hold no images ({' '.join(sorted(SUFFIXES))}); fill them, or remove {root}")
     return from_source([file for files in files_of for file in files], labels, name, form)
 
 
@@ -242,8 +242,13 @@ def _folders(root: Path) -> list[Path]:
 def _images(folder: Path) -> list[Path]:
     """The image files right in `folder`, by name. Hidden files and folders within are left alone."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and (entry.is_file() or _dangles(entry))]
     return [folder / name for name in sorted(names) if os.path.splitext(name)[1].lower() in SUFFIXES]
+
+
+def _dangles(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link to what is not there, which is told, as a file is that cannot be read."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _images_below(folder: Path) -> list[Path]:

@@ -18,13 +18,14 @@ which no other row is as good at less, or better at no more; better is more accu
 accuracy. `identity` is a digest of all that makes a row; a row is kept where it is the same.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -105,14 +106,14 @@ def sweep(
 ) -> dict[str, Any]:
     """Compress copies of the network with the methods, by name with their options, to each ratio: schema compactcli/sweep/1.
 
-    Rows of the `earlier` document that this sweep would make again are taken from it. `save` gets the document whenever there
-    is more of it; `detail` what compressing and training tell.
+    Rows of the `earlier` document that this sweep would make again are taken from it, and those of other methods and ratios that
+    were made on the same terms stay in it. `save` gets the document whenever there is more of it; `detail` what compressing and
+    training tell.
     Raises UsageError for a ratio that is none, CompactError if a weight is not finite or the data does not fit the network.
     """
     targets = sorted({Target(ratio).ratio for ratio in ratios}, reverse=True)
     _check(network, terms)
     known = {row["identity"]: row for row in ([] if earlier is None else earlier["rows"])}
-    settings = _settings(chosen, targets, terms)
     whole = _identity(network, None, terms)
     model = earlier["model"] if earlier is not None and whole in known else None
     if model is None:
@@ -120,7 +121,10 @@ def sweep(
         known[whole] = first | {"identity": whole}
     original = known[whole]
     cells = [Cell(name, chosen[name], ratio) for name in sorted(chosen) for ratio in targets]
+    others = _others(network, cells, terms, known.values())
+    cells = sorted([*cells, *others], key=lambda cell: (cell.method, -cell.ratio))
     wanted = {_identity(network, cell, terms): cell for cell in cells}
+    settings = _settings(wanted.values(), terms)
 
     def document() -> dict[str, Any]:
         rows = [known[identity] for identity in (whole, *wanted) if identity in known]
@@ -129,7 +133,8 @@ def sweep(
         return {"schema": SCHEMA, "model": model, "settings": settings, "rows": rows}
 
     if earlier is not None:
-        log(f"kept {sum(identity in known for identity in wanted)} of {len(wanted)} rows")
+        more = f", {len(others)} of them not asked for now" if others else ""
+        log(f"kept {sum(identity in known for identity in wanted)} of {len(wanted)} rows{more}")
     save(document())
     for identity, cell in wanted.items():
         if identity not in known:
@@ -203,13 +208,27 @@ def _check(network: Network, terms: Terms) -> None:
             raise CompactError(f"the data {terms.dataset.name} has no test images with labels to judge training by")
 
 
-def _settings(chosen: Mapping[str, Any], ratios: Sequence[float], terms: Terms) -> dict[str, Any]:
-    """The document's part that tells what was asked for."""
+def _others(network: Network, cells: Sequence[Cell], terms: Terms, rows: Iterable[Mapping[str, Any]]) -> list[Cell]:
+    """What made those of the rows that are of these terms, and of no method with other options than now or ratio asked for."""
+    options = {cell.method: cell.options for cell in cells}
+    result = []
+    for row in rows:
+        with contextlib.suppress(CompactError, TypeError, ValueError):
+            own = methods.get(row["method"]).Options(**row["options"])
+            cell = Cell(row["method"], own, row["ratio"])
+            if cell not in cells and options.get(cell.method, own) == own and _identity(network, cell, terms) == row["identity"]:
+                result.append(cell)
+    return result
+
+
+def _settings(cells: Iterable[Cell], terms: Terms) -> dict[str, Any]:
+    """The document's part that tells how its rows are made."""
+    chosen = {cell.method: cell.options for cell in cells}
     return {
         "version": __version__,
         "methods": sorted(chosen),
         "options": {name: methods.get(name)(chosen[name]).recorded() for name in sorted(chosen)},
-        "ratios": list(ratios),
+        "ratios": sorted({cell.ratio for cell in cells}, reverse=True),
         "data": None if terms.dataset is None else terms.dataset.name,
         "images": None if terms.calibration is None else len(terms.calibration.images),
         "seed": terms.settings.seed,

@@ -615,3 +615,19 @@ def class_folder_split(root: Path) -> data.Split:
     split = sources.open_dataset(str(root), input_shape=(3, 8, 8), preprocessing=Preprocessing((0.5,), (0.5,))).train
     assert split is not None
     return split
+
+
+def test_a_link_to_nothing_is_an_error_as_a_file_is_that_cannot_be_read(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    (tmp_path / "b" / "1.png").symlink_to("nowhere")
+    dataset = sources.open_dataset(str(tmp_path), input_shape=(3, 8, 8), preprocessing=COLOUR)
+    with pytest.raises(CompactError, match=r"1\.png cannot be decoded .*--skip-corrupt"):
+        dataset.train.read(torch.arange(3))
+
+
+def test_too_few_classes_name_the_way_out():
+    few = data.Dataset("few", False, ("a", "b"), None, None)
+    with pytest.raises(CompactError, match="has 2 classes, the network 10; a class without images may be an empty folder"):
+        data.check_classes(few, 10)

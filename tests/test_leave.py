@@ -124,7 +124,7 @@ def test_on_the_command_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", names())
 def test_where_nothing_may_change_it_says_so(method):
-    with pytest.raises(CompactError, match="; or name less with --leave$"):
+    with pytest.raises(CompactError, match=r"; or name less with --leave$"):
         compress(resnet(), method, get(method)(), Target(0.5), leave=["*"])
 
 

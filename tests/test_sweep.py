@@ -300,6 +300,33 @@ def test_what_was_made_otherwise_is_made_again(unbroken, folder, tmp_path, monke
     assert [(row["method"], row["ratio"]) for row in tree["rows"] if row["reason"]] == again
 
 
+@pytest.mark.parametrize("flags", [("--ratios", "0.8"), ("--methods", "hinge"), ("--methods", "csg", "--ratios", "0.9")], ids=str)
+def test_rows_that_are_not_asked_for_now_stay(unbroken, folder, tmp_path, monkeypatch, flags):
+    """They took as long as others, and are of the same network, images and settings."""
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(unbroken))
+    found = counted(monkeypatch, lambda number: None)
+    result = swept(folder, "-o", path, "--resume", *flags)
+    assert result.exit_code == 0, result.stderr
+    added = [("csg", 0.9)] if "csg" in flags else []
+    assert found == added
+    assert "of them not asked for now" in result.stderr
+    tree = json.loads(path.read_text())
+    assert cells(tree) == [(None, None), *sorted([*CELLS, *added], key=lambda cell: (cell[0], -cell[1]))]
+    assert tree["settings"]["methods"] == sorted({name for name, _ in cells(tree)[1:]})
+    kept = {row["identity"]: row for row in tree["rows"]}
+    assert all(kept[row["identity"]] == row | {"pareto": kept[row["identity"]]["pareto"]} for row in unbroken["rows"])
+
+
+def test_a_hostile_document_keeps_no_rows_of_its_own(unbroken, folder, tmp_path):
+    path = tmp_path / "sweep.json"
+    rows = [
+        row | {"options": value} for row, value in zip(unbroken["rows"], (None, 5, {"mode": 3}, ["a"], {"x": 1}), strict=False)
+    ]
+    path.write_text(json.dumps(unbroken | {"rows": rows}))
+    assert swept(folder, "-q", "-o", path, "--resume", "--ratios", "0.8").exit_code == 0
+
+
 @pytest.mark.parametrize("what", ["weights", "version", "images", "other images", "other labels", "calibration", "teacher"])
 def test_what_another_thing_made_is_not_kept(folder, monkeypatch, what):
     network = artefact.open_model(folder / "net.pt")
