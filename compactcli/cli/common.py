@@ -163,8 +163,11 @@ def show(renderable: "RenderableType", *, err: bool = False) -> None:
     """Tables, on stdout or stderr; never cut off where the output is no terminal, and words as they are."""
     from rich.console import Console
 
+    from .screen import fitting
+
     stream = sys.stderr if err else sys.stdout
-    Console(file=stream, width=None if stream.isatty() else 160, markup=False, emoji=False).print(renderable)
+    console = Console(file=stream, width=None if stream.isatty() else 160, markup=False, emoji=False)
+    console.print(fitting(renderable, console))
 
 
 @contextlib.contextmanager
