@@ -78,6 +78,8 @@ def finetune(
         data.labels_of(dataset.test)  # better before the work than after
     precision.uncast_(network, watch.log)
     recipe = network.recipe
+    if any(step.command == "export" and step.options.get("fold_bn") for step in recipe.steps):
+        watch.log(f"{network.name}: its batch norms are folded into other layers; training may diverge without, try a small --lr")
     history = train.fit_(
         network.module,
         dataset,

@@ -1057,6 +1057,7 @@ def test_what_is_set_once_for_all_commands_contradicts_none(monkeypatch, tmp_pat
         (("--input-shape", "3x3²x32"), "--input-shape 3x3²x32: give it as CxHxW"),
         (("--device", "meta", "--data", "digits"), "--device meta: not to be had here"),
         (("--device", "hpu", "--data", "digits"), "--device hpu: not to be had here"),
+        (("--device", "banana", "--data", "digits"), "--device banana: not to be had here (torch has no device of that name;"),
         (("--std", "0", "--data", "digits"), "--std 0: each must be more than 0"),
     ],
 )

@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 from networks import AWKWARD, SHAPE, Code, conv, head, named, outputs, random_network, randomise_
 from test_artefact import assert_same, image, network
 from test_compress import own
+from test_search import images
 from torch import Tensor, nn
 
 from compactcli import surgery
-from compactcli.artefact import dumps, open_model
+from compactcli.artefact import Wishes, dumps, fresh, open_model
 from compactcli.errors import CompactError
 from compactcli.export import simplify_
+from compactcli.finetune import finetune
 from compactcli.folding import fold_, norms
+from compactcli.history import Watch
+from compactcli.optim import Settings
 from compactcli.precision import cast_
 from compactcli.recipe import Replace
 
@@ -175,3 +179,15 @@ def test_edits_of_a_file_that_fit_nothing_are_refused():
     for edit in (Replace("1", "folding.layer", {}), Replace("0", "folding.norm", {})):
         with pytest.raises(CompactError, match=r"the recipe folds a"):
             surgery.apply_(model, [edit])
+
+
+def test_training_on_without_batch_norms_is_told_of():
+    """Nothing keeps the scale of what goes on in the network then."""
+    lines: list[str] = []
+    small = fresh(Wishes("cifar:resnet8", {"width": 4, "num_classes": 3}), 0)
+    for folds in (False, True):
+        if folds:
+            simplify_(small, fold_bn=True)
+        lines.clear()
+        finetune(small, images(), Settings(epochs=1, batch_size=36, lr=0.001), watch=Watch(log=lines.append))
+        assert any("its batch norms are folded" in line for line in lines) == folds

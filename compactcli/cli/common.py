@@ -286,6 +286,8 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError, ImportError) as problem:
         reason = brief(str(problem).strip().partition("\n")[0])
+        if reason.startswith("Expected one of"):  # all that torch was ever built for
+            reason = "torch has no device of that name; there are cpu, cuda, cuda:0 and so on"
         raise CompactError(f"--device {device}: not to be had here ({reason}); try --device cpu") from None
 
 
