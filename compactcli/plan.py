@@ -74,6 +74,8 @@ def _runs(module: nn.Module, channels: Channels, removed: Sequence[int], shape: 
     if numbers.found:
         before = Numbers()
         run_fake(module, shape, numbers=before)
-        for name, number in sorted(numbers.found - before.found):
+        others = sorted(numbers.found - before.found)
+        if others:
+            name, number = others[0]
             return f"with fewer channels its code would {VERBS[name.strip('_')]} {number:g}"
     return None
