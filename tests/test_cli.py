@@ -137,7 +137,8 @@ FLAGS = {
     | FRESH_FLAGS
     | DATA_FLAGS
     | TRAINING_FLAGS
-    | {"--method", "--ratio", "--of", "--round", "--nearest", "--set", "--no-calibrate", "--finetune-epochs", "--output", "-o"}
+    | {"--method", "--ratio", "--of", "--round", "--nearest", "--leave", "--set", "--no-calibrate", "--finetune-epochs"}
+    | {"--output", "-o"}
     | {"--latency-table", "--dry-run", "--json"},
     "finetune": MODEL_FLAGS
     | DATA_FLAGS
