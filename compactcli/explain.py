@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,8 +10,8 @@ from rich.text import Text
 
 from .artefact import Network
 from .channels import Axis, Channels
-from .errors import UsageError, printable
-from .layers import Layer, layers
+from .errors import printable
+from .layers import Layer, layers, no_such
 from .plain import plained
 from .plan import plan
 from .tables import words
@@ -29,10 +28,7 @@ def explanation(network: Network, name: str) -> dict[str, Any]:
     graph, channels = plan(plained(network.module, network.input_shape), network.input_shape)
     found = {layer.name: layer for layer in layers(graph)}
     if name not in found:
-        near = get_close_matches(name, found, 1)
-        raise UsageError(
-            f"--explain {name}: no such convolution or linear layer; " + (f"did you mean {near[0]}?" if near else "see analyze")
-        )
+        raise no_such("--explain", name, found)
     layer = found[name]
     sides = {axis: side for each in found.values() for axis, side in _sides(each)}
     return {

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -74,11 +74,17 @@ def matching(found: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
     for pattern in patterns:
         own = [layer for layer, name in zip(found, names, strict=True) if _named(name, pattern)]
         if not own:
-            near = get_close_matches(pattern, names, 1)
-            hint = f"did you mean {near[0]}?" if near else "see analyze"
-            raise UsageError(f"--leave {pattern}: no such convolution or linear layer; {hint}")
+            raise no_such("--leave", pattern, names)
         result += own
     return result
+
+
+def no_such(flag: str, name: str, known: Iterable[str]) -> UsageError:
+    """What to raise for a layer that there is not, with the name that comes nearest."""
+    near = get_close_matches(name, known, 1)
+    return UsageError(
+        f"{flag} {name}: no such convolution or linear layer; " + (f"did you mean {near[0]}?" if near else "see analyze")
+    )
 
 
 def _named(name: str, pattern: str) -> bool:

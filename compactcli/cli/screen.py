@@ -25,9 +25,11 @@ def fitting(renderable: RenderableType, console: Console) -> RenderableType:
         found = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
         return Measurement(max(each.minimum for each in found), max(each.maximum for each in found))
 
+    measured = {id(column): sizes(column) for column in renderable.columns}
+
     def room(columns: Sequence[Column]) -> int:
         """What is left beside lines, and a space on either side of each column, if each is as narrow as it may be."""
-        return console.width - 1 - sum(3 + sizes(column).minimum for column in columns)
+        return console.width - 1 - sum(3 + measured[id(column)].minimum for column in columns)
 
     shown, dropped = list(renderable.columns), []
     for lesser in [column for header in LESSER for column in shown if column.header == header]:
@@ -39,7 +41,7 @@ def fitting(renderable: RenderableType, console: Console) -> RenderableType:
     if dropped:
         renderable.columns = shown
         renderable.caption = f"{renderable.caption or ''}\nleft out, for want of width: {', '.join(dropped)}".strip()
-    own, spare = [sizes(column) for column in shown], room(shown)
+    own, spare = [measured[id(column)] for column in shown], room(shown)
     wanted = sum(each.span for each in own)
     if wanted > spare:
         for column, each in zip(shown, own, strict=True):
