@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from networks import Code, conv, head, outputs, randomise_
+from networks import SHAPE, Code, conv, head, outputs, randomise_
 from test_cli import one_line, run
 from test_compress import own
 from test_search import images
@@ -19,6 +19,7 @@ from compactcli.graph import trace
 from compactcli.layers import layers, matching
 from compactcli.methods import get, names
 from compactcli.optim import Settings
+from compactcli.plan import plan
 
 CIFAR = (3, 32, 32)
 LEFT = ["layer1.0.conv1", "layer2.0", "layer3.1.conv[12]"]
@@ -140,6 +141,8 @@ def test_transposed_groups_are_left(groups):
     up = nn.ConvTranspose2d(16, 16, 2, stride=2, groups=groups)
     rest = nn.Sequential(nn.ReLU(), conv(16, 12), nn.ReLU(), conv(12, 10), *head(10))
     given = own(randomise_(nn.Sequential(conv(3, 16), nn.ReLU(), up, *rest)))
+    _, sets = plan(given.module, SHAPE, leave=["2"])
+    assert sets.reason(("2.weight", 0)) == sets.reason(("0.weight", 0)) == "tied to what --leave names"
     compress(given, "fcf", get("fcf")(), LEAST, leave=["2", "4"])
     assert given.module[2].weight.shape == up.weight.shape
     assert len(given.module[6].weight) < 10
