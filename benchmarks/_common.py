@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compactcli import measure
+from compactcli import latency
 
 from . import claim
 
@@ -50,7 +50,7 @@ def checkpoint(name: str) -> Path:
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on beside the code."""
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "compactcli")}
-    own = {"device": device if device == "cpu" else measure.processor(device), "cpu": measure.processor("cpu")}
+    own = {"device": device if device == "cpu" else latency.processor(device), "cpu": latency.processor("cpu")}
     return {**own, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from compactcli import artefact, kernels, measure
 from compactcli.artefact import Network
 from compactcli.compress import ROUND, Target, compress
-from compactcli.measure import FORMATS
+from compactcli.latency import FORMATS
 from compactcli.methods import get
 from compactcli.methods._squeeze import Squeeze, expanded
 

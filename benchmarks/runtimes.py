@@ -19,7 +19,7 @@ from importlib.metadata import version
 from rich.console import Console
 from rich.table import Table
 
-from compactcli import artefact, kernels, measure
+from compactcli import artefact, kernels, latency, measure
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.export import export
@@ -68,7 +68,7 @@ def _row(name: str, method: str, repeats: int) -> Row:
     modules = [dense.module, kernels.folded(small.module)]
     pytorch = []
     for batch in BATCHES:
-        whole, now = measure.latency(modules, shape, batch=batch, repeats=repeats)
+        whole, now = latency.of(modules, shape, batch=batch, repeats=repeats)
         own = {"batch": batch, "threads": whole.threads, "original_ms": whole.median_ms, "original_iqr_ms": whole.iqr_ms}
         own |= {"compressed_ms": now.median_ms, "compressed_iqr_ms": now.iqr_ms, "share_ms": now.median_ms / whole.median_ms}
         pytorch.append(own)

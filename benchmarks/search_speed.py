@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from compactcli import artefact, kernels, measure, train
+from compactcli import artefact, kernels, latency, train
 from compactcli.artefact import Network
 from compactcli.compress import Search, Target, compress
 from compactcli.history import Watch
@@ -139,7 +139,7 @@ def _folded(network: Network, name: str, ratio: float, required: float) -> dict[
     """The time of the network as it is loaded, beside the original's."""
     one = compress(copy.deepcopy(network), name, get(name)(), Target(ratio))
     kernels.fold_(one.module)
-    before, after = measure.latency([network.module, one.module], network.input_shape, repeats=ROUNDS, seconds=0.0)
+    before, after = latency.of([network.module, one.module], network.input_shape, repeats=ROUNDS, seconds=0.0)
     share = after.median_ms / before.median_ms
     told = {"original_ms": before.median_ms, "folded_ms": after.median_ms, "rounds": ROUNDS}
     return {**told, "share": share, "required": required, "met": share <= required}

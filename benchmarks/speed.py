@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from compactcli import artefact, measure
+from compactcli import artefact, latency, measure
 from compactcli.artefact import Network
 from compactcli.compress import Target, compress
-from compactcli.measure import FORMATS, Latency
+from compactcli.latency import FORMATS, Latency
 from compactcli.methods import get
 
 from ._common import write
@@ -56,7 +56,7 @@ def _timed(name: str, repeats: int) -> dict[str, Any]:
     settings = []
     for batch in BATCHES:
         for memory_format in FORMATS:
-            found = measure.latency(
+            found = latency.of(
                 list(variants.values()), dense.input_shape, batch=batch, repeats=repeats, memory_formats=(memory_format,)
             )
             settings.append(_setting(batch, memory_format, dict(zip(variants, found, strict=True)), kept))

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from compactcli import artefact, data, kernels, measure, report, sources
+from compactcli import artefact, data, kernels, latency, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.compress import Calibration, Target, compress
 from compactcli.finetune import finetune
@@ -118,7 +118,7 @@ def _timed(repeats: int) -> Row:
     found = []
     for batch in BATCHES:
         modules = [dense.module, kernels.folded(parts.module)]
-        whole, now = measure.latency(modules, dense.input_shape, batch=batch, repeats=repeats)
+        whole, now = latency.of(modules, dense.input_shape, batch=batch, repeats=repeats)
         own = {"batch": batch, "threads": whole.threads, "original_ms": whole.median_ms, "original_iqr_ms": whole.iqr_ms}
         found.append(own | {"hetconv_ms": now.median_ms, "hetconv_iqr_ms": now.iqr_ms, "share": now.median_ms / whole.median_ms})
     met = all(own["share"] <= MOST_TIME for own in found)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from . import budget, data, measure, methods, predict
+from . import budget, data, latency, measure, methods, predict, redundancy
 from .artefact import Network
 from .channels import Channels
 from .layers import Layer, labels, layers, single, stored
@@ -56,7 +56,7 @@ def analyse(
     rows = [_analysed(module, channels, layer, label, linear) for layer, label in zip(found, labels(found), strict=True)]
     if timed:
         detail("timing the layers")
-        _join(rows, "time", measure.layer_times(module, names, shape))
+        _join(rows, "time", latency.layer_times(module, names, shape))
     accuracy, moments, told = predict.accuracies(network, None), None, None
     if dataset is not None:
         split, judged = dataset.train or dataset.test, dataset.test or dataset.train
@@ -68,7 +68,7 @@ def analyse(
         batches = Batches(images, network.recipe.preprocessing, value_bytes(graph))
         moments = predict.moments(network, module, graph, single(found), batches)
         accuracy = predict.accuracies(network, judged)
-        alike = measure.activation_redundancy(module, names, batches)
+        alike = redundancy.of_activations(module, names, batches)
         _join(rows, "activations", {name: asdict(own) for name, own in alike.items()})
     plain = predict.Plain(module, graph, channels, moments, measure.wholes(network.module, shape))
     if moments is not None:
@@ -119,7 +119,7 @@ def _analysed(module: nn.Module, channels: Channels, layer: Layer, label: str, l
     owner = module.get_submodule(layer.name)
     out = (layer.weight, 1 if layer.transposed else 0)
     wanted = linear or not isinstance(owner, nn.Linear)
-    redundancy = measure.redundancy(_filters(module.get_parameter(layer.weight), layer)) if wanted else None
+    alike = redundancy.of(_filters(module.get_parameter(layer.weight), layer)) if wanted else None
     return {
         "name": label,
         "type": type(owner).__name__,
@@ -128,7 +128,7 @@ def _analysed(module: nn.Module, channels: Channels, layer: Layer, label: str, l
         "macs": layer.macs,
         "sets": len({number for number in channels.axes[out].tolist() if number not in channels.locked}),
         "locked": channels.reason(out),
-        "redundancy": None if redundancy is None else asdict(redundancy),
+        "redundancy": None if alike is None else asdict(alike),
         "time": None,
         "activations": None,
         "sensitivity": None,

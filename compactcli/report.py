@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import artefact, counters, data, kernels, measure, surgery
+from . import artefact, counters, data, kernels, latency, measure, surgery
 from .artefact import Network
 from .data import Split
 from .errors import CompactError, shape_text
@@ -91,7 +91,7 @@ def described(
     evaluated = [None if dataset is None else evaluate(each, dataset) for each, dataset in pairs]
     # Folded, and in the memory format, as load() gives them.
     modules = [kernels.folded(each.module) for each in every]
-    found = measure.latency(modules, networks[0].input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
+    found = latency.of(modules, networks[0].input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
     models = [measured(each, own, time.median_ms) for each, own, time in zip(every, evaluated, found, strict=True)]
     first = None if baseline is None else models.pop()
     return [
@@ -310,7 +310,7 @@ def bench(
     ]
     modules = [kernels.folded(each.module) for each in networks]
     for batch, count in itertools.product(batches, threads):
-        found = measure.latency(
+        found = latency.of(
             modules,
             shape,
             batch=batch,
@@ -324,7 +324,7 @@ def bench(
     return {
         "schema": "compactcli/bench/1",
         "device": device,
-        "processor": measure.processor(device),
+        "processor": latency.processor(device),
         "torch": torch.__version__,
         "input_shape": shape,
         "models": models,

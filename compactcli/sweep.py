@@ -34,7 +34,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, artefact, data, kernels, measure, methods, report
+from . import __version__, artefact, data, kernels, latency, measure, methods, report
 from .artefact import Network
 from .compress import Calibration, Target, compress
 from .errors import CompactError, UsageError, printable
@@ -321,7 +321,7 @@ def _evaluated(network: Network, terms: Terms) -> report.Evaluated | None:
 
 def _figures(network: Network, first: Network, error: float | None, accuracy: float | None) -> dict[str, Any]:
     """The figures of a row, timed beside the first one's network."""
-    found = measure.latency(
+    found = latency.of(
         [kernels.folded(each.module) for each in ((network,) if network is first else (network, first))],
         network.input_shape,
         seconds=report.LATENCY_SECONDS,

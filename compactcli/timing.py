@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, kernels, measure, resume
+from . import budget, kernels, latency, resume
 from .artefact import Network
 from .budget import LayerTime, Times
 from .errors import CompactError, shape_text
 from .graph import copied, trace
+from .latency import FORMATS, MemoryFormat
 from .layers import Layer, layers
-from .measure import FORMATS, MemoryFormat
 from .plain import plained
 
 SCHEMA = "compactcli/latency-table/1"
@@ -156,7 +156,7 @@ def table(
     shape = tuple(input_shape or network.input_shape)
     module = plained(kernels.folded(network.module), shape)
     found = [layer for layer in layers(trace(module, shape)) if layer.called]
-    with measure.thread_count(threads) as used:
+    with latency.thread_count(threads) as used:
         memory_format, whole_ms = _whole(module, (batch, *shape), device, WHOLE * SECONDS)
         images = _images(module, [layer.name for layer in found], (batch, *shape))
         kinds: dict[str, tuple[tuple[Point, ...], ...]] = {}
@@ -172,7 +172,7 @@ def table(
         batch=batch,
         threads=used,
         device=device,
-        processor=measure.processor(device),
+        processor=latency.processor(device),
         torch=torch.__version__,
         memory_format=memory_format,
         whole_ms=whole_ms,
@@ -285,22 +285,22 @@ class Timer:
         return result
 
     def once(self, clock: Callable[[], float]) -> None:
-        measure.wait(self.image.device)
+        latency.wait(self.image.device)
         start = clock()
         self.run()
-        measure.wait(self.image.device)
+        latency.wait(self.image.device)
         self.times_ms.append(1e3 * (clock() - start))
 
     @property
     def median_ms(self) -> float:
-        return statistics.median(self.times_ms[measure.WARM_UP :])
+        return statistics.median(self.times_ms[latency.WARM_UP :])
 
 
 def time_in_turn(timers: Sequence[Timer], seconds: float) -> None:
-    """Round after round, so that a machine that slows down slows all alike, by the device's own `measure.clock`."""
-    clock = measure.clock(str(timers[0].image.device))
+    """Round after round, so that a machine that slows down slows all alike, by the device's own `latency.clock`."""
+    clock = latency.clock(str(timers[0].image.device))
     end = time.perf_counter() + seconds
     with torch.inference_mode():
-        while len(timers[-1].times_ms) < measure.WARM_UP + ROUNDS or time.perf_counter() < end:
+        while len(timers[-1].times_ms) < latency.WARM_UP + ROUNDS or time.perf_counter() < end:
             for timer in timers:
                 timer.once(clock)

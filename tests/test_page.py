@@ -21,7 +21,7 @@ from test_cli import one_line, run
 from test_report import text_of
 from test_schemas import SCHEMAS
 
-from compactcli import compare, measure, page, report, tables
+from compactcli import compare, page, redundancy, report, tables
 from compactcli.artefact import open_model
 from compactcli.commands import command_line
 from compactcli.markdown import comparison_markdown, report_markdown
@@ -165,8 +165,8 @@ def test_how_alike_filters_are_is_what_analyze_says(made, folder):
         assert len(held["likeness"][side]) == 7  # convolutions
         for each in held["likeness"][side]:
             weight = network.module.get_submodule(each["part"]).weight
-            redundancy = measure.redundancy(weight)
-            assert each["mean"] == pytest.approx(redundancy.max_abs_corr)
+            alike = redundancy.of(weight)
+            assert each["mean"] == pytest.approx(alike.max_abs_corr)
             assert each["filters"] == len(weight)
             assert each["levels"] == sorted(each["levels"], reverse=True)
 

@@ -7,7 +7,7 @@ import torch
 from networks import named, randomise_
 from test_compress import own
 
-from compactcli import data, measure, methods, moments, predict, report, sources
+from compactcli import data, measure, methods, moments, predict, redundancy, report, sources
 from compactcli.analysis import Predicted, analyse
 from compactcli.artefact import Network
 from compactcli.compress import Target, compress, planned
@@ -68,7 +68,7 @@ def test_activations_that_are_copies_are_redundant(dataset):
     conv.weight.data[3:] = conv.weight.data[:3] * 2
     conv.bias.data.zero_()
     images = dataset.train.images()[:16].float()
-    (found,) = measure.activation_redundancy(torch.nn.Sequential(conv), ["0"], [images]).values()
+    (found,) = redundancy.of_activations(torch.nn.Sequential(conv), ["0"], [images]).values()
     assert found.max_abs_corr == pytest.approx(1, abs=1e-3)
     assert found.rank_ratio_99 <= 0.5
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from test_artefact import network, smaller
 from test_compress import own
 
-from compactcli import artefact, counters, data, kernels, measure, methods, report, sources, tables
+from compactcli import artefact, counters, data, kernels, latency, measure, methods, report, sources, tables
 from compactcli.analysis import analyse
 from compactcli.artefact import Wishes, open_model
 from compactcli.compress import Target, compress
@@ -353,8 +353,8 @@ def test_tables_show_what_kernels_are_made_of_where_they_are(kerneled, pair):
 
 def test_what_is_timed_is_what_load_gives(kerneled, monkeypatch):
     timed = []
-    latency = measure.latency
-    monkeypatch.setattr(measure, "latency", lambda modules, *a, **k: timed.extend(modules) or latency(modules, *a, **k))
+    own = latency.of
+    monkeypatch.setattr(latency, "of", lambda modules, *a, **k: timed.extend(modules) or own(modules, *a, **k))
     report.report(kerneled[1], kerneled[0], None)
     report.bench([kerneled[1]], repeats=2)
     assert len(timed) == 3

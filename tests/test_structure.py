@@ -40,7 +40,7 @@ ORDER = [
         "plain",
         "plan",
     },
-    {"methods", "measure", "counters"},
+    {"methods", "measure", "latency", "redundancy", "counters"},
     {"artefact", "weights", "optim", "gradient", "resume", "train", "commands"},
     {
         "compress",

@@ -20,7 +20,7 @@ from test_cli import one_line, run
 from test_report import MODEL
 from typer.testing import Result
 
-from compactcli import artefact, data, measure, report, sources
+from compactcli import artefact, data, latency, measure, report, sources
 from compactcli import compress as driver
 from compactcli import sweep as sweeping
 from compactcli.errors import CompactError
@@ -46,15 +46,15 @@ def alone(split):
 """
 
 
-def timed(modules: list[torch.nn.Module], *_arguments: object, **_options: object) -> list[measure.Latency]:
+def timed(modules: list[torch.nn.Module], *_arguments: object, **_options: object) -> list[latency.Latency]:
     """A latency that is always the same for the same network."""
     times = [measure.params(module) / 1000 for module in modules]
-    return [measure.Latency(1, 1, "contiguous", each, 0.0, 1000 / each, 5, None) for each in times]
+    return [latency.Latency(1, 1, "contiguous", each, 0.0, 1000 / each, 5, None) for each in times]
 
 
 @pytest.fixture(autouse=True)
 def fixed_latency(monkeypatch):
-    monkeypatch.setattr(measure, "latency", timed)
+    monkeypatch.setattr(latency, "of", timed)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def swept(folder: Path, *flags: str | Path, images: str = "load") -> Result:
 def unbroken(folder) -> dict[str, Any]:
     """The document of a sweep that nothing came between."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "latency", timed)
+        patch.setattr(latency, "of", timed)
         result = swept(folder, "-q", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     return json.loads(result.stdout)

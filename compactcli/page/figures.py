@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels, measure
+from .. import kernels, redundancy
 from ..artefact import Network
 from ..recipe import Replace
 
@@ -23,7 +23,7 @@ def likeness(network: Network, layers: Iterable[str]) -> list[dict[str, Any]]:
     found = []
     for layer in layers:
         part = next((name for name in convolutions if name == layer or name.startswith(f"{layer}.")), None)
-        values = None if part is None else measure.likeness(convolutions[part].weight)
+        values = None if part is None else redundancy.likeness(convolutions[part].weight)
         if part is not None and values is not None:
             found.append({"layer": layer, "part": part, "filters": len(values), "mean": float(values.mean())} | _levels(values))
     return found
