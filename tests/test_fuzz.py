@@ -1,5 +1,6 @@
 """No damaged file brings anything but a result or one line. `python -m tests.fuzz` runs many more."""
 
+import itertools
 import os
 import signal
 import warnings
@@ -48,10 +49,17 @@ def refuse(line: str) -> object:
     ],
 )
 def test_the_harness_sees(monkeypatch, target, kind, detail):
-    monkeypatch.setattr(fuzz, "SECONDS", 2)
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "PATIENCE", 3)
     outcome = fuzz.run(target, b"key")
     assert outcome.kind == kind
     assert detail in outcome.detail
+
+
+def test_the_harness_sees_what_never_ends(monkeypatch):
+    """By the time of the CPU, so that a busy machine is no failure."""
+    monkeypatch.setattr(fuzz, "SECONDS", 1)
+    assert "SIGPROF" in fuzz.run(lambda data: all(itertools.repeat(True)), b"").detail
 
 
 @pytest.mark.parametrize("forbidden", [lambda: os.system("true"), lambda: Path(os.devnull).write_bytes(b"")])
