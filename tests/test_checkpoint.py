@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from compactcli import checkpoint, peel, pickles
+from compactcli import checkpoint, peel, pickles, torchfile
 from compactcli.checkpoint import Checkpoint, read
 from compactcli.errors import CompactError
 from compactcli.vision import torchvision
@@ -725,7 +725,7 @@ def test_a_zip_bomb_and_overlapping_entries():
 
 
 def test_a_zip_directory_without_end(monkeypatch):
-    monkeypatch.setattr(checkpoint, "ZIP_ENTRIES", 20)
+    monkeypatch.setattr(torchfile, "ZIP_ENTRIES", 20)
     refused(zip_of({f"data/{i}": b"" for i in range(21)}), "more than 20 entries")
 
 

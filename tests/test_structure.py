@@ -25,6 +25,8 @@ ORDER = [
         "signatures",
         "detection",
         "checkpoint",
+        "foreign",
+        "torchfile",
         "peel",
         "pickles",
         "folding",
