@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,12 +20,11 @@ from .graph import Graph, operation, trace
 from .layers import norm_behind, weight_of
 from .moments import patches, regressible, trim
 from .recipe import Edit, Keep, Replace, Share
-from .surgery import LAYERS, Regression
+from .regression import Sums
+from .replay import Stream, Streams
+from .surgery import LAYERS
 
 POSITIONS = 65_536  # sampled per layer for the regression, over all images
-LIVE_BYTES = 192 << 20  # of values carried forward in both networks; more images join as they shrink
-ROWS_BYTES = 32 << 20  # of a layer's inputs and residuals that wait to enter its Gram matrix
-COLUMNS = 128  # of a Gram matrix at once, in float32 before they are added up in float64, from its diagonal on
 
 
 def _sample(positions: int, wanted: int, generator: torch.Generator) -> Tensor:
@@ -56,8 +54,8 @@ def refit_(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         plain = kernels.folded(model, dense="always")  # a kernel that is made is put there when its layer has been refitted
-        theirs, ours = (_Stream(trace(network, shape, batch=size), network) for network in (target, plain))
-        streams = _Streams(theirs, ours, batches)
+        theirs, ours = (Stream(trace(network, shape, batch=size), network) for network in (target, plain))
+        streams = Streams(theirs, ours, batches)
         sites = _sites(streams, kinds)
         start = _first_changed(theirs.graph, changed)
         first = next((index for index, site in enumerate(sites) if theirs.position[site.target] >= start), len(sites))
@@ -68,65 +66,6 @@ def refit_(
             if progress is not None:
                 progress(index, len(sites))
         return streams.error()
-
-
-class _Stream:
-    """A network's graph run over batches, node by node; a value lives until its last use."""
-
-    def __init__(self, graph: Graph, model: nn.Module) -> None:
-        self.graph, self.model = graph, model
-        self.values: list[dict[fx.Node, Any]] = []
-        self.position = {node: position for position, node in enumerate(graph.nodes)}
-        self.tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.next = 0
-        last = {used: node for node in graph.nodes for used in node.all_input_nodes}
-        self.dead: dict[fx.Node, list[fx.Node]] = {}
-        for used, node in last.items():
-            self.dead.setdefault(node, []).append(used)
-        self.ahead = self._ahead()
-
-    def _ahead(self) -> list[int]:
-        """The most bytes that the values of one batch will take from each node on."""
-        sizes = {self.graph.image: self.graph.image.meta["val"].nbytes}
-        live = []
-        for node in self.graph.nodes:
-            if node.users and any(used in sizes for used in node.all_input_nodes):  # the rest is the same for all batches
-                value = node.meta.get("val")
-                sizes[node] = value.nbytes if isinstance(value, Tensor) else 0
-            live.append(sum(sizes.values()))
-            for used in self.dead.get(node, ()):
-                sizes[used] = 0
-        return np.maximum.accumulate(live[::-1])[::-1].tolist()  # type: ignore[no-any-return]
-
-    def join(self, batch: Tensor) -> None:
-        """One more batch, brought to where the others are."""
-        self.values.append({self.graph.image: batch.clone()})  # the network may work in place
-        for node in self.graph.nodes[: self.next]:
-            self._run(node, self.values[-1])
-
-    def advance(self, node: fx.Node, *, through: bool) -> None:
-        """Run up to the node, and with `through` the node as well."""
-        end = self.position[node] + int(through)
-        for each in self.graph.nodes[self.next : end]:
-            for values in self.values:
-                self._run(each, values)
-        self.next = max(self.next, end)
-
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        if node.op != "call_function":
-            return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: self.value(used, values))
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
-        if node.users:
-            values[node] = value
-        for used in self.dead.get(node, ()):
-            values.pop(used, None)
-
-    def value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node in values:
-            return values[node]
-        name = self.graph.tensors.get(node)
-        return self.graph.constants[node] if name is None else self.tensors[name]
 
 
 @dataclass(frozen=True)
@@ -142,42 +81,7 @@ class _Site:
     shortcut: tuple[fx.Node, fx.Node] | None  # what is then added to it, in target and model
 
 
-class _Streams:
-    """Both networks in step."""
-
-    def __init__(self, target: _Stream, model: _Stream, batches: Sequence[Tensor]) -> None:
-        self.target, self.model, self.batches = target, model, batches
-        self._join()
-
-    def _join(self) -> None:
-        batch = self.batches[len(self.target.values)]
-        self.target.join(batch)
-        self.model.join(batch)
-
-    def reach(self, site: _Site) -> None:
-        """The target's output and the model's input of the site are there, for as many batches as memory takes."""
-        self.target.advance(site.target, through=True)
-        self.model.advance(site.model, through=False)
-        each = self.target.ahead[self.target.next - 1] + self.model.ahead[self.model.next - 1]
-        while len(self.target.values) < len(self.batches) and (len(self.target.values) + 1) * each <= LIVE_BYTES:
-            self._join()
-
-    def error(self) -> float:
-        """|difference| / |deviation of the target's outputs from their mean|."""
-        ends = [_scores(stream.graph) for stream in (self.target, self.model)]
-        self.target.advance(ends[0], through=True)
-        self.model.advance(ends[1], through=True)
-        wanted = torch.cat([values[ends[0]] for values in self.target.values])
-        got = torch.cat([values[ends[1]] for values in self.model.values])
-        return float((got - wanted).norm() / (wanted - wanted.mean(0)).norm().clamp_min(1e-30))
-
-
-def _scores(graph: Graph) -> fx.Node:
-    """What makes the first floating-point output."""
-    return next(node for node in graph.nodes[-1].all_input_nodes if node.meta["val"].is_floating_point())
-
-
-def _sites(streams: _Streams, kinds: Mapping[str, str]) -> list[_Site]:
+def _sites(streams: Streams, kinds: Mapping[str, str]) -> list[_Site]:
     """The layers to regress, in the order in which they run: ungrouped, applied once, plain or of a kind that refits."""
     ours = _layer_nodes(streams.model.graph)
     sites = []
@@ -249,7 +153,7 @@ def _behind(graph: Graph, node: fx.Node) -> tuple[str | None, fx.Node | None]:
 
 
 def _refit_site_(
-    streams: _Streams,
+    streams: Streams,
     model: nn.Module,
     site: _Site,
     kept: Mapping[tuple[str, int], Tensor],
@@ -257,7 +161,7 @@ def _refit_site_(
     generator: torch.Generator,
 ) -> None:
     """Regress one layer: the part of its residual that its inputs explain is put on top of its weight."""
-    streams.reach(site)
+    streams.reach(site.target, site.model)
     old = streams.target.model.get_submodule(site.name)
     layer, plain, last = (
         net.get_submodule(name)
@@ -273,7 +177,7 @@ def _refit_site_(
     outputs_kept = kept.get((site.name, 0))
     bias = last.bias if isinstance(last, nn.Conv2d | nn.Linear) else None
     known = bias.clone() if bias is not None and site.biased else None
-    sums = _RegressionSums(start.flatten(1), known, centred=norm is not None or bias is not None)
+    sums = Sums(start.flatten(1), known, centred=norm is not None or bias is not None)
     applied = _as_applied(old, site.model)
     wanted = max(1, POSITIONS // sum(len(values[site.target]) for values in streams.target.values))
     for theirs, ours in zip(streams.target.values, streams.model.values, strict=True):
@@ -355,63 +259,3 @@ def _shortcut_error(
         return torch.zeros(())
     missing: Tensor = (_sampled(wanted, at, kept) - _sampled(got, at, None)) / scale.to(got.dtype)[:, None]
     return missing
-
-
-class _RegressionSums:
-    """Sums over rows x (i*k*k) of the model's inputs and y (o) of the target's outputs."""
-
-    def __init__(self, start: Tensor, bias: Tensor | None, *, centred: bool) -> None:
-        self.start, self.bias, self.centred, self.count = start, 0.0 if bias is None else bias, centred, 0
-        outs, ins = start.shape
-        self.xx = torch.zeros(ins, ins, dtype=torch.float64)
-        self.rx = torch.zeros(outs, ins, dtype=torch.float64)
-        self.x = torch.zeros(ins, dtype=torch.float64)
-        self.r = torch.zeros(outs, dtype=torch.float64)
-        self.origin: tuple[Tensor, Tensor] | None = None  # of x and r: near their means, so that float32 products lose nothing
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        residual = y - x @ self.start.T - self.bias  # small where little was changed, so that little is added
-        self.waiting.append((x, residual))
-        if sum(x.nbytes + residual.nbytes for x, residual in self.waiting) >= ROWS_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Products cost one pass over the Gram matrix each, so rows gather before."""
-        x, residual = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
-        self.waiting.clear()
-        self.count += len(x)
-        if self.centred:
-            self.origin = self.origin or (x.mean(0), residual.mean(0))
-            x.sub_(self.origin[0])
-            residual.sub_(self.origin[1])
-        for at in range(0, x.shape[1], COLUMNS):
-            self.xx[at : at + COLUMNS, at:] += x[:, at : at + COLUMNS].T @ x[:, at:]
-        self.rx += residual.T @ x
-        self.x += x.sum(0)
-        self.r += residual.sum(0)
-
-    def ready(self) -> bool:
-        """Add what waits; whether all sums are finite."""
-        if self.waiting:
-            self._flush()
-        return all(bool(sums.isfinite().all()) for sums in (self.xx, self.rx, self.x, self.r))
-
-    def solve(self, scale: Tensor) -> tuple[Regression, Callable[[Tensor], Tensor]]:
-        """The regression, and the shift (o,) of the mean that a weight then still needs.
-
-        Its ridge pulls towards the weight that is there. It is the mean power of the inputs times
-        unknowns per equation, so that a few images do not talk a layer out of what it knows.
-        """
-        self.xx.triu_().add_(self.xx.triu(1).T)
-        xx, rx, x, r = (sums.div_(self.count) for sums in (self.xx, self.rx, self.x, self.r))
-        if self.centred:
-            assert self.origin is not None
-            xx, rx = xx.addr_(x, x, alpha=-1), rx.addr_(r, x, alpha=-1)
-            x, r = x + self.origin[0], r + self.origin[1]
-        ridge = len(xx) / self.count * float(xx.diagonal().mean()) or 1.0
-        xx.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(xx)
-        xx.diagonal().sub_(ridge)
-        weight = self.start.double() + torch.cholesky_solve(rx.T, factor).T
-        return Regression(weight, xx, scale), lambda reached: r + (self.start.double() - reached) @ x

@@ -9,7 +9,7 @@ from networks import Code, conv, head, randomise_
 from test_compress import own
 from torch import nn
 
-from compactcli import artefact, budget, calibrate, cifar, data, law, measure, moments, surgery
+from compactcli import artefact, budget, calibrate, cifar, data, law, measure, moments, replay, surgery
 from compactcli.channels import edits as channel_edits
 from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
@@ -243,15 +243,15 @@ def test_the_error_that_is_reported_is_the_outputs():
 def test_more_images_join_when_memory_allows_and_change_nothing_else(monkeypatch):
     """Batches that join late go through the same operations: with room for all or for one, the last layer sees all."""
     target = resnet()
-    monkeypatch.setattr(calibrate, "LIVE_BYTES", 1)
+    monkeypatch.setattr(replay, "LIVE_BYTES", 1)
     streams = []
-    original = calibrate._Streams.__init__
+    original = replay.Streams.__init__
 
     def noted(self, *args) -> None:
         original(self, *args)
         streams.append(self)
 
-    monkeypatch.setattr(calibrate._Streams, "__init__", noted)
+    monkeypatch.setattr(replay.Streams, "__init__", noted)
     model = copy.deepcopy(target)
     edits = [full_rank(model, "layer1.0.conv1")]
     surgery.apply_(model, edits)
@@ -332,8 +332,8 @@ def test_values_carried_forward_stay_within_the_limit(monkeypatch):
     """However many batches join, what they hold together never exceeds LIVE_BYTES (one batch is always taken)."""
     target = resnet()
     limit = 2 << 20
-    monkeypatch.setattr(calibrate, "LIVE_BYTES", limit)
-    most, joined, run = [], [], calibrate._Stream._run
+    monkeypatch.setattr(replay, "LIVE_BYTES", limit)
+    most, joined, run = [], [], replay.Stream._run
     streams = []
 
     def noted(self, node, values) -> None:
@@ -347,7 +347,7 @@ def test_values_carried_forward_stay_within_the_limit(monkeypatch):
         most.append(sum(held.values()))
         joined.append(len(self.values))
 
-    monkeypatch.setattr(calibrate._Stream, "_run", noted)
+    monkeypatch.setattr(replay.Stream, "_run", noted)
     model = copy.deepcopy(target)
     edits = [full_rank(model, "layer1.0.conv1")]
     surgery.apply_(model, edits)

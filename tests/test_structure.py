@@ -39,6 +39,8 @@ ORDER = [
         "allocate",
         "moments",
         "calibrate",
+        "replay",
+        "regression",
         "plain",
         "plan",
     },
