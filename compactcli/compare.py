@@ -8,13 +8,13 @@ from rich.table import Table
 
 from . import data, report
 from .artefact import Network
-from .pareto import optimal
+from .pareto import ALIKE, marks
 from .tables import judged_by, number, percent, share, words
 
 COSTS = {"params": "params", "macs": "macs", "latency": "latency_ms"}  # what a network may be the best at -> its figure
 HEADINGS = ("network", "parameters", "kept", "MACs", "kept", "file", "latency", "accuracy", "Pareto for")
 UNJUDGED = "Pareto: not known, for not all accuracies are of the same images; give --data"
-JUDGED = "Pareto: no other is as accurate at less, or more accurate at no more"
+JUDGED = f"Pareto: no other is as accurate at less, or more accurate at no more ({ALIKE})"
 
 
 def comparison(
@@ -28,16 +28,16 @@ def comparison(
     """The reports on several networks, timed in turn: schema compactcli/comparison/1.
 
     Each has its `name` and, as `pareto`, the costs of COSTS for which no other is as accurate at less, or more accurate at no
-    more: none unless all accuracies are known and of the same images. Raises CompactError if they take different inputs.
+    more: none unless all accuracies are known and of the same images. Latencies that are near (`pareto.NOISE`) count as equal.
+    Raises CompactError if they take different inputs.
     """
     trees = report.described(networks, baseline, datasets, counter=counter, arch=arch)
     models = [tree["model"] for tree in trees]
-    marks: list[list[str]] = [[] for _ in models]
+    best: list[list[str]] = [[] for _ in models]
     if _judged_alike(models):
-        for cost, key in COSTS.items():
-            for own, best in zip(marks, optimal([(model["accuracy"], model[key]) for model in models]), strict=True):
-                own += [cost] * best
-    named = zip(networks, marks, trees, strict=True)
+        costs = {name: [model[key] for model in models] for name, key in COSTS.items()}
+        best = marks([model["accuracy"] for model in models], costs)
+    named = zip(networks, best, trees, strict=True)
     return {
         "schema": "compactcli/comparison/1",
         "models": [{"name": network.name, "pareto": own, **tree} for network, own, tree in named],

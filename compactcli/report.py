@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,8 +94,9 @@ def described(
     found = latency.of(modules, networks[0].input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])
     models = [measured(each, own, time.median_ms) for each, own, time in zip(every, evaluated, found, strict=True)]
     first = None if baseline is None else models.pop()
+    known = {model["sha256"]: model for model in models if model["sha256"] is not None}
     return [
-        _beside(network, model, _source(network) if first is None else _recalled(first, network), arch)
+        _beside(network, model, _source(network, known) if first is None else _recalled(first, network), arch)
         | ({} if counter is None else {"counter": _counted(counter, network, baseline)})
         for network, model in zip(networks, models, strict=True)
     ]
@@ -184,11 +185,13 @@ def about(network: Network, macs: int) -> dict[str, Any]:
     }
 
 
-def _source(network: Network) -> dict[str, Any] | None:
-    """What the recipe remembers of the first network."""
+def _source(network: Network, measured: Mapping[str | None, dict[str, Any]]) -> dict[str, Any] | None:
+    """The first network, as `measured` where it is among those, by their sha256; else what the recipe remembers of it."""
     source = network.recipe.source
     if source is None:
         return None
+    if source.sha256 in measured and source.sha256 != network.sha256:
+        return _recalled(measured[source.sha256], network)
     known = asdict(source.measures)
     return {
         "arch": network.recipe.architecture,

@@ -11,11 +11,12 @@ same test images. The document is also what an interrupted sweep goes on from:
                    "latency_ms", "latency_ratio", "error", "accuracy", "seconds", "reason", "pareto", "identity"}]}
 
 The first row is the original: it has no method. A target that a method cannot reach is a row with a reason and no figures.
-`size_bytes` is of the artefact that it would be, `latency_ms` of a batch of 1, `latency_ratio` to the original timed in the same
-rounds (a machine is not as fast at one row as at another), `error` of the outputs before any training, `accuracy` on the test
-images, `seconds` what compressing and training took. `pareto` names the costs of "params", "macs" and "latency" (the ratio) for
-which no other row is as good at less, or better at no more; better is more accurate, or of less output error where there is no
-accuracy. `identity` is a digest of all that makes a row; a row is kept where it is the same.
+`size_bytes` is of the artefact that it would be, `latency_ms` of a batch of 1, `latency_ratio` to the original timed in the
+same rounds (a machine is not as fast at one row as at another), `error` of the outputs before any training, `accuracy` on
+the test images, `seconds` what compressing and training took. `pareto` names the costs of "params", "macs" and "latency"
+(the ratio) for which no other row is as good at less, or better at no more; better is more accurate, or of less output error
+where there is no accuracy, and latencies that are near (`pareto.NOISE`) count as equal. `identity` is a digest of all that
+makes a row; a row is kept where it is the same.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from .errors import CompactError, UsageError, printable
 from .finetune import check, finetune
 from .history import Watch
 from .optim import Settings
-from .pareto import optimal
+from .pareto import ALIKE, marks
 from .tables import title, words
 from .train import VALIDATION_LIMIT
 
@@ -194,8 +195,8 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             return float(row["accuracy"])
         return -math.inf if row["error"] is None else -float(row["error"])
 
-    best = {name: iter(optimal([(good(row), row[key]) for row in made])) for name, key in COSTS.items()}
-    return [[] if row["reason"] is not None else [name for name, found in best.items() if next(found)] for row in rows]
+    best = iter(marks([good(row) for row in made], {name: [row[key] for row in made] for name, key in COSTS.items()}))
+    return [[] if row["reason"] is not None else next(best) for row in rows]
 
 
 def _check(network: Network, terms: Terms) -> None:
@@ -370,7 +371,7 @@ def sweep_table(tree: Mapping[str, Any]) -> RenderableType:
     told = "calibrated" if settings["images"] else "from the weights alone"
     told += f", {settings['training']['epochs']} epochs of fine-tuning" if settings["training"] else ""
     told += f"; latency: to the original's {rows[0]['latency_ms']:,.2f} ms"
-    table.caption = f"{told}; *: best of its column; Pareto: no other is as good at less, or better at no more"
+    table.caption = f"{told}; *: best of its column; Pareto: no other is as good at less, or better at no more ({ALIKE})"
     table.caption_justify = "left"
     return table
 

@@ -131,6 +131,18 @@ def test_a_report_beside_the_original(pair, digits):
     assert tree["accuracy_delta"] == tree["model"]["accuracy"] - tree["baseline"]["accuracy"]
 
 
+def test_the_original_among_the_networks_is_what_the_others_are_compared_with(pair, digits):
+    """As measured now, in whichever place: the recipe knows neither its latency nor its accuracy on these images."""
+    original, small = pair
+    for networks in ([original, small], [small, original]):
+        trees = report.described(networks, None, [digits, digits])
+        whole, own = trees[networks.index(original)], trees[networks.index(small)]
+        assert own["baseline"] == whole["model"]
+        assert own["ratios"]["latency"] == own["model"]["latency_ms"] / whole["model"]["latency_ms"]
+        assert own["accuracy_delta"] == own["model"]["accuracy"] - whole["model"]["accuracy"]
+        assert whole["baseline"]["latency_ms"] is None  # it came from nowhere else
+
+
 def test_a_baseline_of_another_input_is_refused(pair):
     """Its MACs and its time would be of other work."""
     small = pair[1]
