@@ -37,126 +37,29 @@ a search that had ended is not repeated, only what is derived from it in seconds
 """
 
 import argparse
-import copy
-import re
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from compactcli import artefact, data, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.budget import Floats
-from compactcli.compress import Calibration, Search, Target, compress
-from compactcli.finetune import finetune, kept_run
-from compactcli.history import EpochRecord, Watch
-from compactcli.methods import Method, Progress, get, parse_options
-from compactcli.methods.fcf import FCF
-from compactcli.methods.hinge import Hinge
-from compactcli.optim import Settings
-from compactcli.train import fit_
+from compactcli.finetune import finetune
 
 from ._common import Rows, add, checkpoint, images, provenance, rows
-from .oneshot import best_pruned, ignored, macs_kept, pruned
-from .starts import ByNorm
+from ._contenders import Epochs, network_of
+from ._runs import CONTENDERS, KEPT, PEERS, Run
+from .oneshot import macs_kept
 
-IMAGES = 1024  # to calibrate on
-
-
-class Way(NamedTuple):
-    """How a contender of ours is made."""
-
-    method: str
-    options: tuple[str, ...] = ()
-    searched: bool = False
-
-
-OURS = {
-    "auto": Way("hinge", ("mode=auto",), searched=True),
-    "prune": Way("hinge", ("mode=prune",), searched=True),
-    "decompose": Way("hinge", ("mode=decompose",), searched=True),
-    "calibrated": Way("hinge", ("mode=auto",)),
-    "fcf": Way("fcf", searched=True),
-    "magnitude": Way("fcf"),
-    "linearconv": Way("linearconv"),
-    "csg": Way("csg"),
-    "hetconv": Way("hetconv"),
-}
-PEERS = ("peer", "peer-norm")
-CONTENDERS = (*OURS, *PEERS, "control")
 DEFAULT = ("auto", "prune", "decompose", "calibrated", *PEERS, "control")
-SEARCHED = {"peer", *(name for name, way in OURS.items() if way.searched)}
 LEAST_ABOVE_PEER = {0.5: 0.5, 0.24: 1.0}  # points, by ratio
 MOST_BEHIND = 0.3  # points, of prune and of decompose
 LEAST_ABOVE_CONTROL = {"resnet56": {0.5: 0.0, 0.24: -0.8}}  # points, by network and ratio
 BINS = 20
-KEPT = Path(tempfile.gettempdir()) / "compactcli-finetune"  # of runs that have not ended
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a row is the result of."""
-
-    contender: str
-    ratio: float
-    search_epochs: int = 5
-    epochs: int = 20  # search and fine-tuning together
-    lr: float | None = None  # peak, of ours in both stages and of the peer's fine-tuning; None: that of the commands
-    weight_decay: float = 1e-4  # of all but the peer's sparse learning
-    seed: int = 0
-    limit: int | None = None  # images of each split
-    set: tuple[str, ...] = ()  # further options of hinge
-    peer_lr: float = 0.01  # of its sparse learning
-    peer_reg: float = 5e-4
-    network: str = field(default="resnet20", compare=False)  # each has a file of its own
-    device: str = field(default="cpu", compare=False)
-
-    @property
-    def flags(self) -> list[str]:
-        """Those that say how it was trained, where these are not the defaults."""
-        own = [(item.name, getattr(self, item.name)) for item in fields(self)[2:] if item.compare]
-        told = {name: " ".join(value) if name == "set" else value for name, value in own if value != getattr(Run, name)}
-        return [f"--{name.replace('_', '-')} {value}" for name, value in told.items()]
-
-    @property
-    def key(self) -> str:
-        return " ".join([f"{self.contender} {self.ratio:g}", *self.flags])
-
-    @property
-    def file(self) -> Path:
-        """Where the run is kept, but for the stage and the ending."""
-        return KEPT / re.sub(r"[^\w.=-]+", "_", f"{self.network} {self.key}")
-
-    def settings(self, epochs: int, **others: Any) -> Settings:
-        own = {name: getattr(self, name) for name in ("lr", "weight_decay", "seed", "device")}
-        return Settings(**{"epochs": epochs, "cuda_graphs": self.device != "cpu", **own, **others})
-
-    def of(self, contender: str) -> "Run":
-        """The run of another contender to compare with: alike, but for the flags that do not concern it."""
-        own: dict[str, Any] = {} if contender in SEARCHED else {"search_epochs": Run.search_epochs}
-        own |= {} if contender in OURS else {"set": Run.set}
-        own |= {} if contender == "peer" else {"peer_lr": Run.peer_lr, "peer_reg": Run.peer_reg}
-        own |= {"ratio": 1.0} if contender == "control" else {}
-        return replace(self, contender=contender, **own)
-
-
-@dataclass
-class Made:
-    """A network to be fine-tuned, and how it came about."""
-
-    network: Network
-    options: dict[str, Any]
-    search: list[dict[str, Any]] = field(default_factory=list)  # its epochs
-    norms: Floats | None = None  # of the groups that the search ended with, in their units
-    scalars: dict[str, float] | None = None  # of fcf, what `Watched` tells
 
 
 def main(arguments: list[str]) -> None:
@@ -214,8 +117,7 @@ def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> 
     if not resume:  # else a run that is broken off now would go on with the fine-tuning of an earlier one
         search.unlink(missing_ok=True)
         tuning.unlink(missing_ok=True)
-    makers = {"peer": _sparse, "peer-norm": _pruned, "control": _whole}
-    made = makers.get(run.contender, _compressed)(run, original, dataset, search, resume)
+    made = network_of(run, original, dataset, search, resume)
     one, used = made.network, made.search[-1]["epoch"] if made.search else 0
     row = {
         "macs_kept": macs_kept(one, original),
@@ -224,7 +126,7 @@ def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> 
         "before": report.evaluate(one, dataset, device=run.device).accuracy.top1,
     }
     print(f"  {row['macs_kept']:.3f} of MACs: {row['before']:.2f} %, the original {row['original']:.2f} %", flush=True)
-    settings, epochs = run.settings(run.epochs - used), _Epochs()
+    settings, epochs = run.settings(run.epochs - used), Epochs()
     finetune(one, dataset, settings, teacher=original, keep="last", kept=tuning, resume=resume, watch=epochs.watch())
     tuning.unlink()
     search.unlink(missing_ok=True)
@@ -243,135 +145,10 @@ def _ended(run: Run, original: Network, dataset: data.Dataset, resume: bool) -> 
     }
 
 
-class _Epochs:
-    """The epochs of a training run, those before a kill included."""
-
-    def __init__(self) -> None:
-        self.told: list[dict[str, Any]] = []
-
-    def watch(self) -> Watch:
-        return Watch(log=_say, history=self._take)
-
-    def _take(self, records: Sequence[EpochRecord]) -> None:
-        self.told = [asdict(record) for record in records]
-
-
-def _say(line: str) -> None:
-    print(f"  {line}", flush=True)
-
-
 def _histogram(norms: Floats) -> dict[str, Any]:
     """Of relative norms, by what a group was worth at the start (of the peer, by the mean then); the last bin has all above 2."""
     counts, edges = np.histogram(np.minimum(norms, 2.0), bins=BINS, range=(0.0, 2.0))
     return {"groups": len(norms), "edges": edges.tolist(), "counts": counts.tolist()}
-
-
-# The contenders
-
-
-def _compressed(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
-    """Ours: a copy of the original, after the search if there is one, calibrated."""
-    assert dataset.train is not None
-    way, one, epochs, search = OURS[run.contender], copy.deepcopy(original), _Epochs(), None
-    if way.searched:
-        search = Search(dataset, run.settings(run.search_epochs), original, kept, resume, epochs.watch())
-    kind: type[Method] = ByNorm if run.contender == "magnitude" else get(way.method)
-    method = kind(parse_options(kind, [*way.options, *run.set]))
-    if way.method == "fcf" and way.searched:
-        method = Watched(method.options, lambda: report.evaluate(one, dataset, device=run.device).accuracy.top1)
-    calibration = Calibration(data.sample(dataset.train, IMAGES, run.seed), dataset.name)
-    means: dict[str, Any] = {"calibration": calibration, "search": search, "seed": run.seed}
-    compress(one, way.method, method, Target(run.ratio), **means, log=_say)
-    norms = np.concatenate(method.norms) if isinstance(method, Hinge) and method.norms is not None else None
-    scalars = method.told if isinstance(method, Watched) else None
-    return Made(one, dict(one.recipe.steps[-1].options), epochs.told, norms, scalars)
-
-
-class Watched(FCF):
-    """Tells what its scalars are worth when the search has ended: their largest distance from 0 or 1, and the accuracy, in
-    percent, with them as they are and with k of each layer's at 1 and the others at 0."""
-
-    def __init__(self, options: Any, accuracy: Callable[[], float]) -> None:
-        super().__init__(options)
-        self.accuracy = accuracy
-        self.told: dict[str, float] = {}
-
-    def end(self, model: nn.Module) -> str | None:
-        values = torch.cat([v.detach() for v in self.scalars.values()])
-        self.told = {"farthest": float(torch.minimum(values.abs(), (values - 1).abs()).max()), "searched": self.accuracy()}
-        ended = [v.detach().clone() for v in self.scalars.values()]
-        for (family, v), own in zip(self.scalars.items(), ended, strict=True):
-            v.data = torch.zeros_like(own).index_fill(0, own.topk(self.kept[family]).indices, 1.0)
-        self.told["binary"] = self.accuracy()
-        for v, own in zip(self.scalars.values(), ended, strict=True):
-            v.data = own
-        return super().end(model)
-
-
-def _whole(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
-    """The control: a copy of the original."""
-    return Made(copy.deepcopy(original), {})
-
-
-def _pruned(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
-    """Torch-Pruning's without sparse learning, by the better way to make groups comparable."""
-    one, normalizer = best_pruned(original, dataset, run.ratio)
-    options = {"torch_pruning": version("torch-pruning"), "ratio": run.ratio, "p": 2, "normalizer": normalizer}
-    return Made(one, options)
-
-
-def _sparse(run: Run, original: Network, dataset: data.Dataset, kept: Path, resume: bool) -> Made:
-    """Torch-Pruning's: a copy of the original after sparse learning, pruned, batch-norm statistics measured anew."""
-    one, epochs = copy.deepcopy(original), _Epochs()
-    settings = run.settings(run.search_epochs, lr=run.peer_lr, weight_decay=0.0, schedule="milestones", milestones=(0.6, 0.8))
-    method = SparseLearning(one.module, one.input_shape, run.peer_reg)
-    before = method.norms()
-    store = kept_run(kept, one, dataset, settings, original, {"method": f"sparse learning, {run.peer_reg:g}"})
-    fit_(
-        one.module,
-        dataset,
-        one.recipe.preprocessing,
-        settings,
-        teacher=original.module,
-        hooks=[method],
-        keep="last",
-        store=store,
-        resume=resume,
-        watch=epochs.watch(),
-    )
-    norms = np.concatenate([after / start.mean() for after, start in zip(method.norms(), before, strict=True)])
-    options = {"torch_pruning": version("torch-pruning"), "ratio": run.ratio, "reg": run.peer_reg, "p": 2, "normalizer": "max"}
-    return Made(pruned(one, dataset, run.ratio, "max"), options | {"search": settings.identity()}, epochs.told, norms)
-
-
-class SparseLearning(Method):
-    """Torch-Pruning's group-norm pruner as hooks of our loop."""
-
-    def __init__(self, model: nn.Module, input_shape: Sequence[int], reg: float) -> None:
-        import torch_pruning as tp
-
-        super().__init__()
-        self.epoch = -1
-        self.pruner = tp.pruner.GroupNormPruner(
-            model,
-            torch.randn(1, *input_shape),
-            importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer="max"),
-            reg=reg,
-            global_pruning=True,
-            ignored_layers=ignored(model),
-        )
-        self.measured = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
-
-    def regularise(self, model: nn.Module, progress: Progress) -> None:
-        if progress.epoch != self.epoch:
-            self.epoch = progress.epoch
-            self.pruner.update_regularizer()
-        self.pruner.regularize(model)
-
-    def norms(self) -> list[Floats]:
-        """The norm of every channel, by group, as its importance has it."""
-        self.pruner.update_regularizer()
-        return [self.measured(group).sqrt().double().numpy() for group in self.pruner._groups]
 
 
 # The results

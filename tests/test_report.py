@@ -134,9 +134,9 @@ def test_a_report_beside_the_original(pair, digits):
 def test_the_original_among_the_networks_is_what_the_others_are_compared_with(pair, digits):
     """As measured now, in whichever place: the recipe knows neither its latency nor its accuracy on these images."""
     original, small = pair
-    for networks in ([original, small], [small, original]):
-        trees = report.described(networks, None, [digits, digits])
-        whole, own = trees[networks.index(original)], trees[networks.index(small)]
+    for both in ([original, small], [small, original]):
+        trees = report.described(both, None, [digits, digits])
+        whole, own = trees[both.index(original)], trees[both.index(small)]
         assert own["baseline"] == whole["model"]
         assert own["ratios"]["latency"] == own["model"]["latency_ms"] / whole["model"]["latency_ms"]
         assert own["accuracy_delta"] == own["model"]["accuracy"] - whole["model"]["accuracy"]
