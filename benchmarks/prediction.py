@@ -15,6 +15,7 @@ from compactcli.budget import Budget
 from compactcli.channels import find
 from compactcli.graph import trace
 from compactcli.methods import hinge
+from compactcli.methods._decomposed import decompose
 from compactcli.moments import Batches, gather, value_bytes
 
 from ._common import checkpoint, images, write
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     for index, errors in hinge.rank_errors(module, channels, budget, moments):
         layer = budget.layers[index]
         model = copy.deepcopy(module)
-        edits = [hinge._decompose(model, channels, layer, (len(errors) - 1) // 2, [])]
+        edits = [decompose(model, channels, layer, (len(errors) - 1) // 2, [])]
         surgery.apply_(model, edits)
         measured = calibrate.refit_(model, module, edits, batches, only={layer.name}) ** 2
         dense = surgery.LAYERS["hinge.decomposed"].dense(model.get_submodule(layer.name))

@@ -17,7 +17,8 @@ from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.layers import layers
 from compactcli.methods import _errors, get
-from compactcli.methods.hinge import Hinge, Options, _decompose
+from compactcli.methods._decomposed import decompose
+from compactcli.methods.hinge import Hinge, Options
 from compactcli.recipe import Preprocessing, Replace
 
 SHAPE = (3, 16, 16)
@@ -130,7 +131,7 @@ def test_moments_leave_the_images_as_they_were(first):
 def full_rank(model: nn.Module, name: str) -> Replace:
     graph = trace(model, SHAPE)
     layer = next(layer for layer in layers(graph) if layer.name == name)
-    return _decompose(model, find(graph, model), layer, 10**6, [])
+    return decompose(model, find(graph, model), layer, 10**6, [])
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "conv"])

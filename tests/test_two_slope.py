@@ -14,8 +14,8 @@ from compactcli.compress import Calibration, Target, compress
 from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.methods import get, parse_options
+from compactcli.methods._decomposed import decompose
 from compactcli.methods._two_slope import TwoSlope, replacements
-from compactcli.methods.hinge import _decompose
 from compactcli.recipe import Recipe, Replace
 from compactcli.surgery import LAYERS
 
@@ -162,7 +162,7 @@ def test_refitting_goes_through_learnt_slopes():
     layer = next(
         layer for layer in Budget(graph, channels.find(graph, target), target, ratio=0.5).layers if "layer1" in layer.name
     )
-    edits = [_decompose(target, channels.find(graph, target), layer, 10**6, [])]
+    edits = [decompose(target, channels.find(graph, target), layer, 10**6, [])]
     model = copy.deepcopy(target)
     surgery.apply_(model, edits)
     batches = list(torch.randn(64, *CIFAR_SHAPE, generator=torch.Generator().manual_seed(0)).split(16))
