@@ -84,6 +84,16 @@ def test_what_is_worse_is_not_taken():
     assert compress._mended_(model, right, SHAPE, before) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("widths", [(6, 4), (4, 6), (4, 4)])
+def test_transposed_layers_are_no_pair(widths):
+    """Their filters lie along the other axis."""
+    first, second = widths
+    layers = [nn.Conv2d(3, first, 1), nn.BatchNorm2d(first), nn.ReLU(), nn.ConvTranspose2d(first, second, 2, 2)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(second), nn.ReLU(), nn.Conv2d(second, 2, 1))
+    graph = trace(randomise_(model).eval(), SHAPE)
+    assert not _absorb.pairs(graph, Budget(graph, channels.find(graph, model), model, ratio=0.5).layers)
+
+
 def test_only_what_a_normalisation_and_a_relu_stand_between_is_a_pair():
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     graph = trace(model.eval(), SHAPE)

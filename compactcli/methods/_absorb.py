@@ -51,9 +51,10 @@ def pairs(graph: Graph, layers: list[Layer]) -> list[Pair]:
 
 
 def _layer(graph: Graph, node: fx.Node, by_weight: Mapping[str, Layer]) -> Layer | None:
-    """The layer that a node is, where that is called once."""
+    """The layer that a node is, where that is called once and not transposed."""
     weight = weight_of(graph, node) if operation(node) == "convolution" else None
-    return by_weight.get(graph.tensors[weight]) if weight is not None and len(weight.users) == 1 else None
+    layer = by_weight.get(graph.tensors[weight]) if weight is not None and len(weight.users) == 1 else None
+    return None if layer is None or layer.transposed else layer
 
 
 def _normed(graph: Graph, node: fx.Node) -> fx.Node | None:
