@@ -184,6 +184,16 @@ class Budget:
         if self.times is not None:
             outputs = along[..., self._out] @ self._positions / (self._full[self._out] @ self._positions)
             return np.asarray(self._scale * self._layers_ms(along, ranks) + self._rest_ms * outputs)
+        return self._estimate(along, ranks)
+
+    def taken(self, macs: float) -> float:
+        """The time of so many multiply-accumulates, in the unit of `time`."""
+        if self.times is None:
+            return macs
+        return macs * self.times.whole / float(self._estimate(self.along(), self.ranks()))
+
+    def _estimate(self, along: Floats, ranks: Floats) -> Floats:
+        """The time of one image in multiply-accumulates that take as long."""
         out, into = along[..., self._out], along[..., self._in] * self._kernel
         whole = np.isinf(ranks)
         rank = np.where(whole, 0.0, ranks)

@@ -104,6 +104,18 @@ def test_what_layers_do_not_take_goes_by_their_outputs():
     assert short.original == pytest.approx(0.5 * macs.original)  # layers that take longer alone than together
 
 
+def test_estimates_are_in_the_unit_of_the_budget():
+    """What an estimate says is saved, in milliseconds where these are what is counted: of all that is computed, all."""
+    model = named("cifar:resnet8", width=16)
+    graph = trace(model, (3, 32, 32))
+    channels, found = find(graph, model), layers(graph)
+    plain = Budget(graph, channels, model, ratio=0.5)
+    whole = float(plain.time(plain.along(), plain.ranks()))
+    latency = Budget(graph, channels, model, ratio=0.5, of="latency", times=proportional(found, 7.0).times(found))
+    assert plain.taken(whole) == whole
+    assert latency.taken(whole) == pytest.approx(float(latency.time(latency.along(), latency.ranks())))
+
+
 @pytest.mark.parametrize(
     "model",
     [

@@ -186,7 +186,7 @@ class FCF(Method):
             slow = {budget.layers[n].name for n, time in saved.items() if time <= 0}
             if not slow:
                 error = sum(float(errors[kept[family]]) for family, _, errors in widths)
-                time = float(budget.time(plain, budget.ranks())) - sum(saved.values())
+                time = float(budget.time(plain, budget.ranks())) - budget.taken(sum(saved.values()))
                 return Way(widths, kept, error, float(budget.cost(along, budget.ranks())), time)
             widths = [width for width in widths if width[0] not in self.sides or self.sides[width[0]][0].name not in slow]
 
