@@ -24,6 +24,7 @@ from .regression import Sums
 from .replay import Stream, Streams
 from .surgery import LAYERS
 
+WEAKEST = 1e-3  # of the scales of a batch normalisation, to its largest, that outputs are weighed by
 POSITIONS = 65_536  # sampled per layer for the regression, over all images
 
 
@@ -180,12 +181,16 @@ def _refit_site_(
     sums = Sums(start.flatten(1), known, centred=norm is not None or bias is not None)
     applied = _as_applied(old, site.model)
     wanted = max(1, POSITIONS // sum(len(values[site.target]) for values in streams.target.values))
+    positions = sum(values[site.target][..., 0].numel() for values in streams.target.values)
     for theirs, ours in zip(streams.target.values, streams.model.values, strict=True):
         output, image = theirs[site.target], streams.model.value(site.model.args[_image_at(site.model)], ours)  # type: ignore[arg-type]
-        at = _sample(output.shape[2:].numel(), wanted, generator)
         if isinstance(old, nn.Linear):
+            output, image = output.flatten(0, -2), image.flatten(0, -2)  # (positions, o) and (positions, i), of all images
+            at = _sample(len(output), -(-len(output) * POSITIONS // positions), generator)
+            output, image = output[at], image[at]
             rows = output if outputs_kept is None else output.index_select(-1, outputs_kept)
         else:
+            at = _sample(output.shape[2:].numel(), wanted, generator)
             missing = _shortcut_error(site, theirs, ours, at, outputs_kept, output.shape, scale)
             rows = (_sampled(output, at, outputs_kept) + missing).transpose(1, 2)  # (n, p, o)
         sums.add(patches(applied, image, at).flatten(0, 1), rows.reshape(-1, len(start)))
@@ -230,7 +235,7 @@ def _scale(norm: nn.Module | None, outputs: int) -> Tensor:
         return torch.ones(outputs, dtype=torch.float64)
     gamma = norm.weight.double() if norm.affine else torch.ones(outputs, dtype=torch.float64)
     scale = gamma / (norm.running_var.double() + norm.eps).sqrt()
-    return torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp_min(1e-3 * float(scale.abs().max()) or 1.0)
+    return torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp_min(WEAKEST * float(scale.abs().max()) or 1.0)
 
 
 def _sampled(values: Tensor, at: Tensor, kept: Tensor | None) -> Tensor:
@@ -257,5 +262,7 @@ def _shortcut_error(
     wanted, got = theirs[site.shortcut[0]], ours[site.shortcut[1]]
     if wanted.shape != shape or got.shape != (shape[0], len(scale), *shape[2:]):
         return torch.zeros(())
-    missing: Tensor = (_sampled(wanted, at, kept) - _sampled(got, at, None)) / scale.to(got.dtype)[:, None]
+    heard = scale.abs() > WEAKEST * scale.abs().max()  # what the normalisation silences cannot make up for anything
+    inverse = torch.where(heard, 1 / scale, 0.0).to(got.dtype)
+    missing: Tensor = (_sampled(wanted, at, kept) - _sampled(got, at, None)) * inverse[:, None]
     return missing

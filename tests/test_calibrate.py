@@ -9,7 +9,7 @@ from networks import Code, conv, head, randomise_
 from test_compress import own
 from torch import nn
 
-from compactcli import artefact, budget, calibrate, cifar, data, law, measure, moments, replay, surgery
+from compactcli import artefact, budget, calibrate, cifar, data, law, measure, moments, regression, replay, surgery
 from compactcli.channels import edits as channel_edits
 from compactcli.channels import find
 from compactcli.compress import Calibration, Target, compress
@@ -18,7 +18,7 @@ from compactcli.graph import trace
 from compactcli.layers import layers
 from compactcli.methods import _errors, get
 from compactcli.methods._decomposed import decompose
-from compactcli.methods.hinge import Hinge, Options
+from compactcli.methods.hinge import Hinge, Options, rank_errors
 from compactcli.recipe import Preprocessing, Replace
 
 SHAPE = (3, 16, 16)
@@ -327,6 +327,49 @@ def test_a_layer_too_wide_for_its_covariance_is_left_alone(monkeypatch):
     calibrate.refit_(model, target, edits, batches())
     assert torch.equal(model.layer3[0].conv1.weight, target.layer3[0].conv1.weight)
     assert not torch.equal(model.layer2[0].conv1.weight, target.layer2[0].conv1.weight)
+
+
+def test_worths_are_known_where_moments_are_not(monkeypatch):
+    """A layer too wide for moments counts as it does from the weights alone, whatever is known of others."""
+    target = resnet()
+    graph = trace(target, SHAPE)
+    found = find(graph, target)
+    task = budget.Budget(graph, found, target, ratio=0.5)
+    alone = dict(rank_errors(target, found, task, None))
+    monkeypatch.setattr(moments, "WIDEST", 8 * 9)
+    known = moments.gather(target, [layer.name for layer in task.layers], batches())
+    for index, errors in rank_errors(target, found, task, known):
+        if task.layers[index].name not in known:
+            assert errors == pytest.approx(alone[index], rel=1e-9)
+
+
+def test_what_a_normalisation_silences_stays_small():
+    """Outputs that nobody hears make up for nothing, whatever went wrong in the shortcut behind them."""
+    target = resnet()
+    with torch.no_grad():
+        target.layer1[0].bn2.weight[:4] = 0
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "layer1.0.conv1")]
+    surgery.apply_(model, edits)
+    with torch.no_grad():
+        model.conv1.weight.mul_(0.5)  # the shortcut is of half the size
+    calibrate.refit_(model, target, edits, batches(), only={"layer1.0.conv2"})
+    silent, heard = model.layer1[0].conv2.weight.detach().flatten(1).norm(dim=1).split([4, 4])
+    assert silent.max() < 3 * heard.max()
+
+
+def test_tokens_are_sampled_as_positions_are(monkeypatch):
+    rows = []
+    add = regression.Sums.add
+    monkeypatch.setattr(regression.Sums, "add", lambda self, x, y: rows.append((len(x), len(y))) or add(self, x, y))
+    monkeypatch.setattr(calibrate, "POSITIONS", 256)
+    target = randomise_(patch_tokens())
+    model = copy.deepcopy(target)
+    edits = [full_rank(model, "0")]
+    surgery.apply_(model, edits)
+    calibrate.refit_(model, target, edits, batches(64), only={"2.layer"})
+    assert rows
+    assert sum(x for x, _ in rows) == sum(y for _, y in rows) <= 256
 
 
 def test_values_carried_forward_stay_within_the_limit(monkeypatch):

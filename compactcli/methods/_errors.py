@@ -44,7 +44,7 @@ class Metrics:
 
     def __init__(self, model: nn.Module, channels: Channels, budget: Budget, moments: "Mapping[str, Moments] | None") -> None:
         self.model, self.moments = model, moments or {}
-        self.worth = worths(model, channels, budget)
+        self.worth = worths(model, channels, budget, moments)
 
     def of(self, layer: Layer) -> Metric:
         """The metric of one layer."""
@@ -62,13 +62,15 @@ def multiplied(lost: Floats) -> Floats:
     return np.asarray(-np.log1p(-np.minimum(lost, 1 - 1e-6)))
 
 
-def worths(model: nn.Module, channels: Channels, budget: Budget) -> dict[str, float]:
-    """What a relative error in each layer's output does to the network's, as far as weights tell.
+def worths(model: nn.Module, channels: Channels, budget: Budget, moments: "Mapping[str, Moments] | None") -> dict[str, float]:
+    """What a relative error in each layer's output does to the network's, as far as weights tell; none where moments tell all.
 
     What is added to a shortcut counts by its share of the power of all that is; before that, an
     error is handed on undiminished.
     """
     result: dict[str, float] = {}
+    if moments is not None and all(layer.name in moments for layer in budget.layers):
+        return result
     readers: dict[int, list[Layer]] = {}  # set -> the layers that read it
     writers: dict[int, list[Layer]] = {}
     for layer in budget.layers:

@@ -30,7 +30,7 @@ def removable(
     With `shared`, of what several layers produce together as well.
     """
     result = []
-    worth = worths(model, channels, budget) if not moments else {}
+    worth = worths(model, channels, budget, moments)
     for index, family in enumerate(budget.families):
         makers = budget.makers(family)
         producers = [layer for layer in makers if layer.groups == 1]
@@ -54,7 +54,7 @@ def removable(
 def squeezable(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Sides:
     """What single layers may leave out of channels that others make as well: filters that they add to, inputs that they read."""
     makers = Counter(n for layer in budget.layers if layer.groups == 1 for n in set(channels.axes[layer.weight, layer.out_axis]))
-    worth = worths(model, channels, budget) if not moments else {}
+    worth = worths(model, channels, budget, moments)
     result: Sides = []
     for layer in budget.layers:
         if not eligible(model, layer) or layer.groups > 1:
