@@ -43,7 +43,7 @@ def is_main() -> bool:
 def joined(device: str) -> Iterator[str]:
     """Join the processes that torchrun started, if it did, while the block runs. Yields this process's device.
 
-    gloo on a CPU, nccl on CUDA, where each process takes the device of its place on the machine.
+    gloo for tensors on the CPU, nccl for those on CUDA, where each process takes the device of its place on the machine.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
         yield device
@@ -57,7 +57,8 @@ def joined(device: str) -> Iterator[str]:
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
     importlib.import_module("torch.distributed.nn")  # wrapping a network does, and then its defaults would keep the group alive
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    # What is kept of a run lies on the CPU, so that gloo is wanted beside nccl.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
     try:
         yield device
         wait()

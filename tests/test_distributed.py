@@ -155,3 +155,18 @@ def test_frozen_batch_norm_keeps_its_statistics() -> None:
     model(torch.randn(2, 3, 4, 4))
     assert torch.equal(model[0].running_mean, torch.zeros(3))
     assert model[1].training
+
+
+def test_tensors_on_the_cpu_are_shared_beside_those_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a search ends with lies on the CPU, and is shared from there."""
+    begun: list[str] = []
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: begun.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with distributed.joined("cuda") as device:
+        assert device == "cuda:0"
+    (backend,) = begun
+    assert dict(part.split(":") for part in backend.split(",")) == {"cpu": "gloo", "cuda": "nccl"}
