@@ -1083,3 +1083,21 @@ def test_no_teacher_is_written_over(net, small, command):
     line = one_line(run(command[0], small, *command[1:], net, "-o", net), code=2)
     assert line == f"compactcli: -o {net}: that is another file of this command; give one of its own"
     assert net.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [("compress", *HINGE, "0.6"), ("finetune", "--data", "digits", "--epochs", "1")])
+def test_the_only_copy_of_a_model_is_not_overwritten(net, command):
+    before = net.read_bytes()
+    line = one_line(run(command[0], net, *command[1:], "-o", net), code=2)
+    assert line == f"compactcli: -o {net}: that is another file of this command; give one of its own"
+    assert net.read_bytes() == before
+
+
+def test_a_name_that_promises_another_format_is_told_of(net, tmp_path):
+    path = tmp_path / "small.pt"
+    done = run("compress", net, *HINGE, "0.6", "-o", path)
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"{path}: safetensors, whatever its name says; compactcli.load reads it, torch.load does not"
+    )
+    assert compactcli.load(path)

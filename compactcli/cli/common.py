@@ -35,7 +35,13 @@ def _seed(given: int) -> int:
 
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Checkpoint file or folder; - or nothing reads stdin.")]
 Output = Annotated[
-    str | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write the model. [default: stdout into a pipe]")
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="Where to write the model. [default: stdout into a pipe; in a terminal a file named after the model]",
+    ),
 ]
 Arch = Annotated[str | None, typer.Option(help="Architecture: a torchvision name, cifar:NAME, timm:NAME, file.py:factory.")]
 ArchKwargs = Annotated[

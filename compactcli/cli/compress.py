@@ -148,7 +148,7 @@ def command(
         named = arch.rpartition(":")[2] if fresh and arch else source
         writes = distributed.is_main() and not dry_run
         destination = streams.model_target(output, named, f"{method}-{ratio:g}") if writes else "-"
-        common.check_own("-o", destination, (teacher, latency_table))
+        common.check_own("-o", destination, (model, teacher, latency_table))
         if not trains:
             training.check_idle(context)
         training.check_history(history, (destination, source, teacher, latency_table))

@@ -74,6 +74,7 @@ def command(
     source = streams.model_source(model)
     suffix = (dtype or "folded") if to == "artefact" else to
     destination = streams.model_target(output, source, suffix, "" if to in OWN_ENDING else ".safetensors")
+    common.check_own("-o", destination, (model,))
     common.check_device(device)
     if to != "artefact":
         from ..export import check_extra

@@ -100,7 +100,7 @@ def command(
         )
         source = streams.model_source(model) if left is None else str(left)
         destination = streams.model_target(output, source, "tuned") if distributed.is_main() else "-"
-        common.check_own("-o", destination, (teacher,))
+        common.check_own("-o", destination, (model, teacher))
         training.check_history(history, (destination, None if left else source, teacher))
         others = (destination, history, None if left else source)
         own = training.run_file(destination, state, others, resume=resume, quiet=quiet) if distributed.is_main() else None

@@ -124,6 +124,8 @@ def write(network: "Network", destination: str, kept: Path | None, *, unfinished
         return
     size = artefact.save(network, destination)
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
+    if Path(destination).suffix.lower() in streams.ENDINGS - {".safetensors"}:
+        note(f"{destination}: safetensors, whatever its name says; compactcli.load reads it, torch.load does not", quiet)
     if kept is not None and not unfinished:
         kept.unlink(missing_ok=True)
 
