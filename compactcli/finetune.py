@@ -94,6 +94,9 @@ def finetune(
     )
     if not distributed.is_main():
         return network
+    if keep == "best" and history.best_epoch == 0 and len(history.epochs) > 1:
+        figure = f"{history.best_accuracy:.2f} % of the images held out"
+        watch.log(f"no epoch did better than the weights from before training ({figure}), which are kept; try --keep last")
     measures = Measures(params=measure.params(network.module), macs=measure.macs(network.module, network.input_shape))
     tested = None
     if dataset.test is not None:

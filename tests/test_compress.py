@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -11,7 +12,7 @@ import pytest
 import torch
 from networks import AWKWARD, CLASSES, SHAPE, masked, named, outputs, randomise_
 from test_artefact import network
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,6 +52,31 @@ def test_the_share_kept_is_the_one_asked_for(ratio, of):
     count = {"macs": lambda m: macs(m, (3, 32, 32)), "params": lambda m: sum(p.numel() for p in m.parameters())}[of]
     before = count(given.module)
     assert ratio - 0.02 < count(compress(given, "hinge", hinge(), Target(ratio, of)).module) / before <= ratio
+
+
+class Encoder(nn.Module):
+    """Tokens of patches through torch's own encoder layers, which read their layers' weights themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, stride=4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(self.patches(image).flatten(2).transpose(1, 2))
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.6])
+@pytest.mark.parametrize("method", ["hinge", "fcf"])
+def test_layers_of_torchs_encoder_stay_layers(method, ratio):
+    """Two layers in the place of one would have no weight to read; what lies between two of them may go."""
+    one = compress(own(randomise_(Encoder()), (3, 24, 32)), method, get(method)(get(method).Options()), Target(ratio))
+    image = torch.randn(2, 3, 24, 32)
+    with torch.inference_mode():
+        assert one.module(image).shape == (2, 10)
+    assert all(isinstance(layer.linear1, nn.Linear) for layer in one.module.encoder.layers)
 
 
 def test_one_step_is_recorded():
@@ -363,6 +389,20 @@ def test_a_teacher_that_was_asked_for_must_be_there(pair):
 def test_a_network_without_history_has_no_teacher(pair):
     assert find_teacher(open_model(pair[1]), None) is None
     assert find_teacher(network(width=4), None) is None
+
+
+def test_weights_from_before_training_are_told_of(pair, digits):
+    """Where no epoch is better they are what is kept, and the file is the input's."""
+    small, _ = pair
+    before, lines = [t.clone() for t in small.module.parameters()], []
+    tuned = finetune(small, digits, replace(SETTINGS, lr=0.0), watch=Watch(log=lines.append))
+    assert tuned.recipe.steps[-1].options["best_epoch"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, tuned.module.parameters(), strict=True))
+    (line,) = [line for line in lines if line.startswith("no epoch did better")]
+    assert line.endswith("which are kept; try --keep last")
+    lines.clear()
+    finetune(small, digits, replace(SETTINGS, lr=0.0), keep="last", watch=Watch(log=lines.append))
+    assert not [line for line in lines if line.startswith("no epoch did better")]
 
 
 def test_fine_tuning_is_one_step(pair, digits):

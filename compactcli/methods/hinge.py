@@ -256,7 +256,7 @@ class Hinge(Method):
 def rank_errors(model: nn.Module, channels: Channels, budget: Budget, moments: Mapping[str, "Moments"] | None) -> Ranks:
     """The layers that may be decomposed."""
     result = []
-    worth = worths(model, channels, budget) if not moments else {}
+    worth = worths(model, channels, budget, moments)
     for index, layer in _decomposable(model, channels, budget):
         weight = model.get_parameter(layer.weight).detach().flatten(1).double()
         if moments is not None and layer.name in moments:
@@ -312,6 +312,8 @@ def _decomposable(model: nn.Module, channels: Channels, budget: Budget) -> list[
         at_end = ends or index in (0, len(budget.layers) - 1)  # by what they are tied to, and by their place
         own = holders[id(parameters.get(layer.weight))] == 1
         plain = own and not layer.fixed and isinstance(model.get_submodule(layer.name), nn.Conv2d | nn.Linear)
+        # Torch's encoder layers hand the weights of their own layers to one fast operation, where no gradients are wanted.
+        plain = plain and not isinstance(model.get_submodule(layer.name.rpartition(".")[0]), nn.TransformerEncoderLayer)
         if plain and layer.called and layer.groups == 1 and min(layer.shape[:2]) >= 2 and not at_end:
             result.append((index, layer))
     return result
