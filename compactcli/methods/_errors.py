@@ -62,7 +62,9 @@ def multiplied(lost: Floats) -> Floats:
     return np.asarray(-np.log1p(-np.minimum(lost, 1 - 1e-6)))
 
 
-def worths(model: nn.Module, channels: Channels, budget: Budget, moments: "Mapping[str, Moments] | None") -> dict[str, float]:
+def worths(
+    model: nn.Module, channels: Channels, budget: Budget, moments: "Mapping[str, Moments] | None" = None
+) -> dict[str, float]:
     """What a relative error in each layer's output does to the network's, as far as weights tell; none where moments tell all.
 
     What is added to a shortcut counts by its share of the power of all that is; before that, an
