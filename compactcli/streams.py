@@ -58,9 +58,9 @@ def _bare(source: str) -> str:
 
 def check_folder(target: str) -> None:
     """Raise CompactError unless a file can be made at the path: better before the work than after."""
-    folder, told = Path(target).resolve().parent, str(Path(target).parent)
+    folder = Path(target).resolve().parent
     if not folder.is_dir():
-        raise CompactError(f"{target}: the folder {told!r} does not exist; make it, or write elsewhere")
+        raise CompactError(f"{target}: the folder {folder.name!r} does not exist; make it, or write elsewhere")
     if Path(target).is_dir():
         raise CompactError(f"{target}: is a folder; give a file")
     if passes_on(Path(target)):
@@ -70,7 +70,7 @@ def check_folder(target: str) -> None:
             pass
     except OSError as problem:
         reason = (problem.strerror or str(problem)).lower()
-        raise CompactError(f"{target}: the folder {told!r} cannot be written to ({reason}); write elsewhere") from None
+        raise CompactError(f"{target}: the folder {folder.name!r} cannot be written to ({reason}); write elsewhere") from None
 
 
 def write(data: bytes, target: str) -> None:

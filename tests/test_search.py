@@ -27,6 +27,7 @@ from compactcli.graph import trace
 from compactcli.history import Watch
 from compactcli.methods import Progress, _hinge_groups, _hinge_search, get, parse_options
 from compactcli.methods import hinge as file
+from compactcli.methods._decomposed import decompose
 from compactcli.methods._widths import removable
 from compactcli.moments import Batches, gather, value_bytes
 from compactcli.optim import Settings
@@ -481,7 +482,7 @@ def test_the_cost_that_norms_tell_is_that_of_the_network(name, mode):
     )
     for index, rank in ranks.items():
         if rank <= budget.most_rank(index, along):
-            edits.append(file._decompose(model, sets, budget.layers[index], rank, removed))
+            edits.append(decompose(model, sets, budget.layers[index], rank, removed))
     surgery.apply_(model, edits)
     assert cost == measure.macs(model, (3, 32, 32))
 
