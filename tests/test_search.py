@@ -38,9 +38,9 @@ Hinge = get("hinge")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PREPROCESSING = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 INITS = ("svd2", "svd", "p-identity", "p-random", "disturbed-uniform", "disturbed-normal")
-OF_THE_PAPER = ("resnet20", "resnet56", "resnet164", "resnext20", "resnext164", "densenet12_40", "vgg16", "wrn16_10")
+OF_THE_PAPER = ("resnet20", "resnet56", "resnet164", "resnext20", "resnext164", "densenet12_40", "vgg16")
 OF_TORCHVISION = (
-    *("resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1"),
+    *("resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1"),
     *("densenet121", "googlenet", "mnasnet0_5", "regnet_x_400mf", "efficientnet_b0"),
 )
 
