@@ -12,6 +12,7 @@ from compactcli.channels import find
 from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.layers import Layer, layers
+from compactcli.methods import fcf
 from compactcli.timing import SHARES, Table, Timed
 
 
@@ -114,6 +115,18 @@ def test_estimates_are_in_the_unit_of_the_budget():
     latency = Budget(graph, channels, model, ratio=0.5, of="latency", times=proportional(found, 7.0).times(found))
     assert plain.taken(whole) == whole
     assert latency.taken(whole) == pytest.approx(float(latency.time(latency.along(), latency.ranks())))
+
+
+def test_no_way_of_fcf_saves_more_than_the_network_takes(monkeypatch):
+    """What squeezing saves is taken from milliseconds: it was multiply-accumulates, so that it always won."""
+    model = named("cifar:resnet20")
+    graph = trace(model, (3, 32, 32))
+    channels, ways, best = find(graph, model), [], fcf._best
+    task = Budget(graph, channels, model, ratio=0.6, of="latency", times=proportional(layers(graph), 5.0).times(layers(graph)))
+    monkeypatch.setattr(fcf, "_best", lambda found, *others: ways.extend(found) or best(found, *others))
+    fcf.FCF(fcf.FCF.Options(residual="auto")).start(model, channels, task)
+    assert len(ways) == 3
+    assert all(0 < way.time < 5.0 for way in ways)
 
 
 @pytest.mark.parametrize(
