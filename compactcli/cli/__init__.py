@@ -3,14 +3,48 @@
 import os
 import signal
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from .. import __version__
 from . import analyze, bench, common, compress, evaluate, export, finetune, methods, report, sweep
 
+UsageProblem: Any = typer.BadParameter.__mro__[1]  # of the option parser's, which has no public name in every typer
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; what their flags are wrong in is one line, as every other error."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        """Parse, run and, where this is the program, exit."""
+        standalone_mode = options.pop("standalone_mode", True)
+        try:
+            code = super().main(args, *more, **options | {"standalone_mode": False})
+        except UsageProblem as problem:
+            if not standalone_mode:
+                raise
+            _tell(problem)
+            sys.exit(2)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
+def _tell(problem: Any) -> None:
+    """One line for what is wrong; the help where nothing was given."""
+    if type(problem).__name__ == "NoArgsIsHelpError":
+        problem.show()
+        return
+    message = " ".join(problem.format_message().split()).rstrip(".")
+    command = problem.ctx.info_name + " " if problem.ctx is not None and problem.ctx.parent is not None else ""
+    common.note(f"compactcli: {message[:1].lower()}{message[1:]}; see compactcli {command}--help")
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Make pretrained CNN checkpoints smaller and faster. Models travel through pipes as safetensors.",
     add_completion=True,
     no_args_is_help=True,
