@@ -1,4 +1,4 @@
-"""What one of the processes of tests/test_distributed.py does: `torchrun distributed_worker.py WHAT OUTPUT`."""
+"""What one of the processes of tests/test_distributed.py does: `torchrun distributed_worker.py FOLDER WHAT ...`."""
 
 import hashlib
 import json
@@ -16,37 +16,40 @@ from compactcli.errors import CompactError
 from compactcli.optim import Settings
 
 
-def main(what: str, output: str) -> None:
-    """Train for 20 steps, one an epoch; write the losses and a digest of the weights, a file for each process."""
+def main(folder: str, *every: str) -> None:
+    """Write what each of them found, and the threads that were left in the end, a file for each process."""
     torch.set_num_threads(1)
     with distributed.joined("cpu") as device:
-        common = {"epochs": 20, "batch_size": 108, "lr": 0.1, "precision": "float32", "device": device, "schedule": "constant"}
-        chosen = Settings(
-            **common, batch_norm=what if what in ("frozen", "sync") else "train", accumulate=3 if what == "parts" else 1
-        )
-        if what.startswith("uneven"):  # batches of 15, and a rest of 3 that is too small to share
-            how = "sync" if what == "uneven sync" else "frozen"
-            chosen = replace(chosen, batch_norm=how, batch_size=15, epochs=3, accumulate=2, ema=0.5)
-        if what == "different" and distributed.rank() == 1:
-            model = network(classes=4, dropout=0)
-        elif what == "residual":
-            torch.manual_seed(0)
-            model, chosen = named("cifar:resnet8", width=4, num_classes=3), Settings(**common, batch_norm="sync")
-        else:
-            model = network(dropout=0)
-        hook = Dual() if what == "hook" else None
-        try:
-            history = train.fit_(model, dataset(), PREPROCESSING, chosen, hooks=[hook] if hook else [], keep="last")
-        except CompactError as problem:
-            found = {"error": str(problem)}
-        else:
-            tensors = [*model.state_dict().values(), *([hook.dual] if hook else [])]
-            digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
-            found: dict[str, object] = {"losses": [record.loss for record in history.epochs[1:]], "weights": digest}
-            found["accuracy"] = [record.accuracy for record in history.epochs]
+        found = {what: trained(what, device) for what in every}
         rank = distributed.rank()
-    found["threads"] = communicating()
-    Path(f"{output}.{rank}").write_text(json.dumps(found))
+    for name, value in {**found, "threads": communicating()}.items():
+        (Path(folder) / f"{name}.{rank}").write_text(json.dumps(value))
+
+
+def trained(what: str, device: str = "cpu") -> dict[str, object]:
+    """Train for 20 steps, one an epoch: the losses and a digest of the weights."""
+    common = {"epochs": 20, "batch_size": 108, "lr": 0.1, "precision": "float32", "device": device, "schedule": "constant"}
+    batch_norm = what if what in ("frozen", "sync") else "train"
+    chosen = Settings(**common, batch_norm=batch_norm, accumulate=3 if what == "parts" else 1)
+    if what.startswith("uneven"):  # batches of 15, and a rest of 3 that is too small to share
+        how = "sync" if what == "uneven sync" else "frozen"
+        chosen = replace(chosen, batch_norm=how, batch_size=15, epochs=3, accumulate=2, ema=0.5)
+    if what == "different" and distributed.rank() == 1:
+        model = network(classes=4, dropout=0)
+    elif what == "residual":
+        torch.manual_seed(0)
+        model, chosen = named("cifar:resnet8", width=4, num_classes=3), Settings(**common, batch_norm="sync")
+    else:
+        model = network(dropout=0)
+    hook = Dual() if what == "hook" else None
+    try:
+        history = train.fit_(model, dataset(), PREPROCESSING, chosen, hooks=[hook] if hook else [], keep="last")
+    except CompactError as problem:
+        return {"error": str(problem)}
+    tensors = [*model.state_dict().values(), *([hook.dual] if hook else [])]
+    digest = hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+    losses, accuracies = ([getattr(record, each) for record in history.epochs] for each in ("loss", "accuracy"))
+    return {"losses": losses[1:], "weights": digest, "accuracy": accuracies}
 
 
 def communicating() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_worker import trained
 from networks import SHAPE, named
 from torch import nn
 
@@ -25,29 +26,26 @@ def torchrun(*arguments: str, folder: Path, **options: Any) -> subprocess.Comple
     return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, env=environment, **options)
 
 
-def together(what: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found."""
-    done = torchrun(str(TESTS / "distributed_worker.py"), what, str(folder / "found"), folder=folder)
+KINDS = ("frozen", "sync", "residual", "plain", "parts", "hook", "uneven", "uneven sync", "different")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two processes found, which join once for all kinds."""
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun(str(TESTS / "distributed_worker.py"), str(folder), *KINDS, folder=folder)
     assert done.returncode == 0, done.stderr.decode()
-    found = [json.loads((folder / f"found.{rank}").read_text()) for rank in (0, 1)]
-    assert [process.pop("threads") for process in found] == [[], []]  # they abort an interpreter that ends before them
+    found = {name: [json.loads((folder / f"{name}.{rank}").read_text()) for rank in (0, 1)] for name in (*KINDS, "threads")}
+    assert found.pop("threads") == [[], []]  # they abort an interpreter that ends before them
     return found
 
 
-def alone(what: str, folder: Path) -> dict[str, Any]:
-    """What one process finds."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    command = [sys.executable, str(TESTS / "distributed_worker.py"), what, str(folder / "alone")]
-    subprocess.run(command, cwd=folder, check=True, env=environment)
-    return json.loads((folder / "alone.0").read_text())
-
-
 @pytest.mark.parametrize("what", ["frozen", "sync", "residual"])
-def test_two_processes_take_the_steps_of_one(what: str, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(what: str, together: dict[str, Any]) -> None:
     """20 steps in float32: batch-norm with its running statistics, and with those of all processes' images."""
-    first, second = together(what, tmp_path)
+    first, second = together[what]
     assert first["weights"] == second["weights"]
-    single = alone(what, tmp_path)
+    single = trained(what)
     assert len(single["losses"]) == 20
     assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
     assert single["losses"][-1] < 0.9 * single["losses"][0]
@@ -55,18 +53,18 @@ def test_two_processes_take_the_steps_of_one(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["plain", "parts", "hook"])
-def test_all_processes_have_the_same_weights(what: str, tmp_path: Path) -> None:
+def test_all_processes_have_the_same_weights(what: str, together: dict[str, Any]) -> None:
     """Each with batch-norm over its own images; with batches in parts; with what a method adds behind the mean gradient."""
-    first, second = together(what, tmp_path)
+    first, second = together[what]
     assert first == second
 
 
 @pytest.mark.parametrize("what", ["uneven", "uneven sync"])
-def test_uneven_shares_and_small_rests_are_trained_on(what: str, tmp_path: Path) -> None:
+def test_uneven_shares_and_small_rests_are_trained_on(what: str, together: dict[str, Any]) -> None:
     """Seven batches of 15 and a rest of three that is too small to share; in parts, with averaged weights."""
-    first, second = together(what, tmp_path)
+    first, second = together[what]
     assert first == second
-    single = alone(what, tmp_path)
+    single = trained(what)
     assert len(single["losses"]) == len(first["losses"]) == 3
     if what == "uneven":  # synchronised statistics are of a part, and parts are other images
         assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
@@ -82,27 +80,28 @@ def test_what_synchronised_batch_norm_would_lose_is_refused() -> None:
         pass
 
 
-def test_different_networks_are_refused(tmp_path: Path) -> None:
-    assert {found["error"] for found in together("different", tmp_path)} == {
+def test_different_networks_are_refused(together: dict[str, Any]) -> None:
+    assert {found["error"] for found in together["different"]} == {
         "process 1 has another network, other settings or other data; give all the same"
     }
 
 
 @pytest.mark.parametrize("piped", [False, True])
 def test_the_command_in_two_processes(piped: bool, tmp_path: Path) -> None:
-    """One reads stdin, writes and talks."""
+    """One reads stdin, writes, to a pipe as well, and talks."""
     path = tmp_path / "net.pt"
     torch.save(named("cifar:resnet8", width=4).state_dict(), path)
     flags = ("--data", "digits", "--epochs", "1", "--limit", "200", "--sync-bn")
-    given = (*(() if piped else ("net.pt",)), *flags, "-o", "out.safetensors")
+    given = flags if piped else ("net.pt", *flags, "-o", "out.safetensors")
     done = torchrun("-m", "compactcli", "finetune", *given, folder=tmp_path, input=path.read_bytes() if piped else b"")
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout == b""
     lines = [line.partition(" ")[0] for line in done.stderr.decode().splitlines()]
     assert lines.count("epoch") == 1
     assert not any("Warning" in line for line in done.stderr.decode().splitlines())
-    assert sorted(os.listdir(tmp_path)) == ["net.pt", "out.safetensors"]
-    assert open_model(tmp_path / "out.safetensors").recipe.steps[0].options["batch_norm"] == "sync"
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", *([] if piped else ["out.safetensors"])]
+    assert piped or done.stdout == b""
+    step = open_model(done.stdout if piped else tmp_path / "out.safetensors").recipe.steps[0]
+    assert (step.command, step.options["batch_norm"]) == ("finetune", "sync")
 
 
 def test_a_search_and_fine_tuning_in_two_processes(tmp_path: Path) -> None:
@@ -115,13 +114,6 @@ def test_a_search_and_fine_tuning_in_two_processes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt", "out"]
     assert done.stderr.decode().count("groups are gone after the search") == 1
     assert [step.command for step in open_model(tmp_path / "out").recipe.steps] == ["compress", "finetune"]
-
-
-def test_the_command_writes_to_a_pipe_from_two_processes(tmp_path: Path) -> None:
-    torch.save(named("cifar:resnet8", width=4).state_dict(), tmp_path / "net.pt")
-    flags = ("--data", "digits", "--epochs", "1", "--limit", "200")
-    done = torchrun("-m", "compactcli", "finetune", "net.pt", *flags, folder=tmp_path, check=True)
-    assert open_model(done.stdout).recipe.steps[0].command == "finetune"
 
 
 def test_heads_that_only_train_are_not_waited_for() -> None:

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from networks import named
 from test_artefact import network as opened
+from test_cli import one_line
+from test_cli import run as command
 from test_train import PREPROCESSING, dataset, network, same, weights
 from torch import Tensor, nn
 
@@ -179,10 +181,12 @@ def test_a_damaged_run_is_one_line(change: Callable[[Any, Any], Any], tmp_path: 
 
 # The command, really killed
 
+PROCESS = (sys.executable, "-m", "compactcli")
+
 
 def finetune(folder: Path, *flags: str) -> list[str]:
     images = ["--data", "digits", "--epochs", "2", "--save-every", "2", "--batch-size", "100", "--precision", "float32"]
-    return [sys.executable, "-m", "compactcli", "finetune", str(folder / "net.pt"), *images, "-o", str(folder / "out"), *flags]
+    return ["finetune", str(folder / "net.pt"), *images, "-o", str(folder / "out"), *flags]
 
 
 @pytest.fixture(scope="module")
@@ -192,21 +196,33 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def piped(arguments: list[str]) -> list[str]:
+    """The same with the network from stdin."""
+    return [part for part in arguments if not part.endswith("net.pt")]
+
+
 def output(folder: Path) -> bytes:
     return (folder / "out").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def unbroken(small: Path) -> bytes:
-    subprocess.run(finetune(small), check=True, capture_output=True)
+    assert command(*finetune(small)).exit_code == 0
     assert sorted(os.listdir(small)) == ["net.pt", "out"]  # the run's file is gone with the run
     return output(small)
 
 
 @pytest.mark.parametrize("flags", [(), ("--workers", "2"), ("--save-every", "100", "--history", "epochs.jsonl")])
-def test_the_same_seed_gives_the_same_file(flags: tuple[str, ...], small: Path, unbroken: bytes, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_file(
+    flags: tuple[str, ...], small: Path, unbroken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, and in one of its own."""
     (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
-    subprocess.run(finetune(tmp_path, *flags), check=True, capture_output=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if flags:
+        assert command(*finetune(tmp_path, *flags)).exit_code == 0
+    else:
+        subprocess.run([*PROCESS, *finetune(tmp_path)], check=True, capture_output=True)
     assert output(tmp_path) == unbroken
     if "--history" in flags:
         epochs = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
@@ -218,7 +234,7 @@ def test_the_same_seed_gives_the_same_file(flags: tuple[str, ...], small: Path, 
 def test_a_killed_command_goes_on_to_the_same_file(number: signal.Signals, small: Path, unbroken: bytes, tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
     kept = tmp_path / "out.resume.safetensors"
-    with subprocess.Popen(finetune(tmp_path), stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*PROCESS, *finetune(tmp_path)], stderr=subprocess.PIPE) as process:
         while not kept.exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
@@ -226,8 +242,8 @@ def test_a_killed_command_goes_on_to_the_same_file(number: signal.Signals, small
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
     assert number == signal.SIGKILL or errors.splitlines()[-1] == "compactcli: interrupted; --resume goes on from there"
     assert sorted(os.listdir(tmp_path)) == ["net.pt", "out.resume.safetensors"]
-    done = subprocess.run(finetune(tmp_path, "--resume"), check=True, capture_output=True, text=True)
-    assert "resumed at step" in done.stderr
+    done = command(*finetune(tmp_path, "--resume"))
+    assert (done.exit_code, "resumed at step" in done.stderr) == (0, True)
     assert output(tmp_path) == unbroken
     assert sorted(os.listdir(tmp_path)) == ["net.pt", "out"]
 
@@ -236,28 +252,25 @@ def test_what_is_left_of_a_run_is_enough_to_end_it(small: Path, unbroken: bytes,
     """Without the network that it began with, which may have come through a pipe."""
     (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
     kept = tmp_path / "out.resume.safetensors"
-    with subprocess.Popen(finetune(tmp_path), stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*PROCESS, *finetune(tmp_path)], stderr=subprocess.DEVNULL) as process:
         while not kept.exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
     (tmp_path / "net.pt").unlink()
-    command = [part for part in finetune(tmp_path, "--resume") if not part.endswith("net.pt")]
-    subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    assert command(*piped(finetune(tmp_path, "--resume"))).exit_code == 0
     assert output(tmp_path) == unbroken
 
 
 def test_a_model_on_stdin_is_not_passed_over_for_what_a_run_left(small: Path, tmp_path: Path) -> None:
     """What a pipeline made anew goes on only if it is the network that the run began with."""
-    command = [part for part in finetune(tmp_path) if not part.endswith("net.pt")]
+    given = piped(finetune(tmp_path))
     model = (small / "net.pt").read_bytes()
-    subprocess.run([*command, "--time-limit", "0.01"], check=True, capture_output=True, input=model)
+    assert command(*given, "--time-limit", "0.01", stdin=model).exit_code == 0
     other = io.BytesIO()
     torch.save(named("cifar:resnet8", width=8, num_classes=10).state_dict(), other)
-    done = subprocess.run([*command, "--resume"], check=False, capture_output=True, input=other.getvalue())
-    assert done.returncode == 1
-    assert b"the run there has network" in done.stderr
-    done = subprocess.run([*command, "--resume"], check=True, capture_output=True, input=model)
-    assert b"resumed at step" in done.stderr
+    assert "the run there has network" in one_line(command(*given, "--resume", stdin=other.getvalue()))
+    done = command(*given, "--resume", stdin=model)
+    assert (done.exit_code, "resumed at step" in done.stderr) == (0, True)
 
 
 def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(tmp_path: Path) -> None:
@@ -281,9 +294,8 @@ def test_the_history_is_never_written_over_another_file(name: str, small: Path, 
     before = (small / "net.pt").read_bytes()
     (tmp_path / "net.pt").write_bytes(before)
     flags = ("--history", str(tmp_path / name))
-    done = subprocess.run(finetune(tmp_path, *flags), capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "that is another file of this command; give one of its own" in done.stderr
+    told = one_line(command(*finetune(tmp_path, *flags)), 2)
+    assert "that is another file of this command; give one of its own" in told
     assert os.listdir(tmp_path) == ["net.pt"]
     assert (tmp_path / "net.pt").read_bytes() == before
 
@@ -292,17 +304,13 @@ def test_the_history_is_never_written_over_another_file(name: str, small: Path, 
 def test_the_run_is_never_kept_in_another_file(name: str, small: Path, tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
     flags = ("--history", str(tmp_path / "epochs.jsonl"), "--state", str(tmp_path / name))
-    done = subprocess.run(finetune(tmp_path, *flags), capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "that is another file of this command; give one of its own" in done.stderr
+    told = one_line(command(*finetune(tmp_path, *flags)), 2)
+    assert "that is another file of this command; give one of its own" in told
     assert os.listdir(tmp_path) == ["net.pt"]
 
 
 def test_a_file_that_is_no_run_is_not_replaced(small: Path, tmp_path: Path) -> None:
     (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
     (tmp_path / "mine.safetensors").write_bytes(safetensors.torch.save({"w": torch.zeros(1)}))
-    done = subprocess.run(
-        finetune(tmp_path, "--state", str(tmp_path / "mine.safetensors")), capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "is not what an interrupted training run left" in done.stderr
+    told = one_line(command(*finetune(tmp_path, "--state", str(tmp_path / "mine.safetensors"))))
+    assert "is not what an interrupted training run left" in told

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from networks import named, outputs, randomise_
+from test_cli import one_line
+from test_cli import run as command
 from test_resume import DeadError
 from test_train import same, weights
 from torch import Tensor, nn
@@ -592,11 +594,8 @@ def test_what_was_decomposed_twice_is_trained_on():
 
 
 def test_an_option_of_the_search_without_one_is_refused(unbroken):
-    done = subprocess.run(command(unbroken, "--set", "preset=resnet20"), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.splitlines()) == (
-        2,
-        ["compactcli: --set preset: it is for a search; give --epochs as well"],
-    )
+    told = one_line(command(*searching(unbroken, "--set", "preset=resnet20")), 2)
+    assert told == "compactcli: --set preset: it is for a search; give --epochs as well"
 
 
 def test_the_step_tells_how_the_search_was(tmp_path):
@@ -646,9 +645,9 @@ def test_presets_are_the_papers_and_give_way_to_what_is_set(preset):
 TRAINED = ("--epochs", "2", "--finetune-epochs", "2", "--save-every", "2", "--batch-size", "100", "--precision", "float32")
 
 
-def command(folder: Path, *flags: str) -> list[str]:
+def searching(folder: Path, *flags: str) -> list[str]:
     to = ("--method", "hinge", "--ratio", "0.6", "--data", "digits", "-o", str(folder / "out"))
-    return [sys.executable, "-m", "compactcli", "compress", str(folder / "net.pt"), *to, *flags]
+    return ["compress", str(folder / "net.pt"), *to, *flags]
 
 
 @pytest.fixture(scope="module")
@@ -656,7 +655,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     torch.save(named("cifar:resnet8", width=4, num_classes=10).state_dict(), folder / "net.pt")
     flags = (*TRAINED, "--history", str(folder / "epochs.jsonl"))
-    subprocess.run(command(folder, *flags), check=True, capture_output=True)
+    assert command(*searching(folder, *flags)).exit_code == 0
     return folder
 
 
@@ -680,19 +679,18 @@ def test_a_search_and_fine_tuning_in_one_command(unbroken):
 def test_a_killed_command_goes_on_in_either_stage(stages, unbroken, tmp_path):
     (tmp_path / "net.pt").write_bytes((unbroken / "net.pt").read_bytes())
     flags = (*TRAINED, "--history", str(tmp_path / "epochs.jsonl"))
-    with subprocess.Popen(command(tmp_path, *flags), stderr=subprocess.PIPE, text=True) as process:
+    process_of_its_own = [sys.executable, "-m", "compactcli", *searching(tmp_path, *flags)]
+    with subprocess.Popen(process_of_its_own, stderr=subprocess.PIPE, text=True) as process:
         begun, epochs = 0, 0
         while begun < stages or not epochs:  # the first epoch of the stage is over, and so kept
             line = process.stderr.readline()
             begun, epochs = (begun + 1, 0) if line.startswith("before training") else (begun, epochs + line.startswith("epoch"))
         process.kill()
     if stages == 1:
-        other = subprocess.run(
-            command(tmp_path, *flags, "--ratio", "0.5", "--resume"), capture_output=True, text=True, check=False
-        )
-        assert (other.returncode, "the run there has ratio 0.6, this one 0.5" in other.stderr) == (1, True)
-    done = subprocess.run(command(tmp_path, *flags, "--resume"), check=True, capture_output=True, text=True)
-    assert "resumed at step" in done.stderr
+        other = command(*searching(tmp_path, *flags, "--ratio", "0.5", "--resume"))
+        assert (other.exit_code, "the run there has ratio 0.6, this one 0.5" in other.stderr) == (1, True)
+    done = command(*searching(tmp_path, *flags, "--resume"))
+    assert (done.exit_code, "resumed at step" in done.stderr) == (0, True)
     assert (tmp_path / "out").read_bytes() == (unbroken / "out").read_bytes()
     assert told(tmp_path) == told(unbroken)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.jsonl", "net.pt", "out"]
@@ -738,9 +736,7 @@ def told(folder: Path) -> list[tuple[str, int, float]]:
 )
 def test_a_wrong_flag_is_one_line(flags, message, unbroken):
     flags = tuple(str(unbroken / "net.pt") if flag == "NET" else flag for flag in flags)
-    done = subprocess.run(command(unbroken, *flags), capture_output=True, text=True, check=False)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert message in done.stderr
+    assert message in one_line(command(*searching(unbroken, *flags)), 2)
 
 
 def test_nothing_to_search_is_one_line(tmp_path):
