@@ -123,6 +123,7 @@ def _run(
     fake: bool,
 ) -> Any:
     given: Any = None
+    images = f"{'x'.join(map(str, input_shape))} images (--input-shape)"
     shadow, mode = _shadow(model, fake=fake)
     with silent(), mode, torch.no_grad():
         change(shadow)
@@ -132,7 +133,7 @@ def _run(
                 if isinstance(module, _NormBase):  # what shapes do is the same in both modes, and tracing it takes long in one
                     module.eval()
             noting = nullcontext() if training or numbers is None else numbers
-            with named_failure(f"in {'train' if training else 'eval'} mode"), noting:
+            with named_failure(f"in {'train' if training else 'eval'} mode on {images}"), noting:
                 given = shadow(_image(batch, input_shape, mode))
     return given
 

@@ -299,7 +299,8 @@ def test_out_of_reach_names_a_ratio_and_the_flag_that_takes_it(net, tmp_path):
 
 def test_an_input_that_does_not_fit_is_one_line(net):
     for command in (("analyze",), ("compress", *HINGE, "0.5"), ("report",)):
-        assert "does not run" in one_line(run(command[0], "-q", net, *command[1:], "--input-shape", "4x32x32"))
+        line = one_line(run(command[0], "-q", net, *command[1:], "--input-shape", "4x32x32"))
+        assert "does not run in eval mode on 4x32x32 images (--input-shape)" in line
 
 
 def test_debug_shows_the_traceback(tmp_path):
