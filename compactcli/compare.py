@@ -50,21 +50,27 @@ def _judged_alike(models: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def rows(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The networks as people read them, under HEADINGS."""
-    return [
-        (
-            each["name"],
-            number(each["model"]["params"]),
-            share(each["ratios"]["params"]),
-            number(each["model"]["macs"]),
-            share(each["ratios"]["macs"]),
-            number(each["model"]["size_bytes"], " B"),
-            number(each["model"]["latency_ms"], " ms"),
-            percent(each["model"]["accuracy"]),
-            ", ".join(each["pareto"]) or "-",
-        )
-        for each in tree["models"]
-    ]
+    """The networks as people read them, under HEADINGS; below them what all are compared with, unless it is one of them."""
+    found = [_row(each["name"], each["model"], each["ratios"], ", ".join(each["pareto"]) or "-") for each in tree["models"]]
+    first = tree["models"][0]["baseline"]
+    known = [each["model"]["sha256"] for each in tree["models"]]
+    if first is None or first["sha256"] in known or any(each["baseline"] != first for each in tree["models"]):
+        return found
+    return [*found, _row("baseline", first, {}, "")]
+
+
+def _row(name: str, model: Mapping[str, Any], ratios: Mapping[str, Any], pareto: str) -> tuple[str, ...]:
+    return (
+        name,
+        number(model["params"]),
+        share(ratios["params"]) if ratios else "",
+        number(model["macs"]),
+        share(ratios["macs"]) if ratios else "",
+        number(model["size_bytes"], " B"),
+        number(model["latency_ms"], " ms"),
+        percent(model["accuracy"]),
+        pareto,
+    )
 
 
 def caption(tree: Mapping[str, Any]) -> str:

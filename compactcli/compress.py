@@ -28,6 +28,7 @@ from .train import fit_
 
 # `--round auto` for each type of device. Fixed, so that one command gives one file everywhere.
 ROUND = {"cpu": 16, "cuda": None}
+TOLD = 0.02  # share of the budget by which what is kept is off before it is told beside what was asked for
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def compress(
     if of == "latency":
         log(f"{name}: planned for {budget.target:.2f} of {budget.original:.2f} ms a batch; `compactcli bench` measures it")
     else:
-        log(f"{name}: {100 * (macs if of == 'macs' else params) / budget.original:.1f} % of {of} kept")
+        kept = (macs if of == "macs" else params) / budget.original
+        asked = f" ({100 * target.ratio:g} % asked for)" if abs(kept - target.ratio) > TOLD else ""
+        log(f"{name}: {100 * kept:.1f} % of {of} kept{asked}")
     images = None if calibration is None else len(calibration.images)
     options = {"ratio": target.ratio, "of": of, "round": target.round_to, "images": images, **method.recorded()}
     if target.nearest:

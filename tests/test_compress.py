@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import networks
@@ -95,6 +96,18 @@ def test_one_step_is_recorded():
     assert re.search(rf"hinge: {kept:.1f} % of macs kept", "\n".join(lines))
     assert re.search(rf"output error {step.error:.3f} on random images", "\n".join(lines))
     assert all(not edit.tensors for edit in step.edits if isinstance(edit, Replace))
+
+
+def test_what_lands_far_from_the_ratio_is_told_beside_it():
+    """A tiny network's steps are wide."""
+    for method, ratio in (("csg", 0.6), ("hinge", 0.5)):
+        lines: list[str] = []
+        given = network(width=4)
+        counted = measure.params if method == "csg" else partial(measure.macs, input_shape=(3, 32, 32))
+        whole = counted(given.module)
+        compress(given, method, get(method)(), Target(ratio, round_to=None if method == "csg" else 1), log=lines.append)
+        kept = counted(given.module) / whole
+        assert (lines[-1].endswith(f"kept ({100 * ratio:g} % asked for)")) == (abs(kept - ratio) > 0.02) == (method == "csg")
 
 
 def test_edits_are_applied_once_and_nothing_is_built_to_probe(monkeypatch):

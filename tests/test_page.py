@@ -316,6 +316,22 @@ def test_a_comparison_is_of_its_reports(compared):
     assert "give --data" in text
 
 
+def test_what_all_are_compared_with_has_a_row_unless_it_is_one_of_them(compared, folder):
+    tree, path = compared
+    assert len(compare.rows(tree)) == 3  # net.pt is the original of the others
+    small, tiny = (str(path.parent / name) for name in ("small.safetensors", "tiny.safetensors"))
+    for flags in ((), ("--baseline", str(path.parent / "net.pt"))):
+        found = json.loads(run("report", small, tiny, *flags, "-q", "--json").stdout)
+        *_, last = compare.rows(found)
+        assert len(compare.rows(found)) == 3
+        assert last[:2] == ("baseline", f"{tree['models'][0]['model']['params']:,}")
+        assert (last[6] == "-") == (not flags)  # a recipe remembers no latency
+        for text in (comparison_markdown(found), page.comparison_page(found)):
+            assert text.count("baseline |") + text.count(">baseline<") == 1
+    other = {**found["models"][1], "baseline": {**found["models"][1]["baseline"], "accuracy": 1.0}}
+    assert len(compare.rows({"models": [found["models"][0], other]})) == 2
+
+
 def test_accuracies_of_other_images_are_not_compared(folder):
     networks = [open_model(folder / name) for name in ("net.pt", "tiny.safetensors")]
     tree = compare.comparison(networks, None, [None, None])

@@ -53,7 +53,10 @@ def report_page(tree: Mapping[str, Any]) -> str:
 
 def comparison_page(tree: Mapping[str, Any]) -> str:
     """The page of a comparison: schema compactcli/comparison/1."""
-    numbered = [(f"{number}. {row[0]}", *row[1:]) for number, row in enumerate(compare.rows(tree), 1)]
+    numbered = [
+        (f"{number}. {row[0]}" if number <= len(tree["models"]) else row[0], *row[1:])
+        for number, row in enumerate(compare.rows(tree), 1)
+    ]
     told = tag("p", f"{compare.caption(tree)}.", class_="told")
     sections = [tag("section", _table(compare.HEADINGS, numbered), told), _pareto(tree["models"])]
     sections += [_history(each["steps"], each["name"]) for each in tree["models"] if each["steps"]]
