@@ -74,6 +74,11 @@ def check(path: Path) -> dict[str, str]:
     return _opened(path, lambda file: None)[1]
 
 
+def steps_left(path: Path) -> int:
+    """How many steps are left of a run that a store wrote there; none without a file. Raises CompactError if it is none."""
+    return int(json.loads(check(path)[KEY])["standing"].get("left", 0)) if path.exists() else 0
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that a store wrote. Raises CompactError if it is none."""
     return _opened(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (it is no mapping)

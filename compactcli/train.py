@@ -259,11 +259,11 @@ class _Run:
         distributed.share_(self.model.buffers())
         if self.store is None or not distributed.is_main():
             return
-        standing: dict[str, Any] = {"step": self.step, "loss_sum": self.loss_sum, "seen": self.seen}
-        standing |= {"best": self.best.epoch, "ended": self.ended, "peaks": self.peaks}
+        standing: dict[str, Any] = {"step": self.step, "left": 0 if self.ended else self.total_steps - self.step}
+        standing |= {"loss_sum": self.loss_sum, "seen": self.seen, "best": self.best.epoch, "ended": self.ended}
         tensors = pack(self.model, self.optimizer, self.average, self.hooks)
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        self.store.save(tensors, {**standing, "records": [asdict(record) for record in self.records]})
+        self.store.save(tensors, {**standing, "peaks": self.peaks, "records": [asdict(record) for record in self.records]})
 
     def restore(self) -> bool:
         """Take back what `save` put there, in every process; False if there is nothing."""

@@ -197,8 +197,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def piped(arguments: list[str]) -> list[str]:
-    """The same with the network from stdin."""
-    return [part for part in arguments if not part.endswith("net.pt")]
+    """The same in a process of its own, with the network from stdin."""
+    return [*PROCESS, *(part for part in arguments if not part.endswith("net.pt"))]
 
 
 def output(folder: Path) -> bytes:
@@ -257,7 +257,7 @@ def test_what_is_left_of_a_run_is_enough_to_end_it(small: Path, unbroken: bytes,
             time.sleep(0.01)
         process.kill()
     (tmp_path / "net.pt").unlink()
-    assert command(*piped(finetune(tmp_path, "--resume"))).exit_code == 0
+    subprocess.run(piped(finetune(tmp_path, "--resume")), check=True, capture_output=True, stdin=subprocess.DEVNULL)
     assert output(tmp_path) == unbroken
 
 
@@ -265,12 +265,26 @@ def test_a_model_on_stdin_is_not_passed_over_for_what_a_run_left(small: Path, tm
     """What a pipeline made anew goes on only if it is the network that the run began with."""
     given = piped(finetune(tmp_path))
     model = (small / "net.pt").read_bytes()
-    assert command(*given, "--time-limit", "0.01", stdin=model).exit_code == 0
+    subprocess.run([*given, "--time-limit", "0.01"], check=True, capture_output=True, input=model)
     other = io.BytesIO()
     torch.save(named("cifar:resnet8", width=8, num_classes=10).state_dict(), other)
-    assert "the run there has network" in one_line(command(*given, "--resume", stdin=other.getvalue()))
-    done = command(*given, "--resume", stdin=model)
-    assert (done.exit_code, "resumed at step" in done.stderr) == (0, True)
+    done = subprocess.run([*given, "--resume"], check=False, capture_output=True, input=other.getvalue())
+    assert done.returncode == 1
+    assert b"the run there has network" in done.stderr
+    done = subprocess.run([*given, "--resume"], check=True, capture_output=True, input=model)
+    assert b"resumed at step" in done.stderr
+
+
+@pytest.mark.parametrize("limit", ["1000", "0.01"])
+def test_the_runs_file_stays_only_where_the_time_was_up(limit: str, small: Path, unbroken: bytes, tmp_path: Path) -> None:
+    (tmp_path / "net.pt").write_bytes((small / "net.pt").read_bytes())
+    assert command(*finetune(tmp_path, "--time-limit", limit)).exit_code == 0
+    late = limit == "0.01"
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "out", *(["out.resume.safetensors"] if late else [])]
+    if late:
+        assert command(*finetune(tmp_path, "--resume", "--time-limit", "1000")).exit_code == 0
+    assert output(tmp_path) == unbroken
+    assert sorted(os.listdir(tmp_path)) == ["net.pt", "out"]
 
 
 def test_a_run_goes_on_with_the_images_and_labels_that_it_began_with(tmp_path: Path) -> None:

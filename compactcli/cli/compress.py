@@ -192,7 +192,8 @@ def command(
                 means |= {"calibration": calibration, "search": search, "progress": advance}
                 compress(network, method, chosen, target, **means)
         spare = distributed.shared(time_limit and time_limit - (time.perf_counter() - started))  # it is of both together
-        if spare is not None and spare <= 0 and finetune_epochs:
+        unfinished = spare is not None and spare <= 0 and finetune_epochs > 0
+        if unfinished:
             say("the time is up before fine-tuning; --resume goes on")
         elif finetune_epochs and dataset is not None:
             finetuning = replace(finetuning, time_limit=spare)
@@ -202,7 +203,7 @@ def command(
                 finetune(network, dataset, finetuning, teacher=guide, watch=watch, **run)
         if dtype is not None and network.recipe.dtype is None and distributed.is_main():
             cast_(network, dtype, log=say)
-        training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
+        training.write(network, destination, kept, unfinished=unfinished, quiet=quiet)
 
 
 def _calibration(dataset: "Dataset | None", limit: int, seed: int) -> "Calibration | None":

@@ -122,4 +122,4 @@ def command(
             watch = Watch(say, advance, training.history_writer(history))
             run: Any = {"keep": keep, "kept": kept, "resume": resume, "dtype": dtype}
             finetune(network, dataset, settings, teacher=guide, watch=watch, **run)
-        training.write(network, destination, kept, unfinished=time_limit is not None, quiet=quiet)
+        training.write(network, destination, kept, quiet=quiet)

@@ -116,9 +116,12 @@ def run_file(
     return kept
 
 
-def write(network: "Network", destination: str, kept: Path | None, *, unfinished: bool, quiet: bool) -> None:
-    """Write the network and remove the run's file, unless there is more to go on with; in the main process alone."""
-    from .. import artefact, distributed
+def write(network: "Network", destination: str, kept: Path | None, *, quiet: bool, unfinished: bool = False) -> None:
+    """Write the network and remove the run's file, unless there is more to go on with; in the main process alone.
+
+    There is where the time was up within a run, or as `unfinished` before another.
+    """
+    from .. import artefact, distributed, resume
 
     if not distributed.is_main():
         return
@@ -126,7 +129,7 @@ def write(network: "Network", destination: str, kept: Path | None, *, unfinished
     note(f"wrote {size:,} bytes to {'stdout' if destination == '-' else destination}", quiet)
     if Path(destination).suffix.lower() in streams.ENDINGS - {".safetensors"}:
         note(f"{destination}: safetensors, whatever its name says; compactcli.load reads it, torch.load does not", quiet)
-    if kept is not None and not unfinished:
+    if kept is not None and not unfinished and not resume.steps_left(kept):
         kept.unlink(missing_ok=True)
 
 
