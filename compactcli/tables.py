@@ -206,13 +206,14 @@ def _sets_table(sets: Sequence[Mapping[str, Any]]) -> Table:
 def _predictions(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="methods, as they plan", title_justify="left", caption_justify="left")
     table.caption = "relative output error before any refit or training, predicted; least first"
-    for name in ("method", "kept", "output error", "accuracy", ""):
+    judged, failed = (any(row[key] is not None for row in rows) for key in ("accuracy", "reason"))
+    for name in ("method", "kept", "output error", *["accuracy"] * judged, *["why not"] * failed):
         table.add_column(name, justify="right" if name in ("output error", "accuracy") else "left", overflow="fold")
     for at, row in enumerate(rows):
         if at and row["ratio"] != rows[at - 1]["ratio"]:
             table.add_section()
-        figures = error(row["error"]), percent(row["accuracy"])
-        table.add_row(row["method"], f"{100 * row['ratio']:g} % of {row['of']}", *figures, words(row["reason"] or ""))
+        cells = [row["method"], f"{100 * row['ratio']:g} % of {row['of']}", error(row["error"])]
+        table.add_row(*cells, *[percent(row["accuracy"])] * judged, *[words(row["reason"] or "")] * failed)
     return table
 
 

@@ -504,6 +504,18 @@ def test_the_suggested_command_can_be_run(net, monkeypatch, flags):
     assert run(*shlex.split(command)[1:], "-o", "out.safetensors").exit_code == 0
 
 
+def test_predictions_have_the_columns_that_they_fill(net):
+    """No accuracy without images, no reason where all methods reach the ratio; every column is named."""
+    for flags, columns in (
+        (("--ratios", "0.6"), ["method", "kept", "output error"]),
+        (("--ratios", "0.6,0.0001"), ["method", "kept", "output error", "why not"]),
+        (("--ratios", "0.6", "--data", "digits", "--limit", "64"), ["method", "kept", "output error", "accuracy"]),
+    ):
+        table = run("analyze", "-q", net, "--methods", *flags).stdout.partition("methods, as they plan")[2]
+        lines = [line.strip("┃").split("┃") for line in table.partition("┡")[0].splitlines()[2:]]
+        assert [" ".join(" ".join(parts).split()) for parts in zip(*lines, strict=True)] == columns
+
+
 def test_the_suggested_command_reads_what_analyze_read(net):
     """The same weights and the same images: each flag that says which is in it."""
     shown = json.loads(run("analyze", "--json", "--fresh", "--arch", "cifar:resnet8", "--seed", "7").stdout)
