@@ -54,7 +54,9 @@ class Options:
     regularizer: Annotated[
         Literal["l1", "l1/2", "l1-2", "log-sum", "l0"], "search: the function of the groups' norms that draws them to zero"
     ] = "l0"
-    factor: Annotated[float, "search: how strongly it draws; 0: as strongly as the ratio and the epochs need"] = 0.0
+    factor: Annotated[
+        float, "search: how strongly it draws, by each matrix's mean norm but for balance=none; 0: as the ratio and epochs need"
+    ] = 0.0
     speed: Annotated[float, "search: most that a norm loses in a step, in the unit that `balance` gives it"] = 1e-3
     balance: Annotated[
         Literal["error", "norm", "none"],
