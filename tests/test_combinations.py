@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compactcli import artefact, surgery
 from compactcli.allocate import Choice, allocate
-from compactcli.methods import linearconv
+from compactcli.methods import _linear_layers
 from compactcli.methods._combinations import Combination, Curves, Form, fit, pivots
 from compactcli.methods._errors import Metric
 from compactcli.methods._slices import Sliced, Slicing, made, refine, solve_codes, spectrum
@@ -265,7 +265,7 @@ def test_a_layer_stores_what_was_found_in_so_many_numbers(form, bias):
     weight = plain.weight.detach().flatten(1)
     found = fit(weight, metric("images"), form)
     model = nn.Sequential(plain)
-    surgery.apply_(model, [linearconv._edit("0", plain, form, found)])
+    surgery.apply_(model, [_linear_layers.edit("0", plain, form, found)])
     layer: Any = model[0]
     torch.testing.assert_close(layer.kernel().flatten(1), found.kernel(), rtol=1e-10, atol=1e-12)
     assert sum(each.numel() for each in layer.parameters()) == form.cost(OUTPUTS, READS) + OUTPUTS * bias
@@ -276,7 +276,7 @@ def test_a_layer_stores_what_was_found_in_so_many_numbers(form, bias):
 def test_so_many_coefficients_are_stored_and_their_bits_set(size):
     plain = nn.Conv2d(3, OUTPUTS, 3, bias=False).double()
     found = fit(plain.weight.detach().flatten(1), metric("weighted"), Form("sparse", 5, size))
-    tensors = linearconv._edit("0", plain, Form("sparse", 5, size), found).tensors
+    tensors = _linear_layers.edit("0", plain, Form("sparse", 5, size), found).tensors
     bits = np.unpackbits(tensors["mask"].numpy(), bitorder="little")
     assert len(tensors["values"]) == np.count_nonzero(tensors["values"]) == bits.sum() == size
     assert np.array_equal(bits[: 9 * 5].reshape(9, 5) == 1, found.coefficients.numpy() != 0)
