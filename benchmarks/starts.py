@@ -117,7 +117,7 @@ def _judged(name: str, method: str, ratio: float, row: dict[str, Any], original:
 def _coded(network: Network) -> list[tuple[Layer, Tensor]]:
     """The layers that both methods may store otherwise, with their kernels."""
     model = network.module
-    found = [layer for layer in layers(trace(model, network.input_shape)) if eligible(model, layer)]
+    found = eligible(model, layers(trace(model, network.input_shape)))
     return [(layer, model.get_parameter(layer.weight).detach()) for layer in found]
 
 

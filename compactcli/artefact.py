@@ -22,7 +22,7 @@ from . import __version__, architectures, checkpoint, detection, kernels, measur
 from .architectures import Architecture
 from .checkpoint import Checkpoint
 from .errors import CompactError, brief, short
-from .graph import run_fake, scores
+from .graph import copied, run_fake, scores
 from .methods import Foreign
 from .peel import NUMBERS, without_path
 from .recipe import OPEN, Measures, Recipe, Replace, Share, Source, Step
@@ -47,6 +47,10 @@ class Network:
     def input_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.recipe.input_shape
         return channels, height, width
+
+    def copied(self) -> "Network":
+        """The same, with a module of its own."""
+        return replace(self, module=copied(self.module))
 
     @cached_property
     def num_classes(self) -> int:

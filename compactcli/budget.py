@@ -124,6 +124,11 @@ class Budget:
         self.original = float(self.cost(self.along(), self.ranks())) if original is None else original
         self.target = ratio * self.original
 
+    @property
+    def met(self) -> bool:
+        """Whether the network costs no more than the target as it is, as one may that plain layers have made smaller."""
+        return float(self.cost(self.along(), self.ranks())) <= self.target
+
     def alone(self, axis: Axis, sets: Ids) -> int:
         """The index of a new family: the positions of one axis by themselves, whatever else goes with their channels."""
         row = np.zeros((1, len(self._full)))

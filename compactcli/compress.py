@@ -13,7 +13,7 @@ from . import __version__, artefact, calibrate, data, distributed, kernels, law,
 from .artefact import Network
 from .budget import Budget, Of
 from .channels import SOFT, Channels
-from .errors import CompactError, UsageError
+from .errors import CompactError, UsageError, shape_text
 from .finetune import check, kept_run
 from .graph import copied, trace
 from .history import Watch
@@ -110,7 +110,7 @@ def compress(
         known = None if begun else job.moments()  # of what a method made at the start it knows all it needs
     with _narrowed(leave):
         ended = method.finish(module, channels, budget, known)
-        if not begun and not ended:
+        if not begun and not ended and not budget.met:
             raise CompactError(f"{name} could make nothing here smaller; `compactcli analyze` says why")
     if error is None:
         searched = job if search is None or job.before is None else replace(job, before=measure.probed(module, shape))
@@ -261,6 +261,9 @@ def _job(
     if of == "latency" and table is None:
         log(f"{network.name}: timing its layers, one image at a time; --latency-table FILE takes what bench --save measured")
         table = timing.table(network)
+    if table is not None and table.input_shape != shape:
+        both = f"of {shape_text(table.input_shape)} inputs, the network takes {shape_text(shape)}"
+        raise CompactError(f"the latency table is {both}; measure it anew with bench --save, or give --input-shape")
     budget = Budget(
         graph,
         channels,

@@ -73,6 +73,8 @@ def solve(budget: Budget, dials: Sequence[Dial], price: Price = "cost", *, refit
     """
     if not dials and not budget.nearest:
         raise CompactError("there is nothing here that this method can make smaller; `compactcli analyze` says why")
+    if budget.met:
+        return [dial.full for dial in dials]
     smallest = State(budget, dials, budget.cost)
     least = smallest.settle(np.inf)
     if least > budget.target:

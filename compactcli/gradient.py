@@ -42,9 +42,9 @@ class Plain:
         for number, (part, wanted) in enumerate(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True), 1):
             with distributed.unsynchronised(self.network) if number < count else nullcontext():
                 with optim.autocast(self.settings):
+                    with torch.no_grad():  # first, and on images of its own: either may write into what it is given
+                        targets = None if self.teacher is None else scores(self.teacher(part.clone()))
                     outputs = scores(self.network(part))
-                    with torch.no_grad():
-                        targets = None if self.teacher is None else scores(self.teacher(part))
                 loss = optim.loss(outputs, wanted, targets, self.settings) * (len(part) / images)
                 (loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]  # DDP takes the mean
             total += loss.detach()

@@ -115,12 +115,12 @@ def run_double(
     model.eval()
     try:
         with torch.no_grad(), _drawn_alike(), _double(model, masks or {}), _normalising(model, statistics):
-            return outputs(model(image))
+            return outputs(model(image.clone()))  # which the network may write into
     except RuntimeError:  # a module reads the tensors of another, or names a dtype: all must be cast at once
         with torch.no_grad(), _drawn_alike(), _AllDouble():
             copy = _doubled(model, masks or {})
             with _normalising(copy, statistics):
-                return outputs(copy(image))
+                return outputs(copy(image.clone()))
     finally:
         for module, mode in training.items():
             module.training = mode

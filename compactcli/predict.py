@@ -1,6 +1,5 @@
 """What methods, and single layers, would do to a network's outputs: predicted from one set of moments, nothing is compressed."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from .budget import Budget, Floats, Of
 from .channels import Channels
 from .data import Split
 from .errors import CompactError, UsageError
-from .graph import Graph, scores
+from .graph import Graph, copied, scores
 from .layers import Layer
 from .methods import hinge
 from .methods._widths import removable
@@ -90,7 +89,7 @@ def _row(plain: Plain, name: str, ratio: float, of: Of | None, accuracy: Accurac
     row: dict[str, Any] = {"method": name, "ratio": ratio, "of": of or method.of[0]}
     if row["of"] not in method.of:
         return {**row, "error": None, "accuracy": None, "reason": f"{name} takes a share of {' or '.join(method.of)}"}
-    module = copy.deepcopy(plain.module)  # some put its channels in another order
+    module = copied(plain.module)  # some put its channels in another order
     budget = plain.budget(ratio, row["of"], module)
     try:
         method.start(module, plain.channels, budget, plain.moments)

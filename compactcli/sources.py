@@ -216,19 +216,20 @@ def _checked(spec: str, result: Any) -> tuple[Tensor, Tensor | None]:
     kinds += [] if labels is None or not labels.is_floating_point() else [labels.dtype]
     if kinds:
         raise CompactError(f"{spec} gave {kinds[0]}; wanted images as uint8 or floats, and labels as integers")
+    labels = None if labels is None else labels.to(torch.int64)  # torch finds no extremes of uint16
     if labels is not None and (labels.shape != (len(images),) or int(labels.min()) < 0 or int(labels.max()) >= MANY_CLASSES):
         raise CompactError(
             f"{spec} gave labels of shape {tuple(labels.shape)}; wanted ({len(images)},), from 0 up to {MANY_CLASSES - 1}"
         )
     if not images.is_floating_point():
-        images = images if images.dtype == torch.uint8 else images.to(torch.int64)  # torch finds no extremes of uint16
+        images = images if images.dtype == torch.uint8 else images.to(torch.int64)
         if not 0 <= int(images.min()) <= int(images.max()) <= 255:
             raise CompactError(f"{spec} gave integers from {int(images.min())} to {int(images.max())}; wanted 0 to 255")
     else:
         if not 0 <= float(images.min()) <= float(images.max()) <= 1:
             raise CompactError(f"{spec} gave floats outside 0 to 1; wanted images before normalisation")
         images = images.mul(255).round()
-    return images.to(torch.uint8), None if labels is None else labels.to(torch.int64)
+    return images.to(torch.uint8), labels
 
 
 def _cache_dir() -> Path:

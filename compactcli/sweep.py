@@ -20,7 +20,6 @@ makes a row; a row is kept where it is the same.
 """
 
 import contextlib
-import copy
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -238,7 +238,10 @@ def _settings(cells: Iterable[Cell], terms: Terms) -> dict[str, Any]:
 
 
 def _identity(network: Network, cell: Cell | None, terms: Terms) -> str:
-    """A digest of all that makes a row; without a cell the original's."""
+    """A digest of all that makes a row; without a cell the original's.
+
+    But for the machine, so that a sweep can go on on another: latencies count as shares of the original's beside them.
+    """
     dataset = terms.dataset
     splits = () if dataset is None else (dataset.train, dataset.test)
     told: dict[str, Any] = {
@@ -252,10 +255,12 @@ def _identity(network: Network, cell: Cell | None, terms: Terms) -> str:
         told |= {
             "method": cell.method,
             "options": repr(cell.options),
+            "files": [artefact.file_sha256(path) for path in methods.get(cell.method)(cell.options).files],
             "ratio": cell.ratio,
             "images": None if terms.calibration is None else len(terms.calibration.images),
             "seed": terms.settings.seed,
             "training": terms.training(),
+            "device": torch.device(terms.settings.device).type if terms.settings.epochs else None,  # it says the precision
             "teacher": terms.teacher.sha256 if terms.settings.epochs and terms.teacher is not None else None,
         }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -276,7 +281,7 @@ def _row(network: Network, cell: Cell, terms: Terms, original: Mapping[str, Any]
     started = time.perf_counter()
     try:
         small = compress(
-            copy.deepcopy(network),
+            network.copied(),
             cell.method,
             method,
             Target(cell.ratio),
@@ -295,7 +300,7 @@ def _row(network: Network, cell: Cell, terms: Terms, original: Mapping[str, Any]
         return {**row, **_figures(small, network, error, accuracy), "seconds": seconds, "reason": None}
     except UsageError:
         raise
-    except CompactError as problem:
+    except (CompactError, torch.linalg.LinAlgError) as problem:  # type: ignore[attr-defined]
         reason = " ".join(str(problem).split())
         return {**row, **dict.fromkeys(FIGURES), "seconds": time.perf_counter() - started, "reason": reason}
 

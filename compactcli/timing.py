@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import budget, kernels, latency, resume
+from . import budget, latency, resume
 from .artefact import Network
 from .budget import LayerTime, Times
 from .errors import CompactError, shape_text
@@ -29,9 +29,12 @@ SHARES = (1.0, 0.5, 0.25)  # of a layer's channels, at which it is timed
 ROUNDS = 9  # at least
 SECONDS = 0.05  # for each kind of layer, at least
 WHOLE = 20  # times as long for the network
+WIDEST = 1 << 31  # channels beyond all sense
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by axes
+
+LIKE = ("kernel_size", "stride", "padding", "dilation", "padding_mode")  # what convolutions of other widths have alike
 
 Point = tuple[int, int, float]  # (outputs, inputs, milliseconds)
 
@@ -118,7 +121,7 @@ def loads(text: str, name: str) -> Table:
 
 def _points(rows: Any) -> tuple[Point, ...]:
     points = tuple((int(out), int(into), float(ms)) for out, into, ms in rows)
-    if not all(math.isfinite(ms) and ms >= 0 for _, _, ms in points):
+    if not all(math.isfinite(ms) and ms >= 0 and min(out, into) >= 0 and max(out, into) < WIDEST for out, into, ms in points):
         raise ValueError
     return points
 
@@ -154,7 +157,7 @@ def table(
     In the memory format in which the whole network is faster. Raises CompactError where it does not run.
     """
     shape = tuple(input_shape or network.input_shape)
-    module = plained(kernels.folded(network.module), shape)
+    module = plained(network.module, shape)
     found = [layer for layer in layers(trace(module, shape)) if layer.called]
     with latency.thread_count(threads) as used:
         memory_format, whole_ms = _whole(module, (batch, *shape), device, WHOLE * SECONDS)
@@ -210,7 +213,8 @@ class _Bench:
         self.layer, self.image, self.device, self.memory_format = layer, image, device, memory_format
         self.owner = module.get_submodule(layer.name)
         geometry = {name: value for name, value in vars(self.owner).items() if isinstance(value, int | tuple | str)}
-        self.kind = repr((type(self.owner), layer.shape, layer.positions, layer.norm is not None, image, geometry))
+        biased = getattr(self.owner, "bias", None) is not None
+        self.kind = repr((type(self.owner), layer.shape, layer.positions, layer.norm is not None, image, geometry, biased))
 
     def points(self, seconds: float) -> tuple[tuple[Point, ...], ...]:
         """Of the layer, of a pointwise one on its outputs, and of what comes behind it; none where it is of another kind."""
@@ -250,7 +254,7 @@ class _Bench:
         if groups > 1 and self.layer.shape[1] == 1:  # each channel by itself: there are fewer groups then
             groups = max(1, groups * first // self.layer.shape[0])
         inputs, outputs = (first, second * groups) if self.layer.transposed else (second * groups, first)
-        like: Any = {name: getattr(self.owner, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        like: Any = {name: getattr(self.owner, name) for name in LIKE}
         layer = type(self.owner)(inputs, outputs, groups=groups, bias=self.owner.bias is not None, **like)
         return layer, (self.image[0], inputs, *self.image[2:])
 

@@ -497,6 +497,13 @@ def condition() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.SiLU(), run_, conv(6, 5), *head(5))
 
 
+def input_in_place() -> nn.Module:
+    """One that overwrites the images that it is given."""
+    return nn.Sequential(
+        Code(lambda s, x: x.sub_(0.5).mul_(2.0)), nn.ReLU(inplace=True), conv(3, 8), nn.ReLU(), conv(8, 6), *head(6)
+    )
+
+
 def in_place() -> nn.Module:
     """A chain of operations that overwrite their first operand."""
 
@@ -668,6 +675,7 @@ AWKWARD: dict[str, Callable[[], nn.Module]] = {
             log_sigmoid,
             condition,
             in_place,
+            input_in_place,
             copied,
             written_through_views,
             written_in_pieces,
@@ -827,4 +835,4 @@ def outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
     """Every tensor of the output in eval mode, in order."""
     model.eval()
     with torch.no_grad():
-        return tree_leaves(model(image))
+        return tree_leaves(model(image.clone()))  # which the network may overwrite

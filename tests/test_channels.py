@@ -278,7 +278,7 @@ FREE_IN_AWKWARD = {
     **{"uneven_groups": 4 + 5, "padded_tokens": 8 + 6, "computed_linear": 12 + 6 + 1, "largest_positions": 8 + 6},
     **{"largest_channels": 5, "pooled_channels": 6, "squeezed": 8 + 5, "one_channel_repeated": 1 + 5},
     **{"normalised_with_constants": 5, "scalar_gain": 8 + 6, "product_from_the_left": 8 + 6, "sorted_channels": 6},
-    **{"scripted": 8 + 6, "tied_layers": 8 + 6, "filters_as_rows": 8 + 6 + 6},
+    **{"scripted": 8 + 6, "tied_layers": 8 + 6, "filters_as_rows": 8 + 6 + 6, "input_in_place": 8 + 6},
 }
 
 

@@ -252,6 +252,27 @@ def test_the_ratio_is_of_the_parameters_that_were_read(monkeypatch):
     assert measure.params(small.module) <= 0.6 * before
 
 
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_copy_is_the_same_network_and_another_module(name):
+    """Also of modules that hold results of operations, which deepcopy does not take (weight_norm as a hook)."""
+    given = own(randomise_(AWKWARD[name]()))
+    image = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    wanted, copied_ = outputs(given.module, image), given.copied()
+    for parameter in given.module.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(one, two) for one, two in zip(outputs(copied_.module, image), wanted, strict=True))
+
+
+def test_what_plain_layers_have_met_is_met(monkeypatch):
+    """Nothing is looked for, down to the least of numbers, where the network is small enough as it is."""
+    given = own(randomise_(AWKWARD["weight_norm"]()))
+    before = measure.params(given.module)
+    monkeypatch.setattr(dials, "State", None)
+    small = compress(given, "hinge", hinge("prune"), Target(0.999, of="params"))
+    assert measure.params(small.module) <= 0.999 * before
+    assert small.recipe.steps[-1].error < 1e-5
+
+
 # Real checkpoints
 
 

@@ -20,7 +20,7 @@ from compactcli import architectures, artefact, data, finetune, kernels, measure
 from compactcli.artefact import Wishes, dumps, open_model
 from compactcli.compress import Target, compress
 from compactcli.errors import CompactError, UsageError
-from compactcli.methods import _csg_files, get
+from compactcli.methods import _csg_files, csg, get
 from compactcli.optim import Settings
 from compactcli.recipe import Recipe, Replace, Share
 
@@ -371,3 +371,10 @@ def test_a_published_generator_is_stored_once(checkpoints, tmp_path):
     assert [key for key in found.module.state_dict() if key.startswith("compactcli_shared")] == [SHARED]
     assert found.recipe.steps[0].options["generator"] == "csg-rn56_1616-128.t7"
     assert measure.params(found.module) < 0.5 * found.recipe.source.measures.params
+
+
+def test_a_generator_is_bounded_before_it_is_built():
+    """Each number by itself could be one of a network's."""
+    cut = {"outputs": 1024, "inputs": 1024, "height": 3, "width": 3}
+    with pytest.raises(CompactError, match="the recipe has a generator of slices 1024x1024x3x3 from 65536 numbers"):
+        csg.Generator({**cut, "code": 1 << 16})

@@ -399,6 +399,15 @@ def test_what_a_function_gives_is_checked(tmp_path: Path, body: str, message: st
         sources.open_dataset(own(tmp_path, body), input_shape=(1, 2, 2), preprocessing=GREY)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_may_be_integers_of_any_size(tmp_path: Path, dtype: torch.dtype) -> None:
+    body = f"return torch.zeros(4, 1, 2, 2), torch.tensor([0, 3, 1, 2], dtype={dtype})"
+    found = sources.open_dataset(own(tmp_path, body), input_shape=(1, 2, 2), preprocessing=GREY)
+    assert found.train is not None
+    assert found.train.labels is not None
+    assert found.train.labels.tolist() == [0, 3, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -26,7 +26,7 @@ from compactcli.methods import get, names
 
 METHODS = tuple(names())
 # Two known networks, and two small ones with what is awkward to export.
-ARCHITECTURES = ("cifar:resnet8", "squeezenet1_1", "shuffle_module", "depthwise")
+ARCHITECTURES = ("cifar:resnet8", "squeezenet1_1", "shuffle_module", "depthwise", "input_in_place")
 FORMS = [*(("hinge", name) for name in ARCHITECTURES), *((method, "cifar:resnet8") for method in METHODS if method != "hinge")]
 IDS = ["-".join(form) for form in FORMS]
 

@@ -1,5 +1,6 @@
 """The gradients of a step: recorded and replayed as computed plainly."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -111,6 +112,15 @@ def trained(
         optimizer.step()
         after(step)
     return losses
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_sees_the_images_that_the_network_sees(precision: str) -> None:
+    """Though each of them overwrites what it is given: from its own copy a network has nothing to learn."""
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16 * 16, 5))
+    images, labels = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
+    settings = Settings(precision=precision, distill_weight=1.0)
+    assert abs(float(Plain(model, copy.deepcopy(model), settings)(images, labels, 8))) < 1e-6
 
 
 def recorded(model: nn.Module, teacher: nn.Module | None = None, settings: Settings = SETTINGS) -> Recorded:

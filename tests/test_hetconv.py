@@ -254,9 +254,7 @@ def test_every_candidate_costs_what_the_network_costs_that_it_becomes(of):
     count = {"macs": lambda model: measure.macs(model, SHAPE), "params": measure.params}[of]
     _, budget = planned(network(), of=of)
     seen = 0
-    for layer in budget.layers:
-        if not hetconv._eligible(network(), layer):
-            continue
+    for layer in hetconv._eligible(network(), budget.layers):
         for parts in chosen("width=1")._parts(layer):
             model = network()
             saved = hetconv._cost(layer, 1, budget) - hetconv._cost(layer, parts, budget)
@@ -378,11 +376,7 @@ def known(model: nn.Module, budget: Budget) -> dict[str, Moments]:
 
 def narrow(model: nn.Module, budget: Budget, parts: int = 0) -> dict[str, int]:
     """So many parts, or the most there can be, in every layer that may have them."""
-    found = {
-        layer.name: chosen("width=1", f"parts={parts}")._parts(layer)
-        for layer in budget.layers
-        if hetconv._eligible(model, layer)
-    }
+    found = {layer.name: chosen("width=1", f"parts={parts}")._parts(layer) for layer in hetconv._eligible(model, budget.layers)}
     return {name: own[-1] for name, own in found.items() if own}
 
 

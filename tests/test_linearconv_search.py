@@ -59,6 +59,27 @@ def made(digits: tuple[Any, ...], edits: list[Replace]) -> nn.Module:
     return module
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_handful_of_images_is_enough_to_begin_with(count):
+    """Their moments are of low rank, and rounding is larger than the least ridge."""
+    given = artefact.open_model(DIGITS, Wishes("cifar:resnet20", {"in_channels": 1}))
+    pixels = torch.randint(0, 256, (count, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+    compress(given, "linearconv", chosen(), Target(0.7), calibration=Calibration(pixels, "noise"))
+    assert given.recipe.steps[-1].error < 2
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("variant=full",), ("variant=lowrank",), ("variant=rankratio",), ("variant=lowrank", "share=0.3")]
+)
+def test_primary_filters_and_ranks_are_multiples_of_the_round(digits, options):
+    module, sets, graph = digits
+    budget = Budget(graph, sets, module, ratio=0.7, of="params", round_to=4)
+    edits = chosen(*options).start(module, sets, budget)
+    assert edits
+    for edit in edits:
+        assert edit.options["primary"] % 4 == 0 == edit.options.get("rank", 4) % 4
+
+
 @pytest.mark.parametrize(
     ("options", "kind"),
     [

@@ -543,11 +543,17 @@ def run(path: Path | None, *options: str, die_at: int | None = None, resume: boo
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("adjust=true", "regularizer=l1/2", "factor=0.01"), ("by=norm", "init=p-random", "others=0.3")]
+    ("options", "every"),
+    [
+        ((), [(1,), (3,), (4,), (5,), (4, 1)]),
+        (("adjust=true", "regularizer=l1/2", "factor=0.01"), [(4,), (5, 1)]),
+        (("by=norm", "init=p-random", "others=0.3"), [(3,), (5, 1)]),
+    ],
 )
-def test_a_resumed_search_equals_an_unbroken_one(options, tmp_path):
+def test_a_resumed_search_equals_an_unbroken_one(options, every, tmp_path):
+    """Killed before the first file, within epochs, at their ends, and twice."""
     whole = run(None, *options)
-    for number, deaths in enumerate([(1,), (3,), (4,), (5,), (4, 1)]):
+    for number, deaths in enumerate(every):
         folder = tmp_path / str(number)
         folder.mkdir()
         for death in deaths:

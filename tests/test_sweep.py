@@ -24,7 +24,7 @@ from compactcli import artefact, data, latency, measure, report, sources
 from compactcli import compress as driver
 from compactcli import sweep as sweeping
 from compactcli.errors import CompactError
-from compactcli.methods import names
+from compactcli.methods import get, names, parse_options
 from compactcli.optim import Settings
 from compactcli.sweep import COSTS, FIGURES, ROW, SCHEMA, Terms, loads, pareto, sweep
 
@@ -327,13 +327,16 @@ def test_a_hostile_document_keeps_no_rows_of_its_own(unbroken, folder, tmp_path)
     assert swept(folder, "-q", "-o", path, "--resume", "--ratios", "0.8").exit_code == 0
 
 
-@pytest.mark.parametrize("what", ["weights", "version", "images", "other images", "other labels", "calibration", "teacher"])
-def test_what_another_thing_made_is_not_kept(folder, monkeypatch, what):
+@pytest.mark.parametrize(
+    "what", ["weights", "version", "images", "other images", "other labels", "calibration", "teacher", "device", "file"]
+)
+def test_what_another_thing_made_is_not_kept(folder, monkeypatch, tmp_path, what):
     network = artefact.open_model(folder / "net.pt")
     shape, preprocessing = network.input_shape, network.recipe.preprocessing
     own = sources.open_dataset(f"{folder / 'own.py'}:load", input_shape=shape, preprocessing=preprocessing)
     calibration = driver.Calibration(data.sample(own.train, 8, 0), own.name)
-    cell = sweeping.Cell("hinge", None, 0.5)
+    (tmp_path / "gen.safetensors").write_bytes(b"one")
+    cell = sweeping.Cell("csg", parse_options(get("csg"), [f"generator={tmp_path / 'gen.safetensors'}"]), 0.5)
     terms = Terms(calibration, own, Settings(epochs=1), artefact.open_model(folder / "net.pt"))
     before = sweeping._identity(network, cell, terms)
     assert sweeping._identity(artefact.open_model(folder / "net.pt"), cell, terms) == before
@@ -347,6 +350,10 @@ def test_what_another_thing_made_is_not_kept(folder, monkeypatch, what):
         terms = replace(terms, dataset=replace(own, test=replace(own.test, read=lambda index: 255 - own.test.read(index))))
     elif what == "other labels":
         terms = replace(terms, dataset=replace(own, train=replace(own.train, labels=own.train.labels.flip(0))))
+    elif what == "device":  # `auto` is another precision there
+        terms = replace(terms, settings=replace(terms.settings, device="cuda"))
+    elif what == "file":
+        (tmp_path / "gen.safetensors").write_bytes(b"two")
     elif what == "calibration":
         terms = replace(terms, calibration=replace(calibration, images=255 - calibration.images))
     else:

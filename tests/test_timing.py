@@ -1,5 +1,8 @@
 """A budget of latency: what a table says, and that it drives what MACs would where time is MACs."""
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +10,14 @@ from networks import named
 from test_compress import own
 
 from compactcli import budget, timing
+from compactcli.artefact import Wishes, fresh
 from compactcli.budget import Budget
 from compactcli.channels import find
+from compactcli.compress import Target, compress
 from compactcli.errors import CompactError
 from compactcli.graph import trace
 from compactcli.layers import Layer, layers
-from compactcli.methods import fcf
+from compactcli.methods import fcf, get
 from compactcli.timing import SHARES, Table, Timed
 
 
@@ -191,3 +196,49 @@ class Attention(torch.nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         pixels = self.first(input=image).flatten(2).transpose(1, 2)
         return self.attention(pixels, pixels, pixels)[0].mean(1)
+
+
+def test_a_table_of_a_network_with_layers_of_a_method_is_of_what_compress_makes_of_them(monkeypatch):
+    """Which are plain convolutions, not the two that such a layer runs as."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    given = fresh(Wishes("cifar:resnet8"), 0)
+    compress(given, "hetconv", get("hetconv")(), Target(0.6))
+    table = timing.table(given, threads=1)
+    compress(given, "hinge", get("hinge")(), Target(0.7, of="latency", table=table))
+    assert [step.method for step in given.recipe.steps] == ["hetconv", "hinge"]
+
+
+def test_a_table_of_other_inputs_is_refused(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    given = fresh(Wishes("cifar:resnet8"), 0)
+    table = timing.table(given, input_shape=(3, 16, 16), threads=1)
+    with pytest.raises(CompactError, match="the latency table is of 3x16x16 inputs, the network takes 3x32x32; measure it anew"):
+        compress(given, "hinge", get("hinge")(), Target(0.7, of="latency", table=table))
+
+
+def test_widths_beyond_all_sense_are_no_table():
+    found = layers(trace(named("cifar:resnet8"), (3, 32, 32)))
+    tree = json.loads(proportional(found, 5.0).dumps())
+    assert timing.loads(json.dumps(tree), "t").whole_ms == 5.0
+    for width in (10**200, -1):
+        tree["layers"][0]["kernel"][0][0] = width
+        with pytest.raises(CompactError, match="t is not a latency table"):
+            timing.loads(json.dumps(tree), "t")
+
+
+def test_layers_that_differ_by_a_bias_are_timed_apart(monkeypatch):
+    """And those of other widths have the padding of the layer."""
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    made: list[tuple[bool, str]] = []
+
+    def noted(module: torch.nn.Module, *arguments: Any) -> timing.Timer:
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+            made.append((module.bias is not None, module.padding_mode))
+        return timer(module, *arguments)
+
+    timer = timing.timer
+    monkeypatch.setattr(timing, "timer", noted)
+    kinds = [(True, "reflect"), (False, "reflect"), (False, "zeros")]
+    convs = [torch.nn.Conv2d(8, 8, 3, padding=1, bias=bias, padding_mode=mode) for bias, mode in kinds]
+    timing.table(own(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), *convs, torch.nn.Flatten(), torch.nn.Linear(512, 5))))
+    assert set(made) == set(kinds)

@@ -120,7 +120,7 @@ def command(
     trains = epochs > 0 or finetune_epochs > 0
     if trains and (data is None or no_calibrate):
         raise UsageError("--epochs and --finetune-epochs need images: give --data, and leave --no-calibrate out")
-    from .. import distributed, optim, tables, timing
+    from .. import artefact, distributed, optim, tables, timing
     from ..compress import Search, Target, compress, planned
     from ..finetune import finetune
     from ..history import Watch
@@ -173,6 +173,7 @@ def command(
         identity: dict[str, Any] = {"source": network.sha256, "method": method, "ratio": ratio, "of": of, "round": round}
         identity |= {"nearest": nearest, "set": sorted(set or ()), "leave": sorted(leave or ())}
         identity |= {"calibrated_on": limit, "searched_for": epochs}
+        identity |= {"files": [artefact.file_sha256(path) for path in chosen.files]} if chosen.files else {}
         means: dict[str, Any] = {"leave": leave or (), "seed": seed, "log": say}
         if dry_run:
             tree = planned(network, method, chosen, target, calibration=_calibration(dataset, limit, seed), **means)

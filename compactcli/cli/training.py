@@ -72,14 +72,12 @@ def check_history(history: Path | None, others: Sequence[str | Path | None]) -> 
 
 def teacher(network: "Network", wanted: str | None, arch: str | None, trust_pickle: bool) -> "Network | None":
     """The network to learn from: the file given, or the network as it is before it is compressed."""
-    from copy import deepcopy
-
     from ..artefact import open_beside
 
     if wanted == "none":
         return None
     if wanted is None:
-        return deepcopy(network)  # training lays it out anew
+        return network.copied()  # training lays it out anew
     return open_beside(wanted, network, arch, trust_pickle=trust_pickle)
 
 

@@ -84,6 +84,11 @@ class Method:
         """
         return None
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that the options name: what is in them makes a result, as the options do."""
+        return ()
+
     def recorded(self) -> dict[str, Any]:
         """The options as the file holds them: no path of this machine."""
         return asdict(self.options)

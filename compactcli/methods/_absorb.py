@@ -109,6 +109,7 @@ def absorbed(
     that are `fixed`.
     """
     result: dict[str, Tensor] = {}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for pair in pairs(budget.graph, budget.layers):
         keep, stays = (
             torch.from_numpy(~np.isin(channels.axes[pair.reader.weight, axis], removed))
@@ -128,7 +129,7 @@ def absorbed(
         added = torch.einsum("orhw,kr->okhw", weight[:, ~keep], fit)
         missing = torch.einsum("orhw,r->o", weight[:, ~keep], mean[~keep]) - torch.einsum("okhw,k->o", added, mean[keep])
         name, sign = constant
-        tensor = dict([*model.named_parameters(), *model.named_buffers()])[name]
+        tensor = tensors[name]
         if pair.reader.name not in fixed:
             result[pair.reader.weight] = (weight[:, keep] + added)[stays].to(tensor.dtype)
         result[name] = (tensor.double() + sign * missing)[stays].to(tensor.dtype)

@@ -217,8 +217,12 @@ def _of_count(wanted: Tensor, outer: Tensor, inner: Tensor, count: int, before: 
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix^-1 right, with a small ridge."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(ridge_(matrix.clone(), RIDGE / len(matrix))))
+    """matrix^-1 right, with a small ridge; a larger one where there is more rounding, as in moments of few images."""
+    for more in (1, 100):
+        factor, failed = torch.linalg.cholesky_ex(ridge_(matrix.clone(), more * RIDGE / len(matrix)))
+        if not failed:
+            return torch.cholesky_solve(right, factor)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(ridge_(matrix.clone(), 1e4 * RIDGE / len(matrix))))
 
 
 def _others(chosen: Tensor, count: int) -> Tensor:

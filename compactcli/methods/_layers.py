@@ -1,6 +1,7 @@
 """What methods share: the layers that they may take, how these meet a budget of parameters, and are left plain by a search."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -12,14 +13,16 @@ from ..kernels import KernelLayer
 from ..layers import Layer
 
 
-def eligible(model: nn.Module, layer: Layer) -> bool:
-    """Whether the layer may be another: a plain convolution of at least two filters, whose weight nothing else reads."""
-    module = model.get_submodule(layer.name)
-    if type(module) is not nn.Conv2d or "weight" not in module._parameters:
-        return False
-    if layer.fixed or not layer.called or layer.shape[0] < 2:
-        return False
-    return sum(each is module.weight for _, each in model.named_parameters(remove_duplicate=False)) == 1
+def eligible(model: nn.Module, found: Iterable[Layer]) -> list[Layer]:
+    """Those of the layers that may be others: plain convolutions of at least two filters, whose weights nothing else reads."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    result = []
+    for layer in found:
+        module = model.get_submodule(layer.name)
+        plain = type(module) is nn.Conv2d and "weight" in module._parameters and names[id(module.weight)] == 1
+        if plain and layer.called and not layer.fixed and layer.shape[0] >= 2:
+            result.append(layer)
+    return result
 
 
 def like(old: nn.Module) -> nn.Conv2d:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..budget import Budget, Floats
-from ..channels import Channels, Ids
+from ..channels import Axis, Channels, Ids
 from ..layers import Layer
 from ._errors import multiplied, norm_of, root, worths
 from ._layers import eligible
@@ -55,9 +55,10 @@ def squeezable(model: nn.Module, channels: Channels, budget: Budget, moments: Ma
     """What single layers may leave out of channels that others make as well: filters that they add to, inputs that they read."""
     makers = Counter(n for layer in budget.layers if layer.groups == 1 for n in set(channels.axes[layer.weight, layer.out_axis]))
     worth = worths(model, channels, budget, moments)
+    lie_on: dict[int, set[Axis]] = {}  # the axes of streams, by a set
     result: Sides = []
-    for layer in budget.layers:
-        if not eligible(model, layer) or layer.groups > 1:
+    for layer in eligible(model, budget.layers):
+        if layer.groups > 1:
             continue
         known = None if moments is None else moments.get(layer.name)
         counts = worth.get(layer.name, 1.0)
@@ -72,7 +73,7 @@ def squeezable(model: nn.Module, channels: Channels, budget: Budget, moments: Ma
             elif known is not None:
                 order, lost = _give_up(filters(model, layer, known, shared), sets)
             else:
-                share = _read(model, channels, budget, sets, layer) if side else _made(model, layer)[shared]
+                share = _read(model, channels, budget, sets, layer, lie_on) if side else _made(model, layer)[shared]
                 by_share = np.argsort(share, kind="stable")
                 order, lost = sets[by_share], counts * multiplied(np.cumsum(share[by_share]))
             result.append((layer, side, order, np.concatenate([lost[::-1], [0.0]])))
@@ -106,9 +107,12 @@ def _made(model: nn.Module, layer: Layer) -> Floats:
     return own / max(float(own.sum()), 1e-30)
 
 
-def _read(model: nn.Module, channels: Channels, budget: Budget, sets: Ids, layer: Layer) -> Floats:
-    """Each channel's share of what a layer reads from all of the sets."""
-    lies_on = {axis for axis, own in channels.axes.items() if sets[0] in own}
+def _read(model: nn.Module, channels: Channels, budget: Budget, sets: Ids, layer: Layer, lie_on: dict[int, set[Axis]]) -> Floats:
+    """Each channel's share of what a layer reads from all of the sets. `lie_on` are the axes that are known already."""
+    first = int(sets[0])
+    if first not in lie_on:
+        lie_on[first] = {axis for axis, own in channels.axes.items() if first in own}
+    lies_on = lie_on[first]
     makers = [layer for layer in budget.layers if (layer.weight, layer.out_axis) in lies_on]
     return _share(model, channels, sets, _power(model, channels, sets, lies_on, makers), layer)
 

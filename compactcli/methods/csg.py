@@ -79,7 +79,13 @@ class Plan:
     """What the layers of one kernel size may become."""
 
     size: int  # of the codes
-    plain: frozenset[str]  # the layers that stay as they are
+    order: tuple[str, ...]  # the layers, first those that gain least, which plans of one size have in common
+    number: int  # how many of them stay as they are
+
+    def coded(self, found: Sequence[tuple[Layer, "Sliced"]]) -> list[tuple[Layer, "Sliced"]]:
+        """Those of the layers that are made by codes of this size."""
+        plain = set(self.order[: self.number])
+        return [each for each in found if each[0].name not in plain]
 
 
 Groups = dict[tuple[int, ...], list[tuple[Layer, Sliced]]]  # kernel size -> its layers
@@ -96,6 +102,10 @@ class CSG(Method):
     def recognise(cls, tensors: Mapping[str, Tensor]) -> Foreign | None:
         """The network in one of the authors' files."""
         return _csg_files.recognise(tensors)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.options.generator,) if self.options.generator else ()
 
     def recorded(self) -> dict[str, Any]:
         """The options, and of the generator's file the bare name."""
@@ -121,9 +131,9 @@ class CSG(Method):
         metrics = Metrics(model, channels, budget, moments)
         given = generators(self.options.generator) if self.options.generator else {}
         groups: Groups = {}
-        for layer in budget.layers:
+        for layer in eligible(model, budget.layers):
             kernel = layer.shape[2:]
-            if eligible(model, layer) and (not given or kernel in given):
+            if not given or kernel in given:
                 slicing = Slicing(layer.shape, *self._cut(given.get(kernel)))
                 weight = model.get_parameter(layer.weight).detach().float()
                 groups.setdefault(kernel, []).append((layer, Sliced(weight, metrics.of(layer), slicing)))
@@ -136,8 +146,7 @@ class CSG(Method):
             plans, _ = self._chosen(model, budget, groups, given)
         edits: list[Edit] = []
         for kernel, plan in plans.items():
-            coded = [each for each in groups[kernel] if each[0].name not in plan.plain]
-            edits += self._edits(model, kernel, coded, plan, given, shares)
+            edits += self._edits(model, kernel, plan.coded(groups[kernel]), plan, given, shares)
         return edits
 
     def _cut(self, given: Given | None) -> tuple[int, int, bool]:
@@ -156,9 +165,9 @@ class CSG(Method):
         """What becomes of each kernel size of which anything is coded; the summed error."""
         choices, plans = [], []
         for kernel, found in groups.items():
-            every = frozenset(layer.name for layer, _ in found)
+            every = tuple(layer.name for layer, _ in found)
             sizes = np.array([math.prod(layer.shape) for layer, _ in found])
-            costs, errors, own = [float(sizes.sum())], [0.0], [Plan(0, every)]
+            costs, errors, own = [float(sizes.sum())], [0.0], [Plan(0, every, len(every))]
             for cost, error, plan in self._plans(found, given.get(kernel)):
                 costs.append(cost)
                 errors.append(error)
@@ -189,10 +198,11 @@ class CSG(Method):
             lost = np.array([float(each[size]) for each in tails]) if given is None else _missed(slices, given.weight)
             saved = whole - counts * size
             order = np.argsort(-np.where(saved > 0, lost / np.maximum(saved, 1), np.inf), kind="stable")
+            names = tuple(found[i][0].name for i in order)
             for number in range(int((saved <= 0).sum()), len(order)):
                 coded = order[number:]
                 cost = whole[order[:number]].sum() + size * (counts[coded].sum() + numbers)
-                yield float(cost), float(lost[coded].sum()), Plan(size, frozenset(found[i][0].name for i in order[:number]))
+                yield float(cost), float(lost[coded].sum()), Plan(size, names, number)
 
     def _edits(
         self,
@@ -271,7 +281,7 @@ def _counted(each: tuple[Layer, Sliced], shares: Mapping[str, float]) -> tuple[L
 def _fill(plans: dict[tuple[int, ...], Plan], groups: Groups, slack: float) -> None:
     """Spend what is left of the budget on longer codes."""
     for kernel, plan in plans.items():
-        coded = [sliced for layer, sliced in groups[kernel] if layer.name not in plan.plain]
+        coded = [sliced for _, sliced in plan.coded(groups[kernel])]
         count, numbers = sum(each.slicing.count for each in coded), coded[0].slicing.size
         more = max(0, min(int(slack // (count + numbers)), min(count, numbers) - plan.size))
         plans[kernel], slack = replace(plan, size=plan.size + more), slack - more * (count + numbers)
@@ -294,7 +304,7 @@ class Generator(nn.Module):
         super().__init__()
         outputs, inputs, height, width, code = (options.get(n, 0) for n in ("outputs", "inputs", "height", "width", "code"))
         numbers = outputs * inputs * height * width
-        if not (1 <= numbers <= 1 << 24 and 1 <= code <= 1 << 16):
+        if not (1 <= numbers <= 1 << 24 and 1 <= code <= 1 << 16 and numbers * code <= 1 << 28):
             raise CompactError(f"the recipe has a generator of slices {outputs}x{inputs}x{height}x{width} from {code} numbers")
         self.kernel, self.slice = (height, width), (outputs, inputs)
         self.weight = nn.Parameter(torch.empty(numbers, code))

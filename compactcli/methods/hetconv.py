@@ -75,7 +75,7 @@ class HetConv(Method):
         trains: bool = False,
     ) -> list[Edit]:
         """The layers to replace, so that the budget is met."""
-        found = [layer for layer in budget.layers if _eligible(model, layer)]
+        found = _eligible(model, budget.layers)
         every = {layer.name: self._parts(layer) for layer in found}
         metrics = Metrics(model, channels, budget, moments)
         if self.options.arrange == "auto":
@@ -108,9 +108,9 @@ class HetConv(Method):
         return [p for p in range(2, most + 1) if outputs % p == 0 == inputs % p]
 
 
-def _eligible(model: nn.Module, layer: Layer) -> bool:
-    """Whether the layer is one that parts make cheaper: kernels with a centre, in one group, on images that keep their places."""
-    return eligible(model, layer) and _has_centre(model.get_submodule(layer.name))
+def _eligible(model: nn.Module, found: Sequence[Layer]) -> list[Layer]:
+    """Those that parts make cheaper: kernels with a centre, in one group, on images that keep their places."""
+    return [layer for layer in eligible(model, found) if _has_centre(model.get_submodule(layer.name))]
 
 
 def _has_centre(module: nn.Module) -> bool:

@@ -104,7 +104,7 @@ class LinearConv(Method):
             if getattr(self.options, name) != getattr(plain, name) and variant != of and (variant != "auto" or of != "sparse"):
                 raise UsageError(f"--set {name}: it is for variant={of}, and this is {variant}")
         metrics = Metrics(model, channels, budget, moments)
-        found = [layer for layer in budget.layers if eligible(model, layer)]
+        found = eligible(model, budget.layers)
         forms = [self._forms(_weight(model, layer), metrics.of(layer), budget.round_to or 1) for layer in found]
         result: list[Edit] = []
         for layer, form in self._chosen(model, budget, found, forms, refitted=moments is not None):
@@ -121,19 +121,21 @@ class LinearConv(Method):
         """(form, error) of all that a layer may be stored as beside plain."""
         options, outputs = self.options, len(weight)
         curves = Curves(weight, metric)
-        most = min(outputs - 1, weight.shape[1])
+        every = list(range(step, min(outputs - 1, weight.shape[1]) + 1, step))
+        if not every:
+            return []
         if options.share:
-            some = every = [min(most, max(1, int(options.share * outputs)))]
+            some = every = [_nearest(int(options.share * outputs), step, every[-1])]
         else:
-            every = list(range(step, most + 1, step))
-            some = sorted({min(most, max(1, round(share * outputs / step) * step)) for share in SHARES})
+            some = sorted({_nearest(share * outputs, step, every[-1]) for share in SHARES})
         result: list[tuple[Form, float]] = []
         if options.variant in ("auto", "full"):
             result += [(Form("full", p), curves.full(p)) for p in every]
         for p in some if options.variant in ("auto", "lowrank", "rankratio") else ():
             errors = curves.lowrank(p)
-            tied = {"lowrank": options.rank, "rankratio": max(1, int(options.rank_share * p))}.get(options.variant, 0)
-            ranks = [min(tied, len(errors) - 1)] if tied else range(1, len(errors))
+            shared = _nearest(int(options.rank_share * p), step, outputs)
+            tied = {"lowrank": options.rank, "rankratio": shared}.get(options.variant, 0)
+            ranks = [min(tied, len(errors) - 1)] if tied else range(step, len(errors), step)
             result += [(Form("lowrank", p, min(tied, outputs) or r), float(errors[r])) for r in ranks]
         for p in some if options.variant in ("auto", "sparse") else ():
             shares = [options.kept] if options.kept else KEPT
@@ -217,6 +219,11 @@ class LinearConv(Method):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.thresholds = {name.removeprefix("threshold."): float(value) for name, value in state.items()}
+
+
+def _nearest(count: float, step: int, most: int) -> int:
+    """The multiple of a step that is nearest, at least one of it, up to a most that is one."""
+    return min(most, max(1, round(count / step)) * step)
 
 
 def correlation(primary: Tensor) -> Tensor:
