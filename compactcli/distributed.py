@@ -90,7 +90,7 @@ def share_(tensors: Iterable[Tensor]) -> None:
     """Give every process the main one's values, in place: of running statistics, which each takes over its own images."""
     if running():
         for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=0)
+            torch.distributed.broadcast(tensor.detach(), src=0)  # else a parameter would be taken for a result of it
 
 
 def wait() -> None:

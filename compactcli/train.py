@@ -272,7 +272,7 @@ class _Run:
             return False
         try:
             self.take(*state)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as problem:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, StopIteration) as problem:
             raise CompactError(f"the run's file is damaged ({brief(repr(problem))}); leave --resume out to begin again") from None
         return True
 

@@ -140,9 +140,12 @@ def test_a_search_follows_any_method(first, second):
     assert torch.equal(outputs(again.module, image(again))[0], outputs(searched.module, image(again))[0])
 
 
-@pytest.mark.parametrize(("first", "second"), [("hinge", "csg"), ("hetconv", "linearconv"), ("fcf", "hinge")])
-def test_methods_chain_on_a_trained_resnet56(checkpoints, first, second):
-    original = open_model(checkpoints / "resnet56-cifar10jpeg.th")
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [("resnet56", "hinge", "csg"), ("resnet20", "hetconv", "linearconv"), ("resnet20", "fcf", "hinge")],
+)
+def test_methods_chain_on_a_trained_network(checkpoints, name, first, second):
+    original = open_model(checkpoints / f"{name}-cifar10jpeg.th")
     twice = open_model(compressed(open_model(compressed(copy.deepcopy(original), first, [])), second, []))
     tree = report.report(twice, original, None)
     assert [step["method"] for step in tree["steps"]] == [first, second]

@@ -355,7 +355,7 @@ def test_the_published_files_load_without_a_flag(checkpoints, file):
 @pytest.mark.parametrize(("file", "least"), [*zip(FILES, (78, 75, 78), strict=True)])
 def test_the_published_files_know_the_images(checkpoints, jpeg, file, least):
     found = open_model(checkpoints / file)
-    images = sources.open_dataset(str(jpeg), input_shape=(3, 32, 32), preprocessing=found.recipe.preprocessing, limit=500)
+    images = sources.open_dataset(str(jpeg), input_shape=(3, 32, 32), preprocessing=found.recipe.preprocessing, limit=250)
     assert least < report.evaluate(found, images).accuracy.top1 < 96
 
 

@@ -289,7 +289,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "1e308", str(10**20)])
+@pytest.mark.parametrize("value", ["nan", "inf", str(10**20)])
 @pytest.mark.parametrize(("name", "flag"), NUMBERS)
 def test_numbers_that_are_none_are_served_or_refused_in_one_line(name, flag, value, folder, monkeypatch):
     monkeypatch.setattr(report, "LATENCY_SECONDS", 0.0)

@@ -159,6 +159,7 @@ def test_what_is_no_run_is_one_line(content: bytes, tmp_path: Path) -> None:
         lambda run, tensors: run.update(standing=[]),
         lambda run, tensors: run.update(identity=[]),
         lambda run, tensors: run["standing"].update(step="many"),
+        lambda run, tensors: run["standing"].update(loss_sum=10**400),
         lambda run, tensors: run["standing"].update(records=[{"epoch": 0}]),
         lambda run, tensors: run["standing"].update(best=99),
         lambda run, tensors: tensors.pop(next(name for name in tensors if name.startswith("model."))),

@@ -434,7 +434,7 @@ def test_decomposed_layers_are_trained_at_their_pace_and_adamw_at_none():
 def test_a_search_that_is_too_short_does_no_harm():
     """Of the demo's network on its digits: norms fall no faster than the network can follow, and the rest is cut by error."""
     one = artefact.open_model(EXAMPLES / "digits-resnet20.pt")
-    digits = sources.open_dataset("digits", input_shape=one.input_shape, preprocessing=one.recipe.preprocessing)
+    digits = sources.open_dataset("digits", input_shape=one.input_shape, preprocessing=one.recipe.preprocessing, limit=700)
     before = report.evaluate(one, digits).accuracy.top1
     calibration = Calibration(digits.train.images()[:256], "digits")
     search = Search(digits, settings(epochs=1, batch_size=64), copy.deepcopy(one))
