@@ -606,11 +606,11 @@ def test_a_saved_table_drives_a_compression(net, tmp_path):
     made = [run("compress", "-q", net, *HINGE, "0.6", "--of", "latency", "--latency-table", table).stdout_bytes for _ in range(2)]
     assert made[0] == made[1]  # nothing is timed again
     assert open_model(made[0]).recipe.steps[0].options["of"] == "latency"
-    other = ("--fresh", "--arch", "cifar:resnet8", "--arch-kwargs", "width=4")
+    other = ("--fresh", "--arch", "cifar:resnet8", "--arch-kwargs", "width=4", "--arch-kwargs", "in_channels=1")
     line = one_line(
         run("compress", "-q", *other, *HINGE, "0.6", "--of", "latency", "--latency-table", table, "-o", tmp_path / "o")
     )
-    assert "the latency table is of another network: conv1 is 4x3x3x3 here, 8x1x3x3 in the table" in line
+    assert "the latency table is of another network: conv1 is 4x1x3x3 here, 8x1x3x3 in the table" in line
     damaged = tmp_path / "damaged.json"
     huge = json.dumps({"schema": "compactcli/latency-table/1", "whole_ms": 10**400, "layers": []})
     tree = json.loads(table.read_text())
