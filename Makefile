@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/compactcli report demo/tuned.safetensors --baseline examples/digits-resnet20.pt --data digits
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
