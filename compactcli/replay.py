@@ -92,13 +92,14 @@ class Streams:
             self._join()
 
     def error(self) -> float:
-        """|difference| / |deviation of the target's outputs from their mean|."""
+        """|difference| / |deviation of the target's outputs from their mean|; of one image, which has none, / |outputs|."""
         ends = [_scores(stream.graph) for stream in (self.target, self.model)]
         self.target.advance(ends[0], through=True)
         self.model.advance(ends[1], through=True)
         wanted = torch.cat([values[ends[0]] for values in self.target.values])
         got = torch.cat([values[ends[1]] for values in self.model.values])
-        return float((got - wanted).norm() / (wanted - wanted.mean(0)).norm().clamp_min(1e-30))
+        deviation = wanted - wanted.mean(0) if len(wanted) > 1 else wanted
+        return float((got - wanted).norm() / deviation.norm().clamp_min(1e-30))
 
 
 def _scores(graph: Graph) -> fx.Node:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import named
+from networks import Code, named
 from test_search import images as coloured
 from test_search import network as colours
 from torch import Tensor, nn
@@ -117,7 +117,8 @@ def trained(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_teacher_sees_the_images_that_the_network_sees(precision: str) -> None:
     """Though each of them overwrites what it is given: from its own copy a network has nothing to learn."""
-    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16 * 16, 5))
+    overwrites = Code(lambda s, x: x.sub_(0.5).mul_(2.0))
+    model = nn.Sequential(overwrites, nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16 * 16, 5))
     images, labels = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 5
     settings = Settings(precision=precision, distill_weight=1.0)
     assert abs(float(Plain(model, copy.deepcopy(model), settings)(images, labels, 8))) < 1e-6

@@ -59,11 +59,12 @@ def made(digits: tuple[Any, ...], edits: list[Replace]) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_a_handful_of_images_is_enough_to_begin_with(count):
     """Their moments are of low rank, and rounding is larger than the least ridge."""
-    given = artefact.open_model(DIGITS, Wishes("cifar:resnet20", {"in_channels": 1}))
-    pixels = torch.randint(0, 256, (count, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+    given = artefact.fresh(Wishes("cifar:resnet20", {"in_channels": 1}, (1, 8, 8), (0.5,), (0.5,)), 0)
+    randomise_(given.module)
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
     compress(given, "linearconv", chosen(), Target(0.7), calibration=Calibration(pixels, "noise"))
     assert given.recipe.steps[-1].error < 2
 

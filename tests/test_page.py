@@ -319,7 +319,8 @@ def test_a_comparison_is_of_its_reports(compared):
 def test_what_all_are_compared_with_has_a_row_unless_it_is_one_of_them(compared, folder):
     tree, path = compared
     assert len(compare.rows(tree)) == 3  # net.pt is the original of the others
-    small, tiny = (str(path.parent / name) for name in ("small.safetensors", "tiny.safetensors"))
+    small, tiny, net = (str(path.parent / name) for name in ("small.safetensors", "tiny.safetensors", "net.pt"))
+    assert len(compare.rows(json.loads(run("report", small, tiny, "--baseline", net, net, "-q", "--json").stdout))) == 3
     for flags in ((), ("--baseline", str(path.parent / "net.pt"))):
         found = json.loads(run("report", small, tiny, *flags, "-q", "--json").stdout)
         *_, last = compare.rows(found)
