@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compactcli import artefact, channels, measure, optim, sources, surgery, train
-from compactcli.artefact import Wishes
+from compactcli.artefact import Wishes, open_model
 from compactcli.budget import Budget
 from compactcli.compress import Calibration, Search, Target, compress
 from compactcli.errors import CompactError, UsageError
@@ -648,3 +648,10 @@ def test_a_resumed_search_equals_an_unbroken_one(options, tmp_path):
     broken = run(tmp_path, *options, resume=True)
     assert broken.keys() == whole.keys()
     assert same(whole, broken)
+
+
+def test_next_to_nothing_can_be_kept_away_from_a_trained_network(checkpoints):
+    """Of dead channels, whose error rounding makes less than nothing."""
+    given = open_model(checkpoints / "resnet20-cifar10jpeg.th")
+    compress(given, "fcf", get("fcf")(), Target(0.999))
+    assert given.recipe.steps[-1].error < 1e-3

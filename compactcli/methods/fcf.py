@@ -361,8 +361,8 @@ def _best(ways: Sequence[Way], target: float, alike: float) -> Way:
     """Of the ways that meet the target, or come nearest to it, the fastest of those of at most `alike` times the least error."""
     least_cost = max(target, min(way.cost for way in ways))
     fitting = [way for way in ways if way.cost <= least_cost]
-    least = min(way.error for way in fitting)
-    return min((way for way in fitting if way.error <= alike * least), key=lambda way: way.time)
+    most = alike * max(min(way.error for way in fitting), 0.0)  # rounding makes nothing of it less than nothing
+    return min((way for way in fitting if way.error <= most), key=lambda way: way.time)
 
 
 def _pays(model: nn.Module, layer: Layer, side: int, count: int) -> NDArray[np.bool_]:
