@@ -82,7 +82,7 @@ class Plan:
     order: tuple[str, ...]  # the layers, first those that gain least, which plans of one size have in common
     number: int  # how many of them stay as they are
 
-    def coded(self, found: Sequence[tuple[Layer, "Sliced"]]) -> list[tuple[Layer, "Sliced"]]:
+    def coded(self, found: Sequence[tuple[Layer, Sliced]]) -> list[tuple[Layer, Sliced]]:
         """Those of the layers that are made by codes of this size."""
         plain = set(self.order[: self.number])
         return [each for each in found if each[0].name not in plain]
