@@ -40,7 +40,7 @@ from compactcli.methods import get
 from compactcli.methods._errors import Metric
 from compactcli.methods._layers import eligible
 from compactcli.methods._reconstruct import choose
-from compactcli.methods._slices import Sliced, Slicing, spectrum
+from compactcli.methods._slices import Sliced, Slicing, directions
 from compactcli.methods.csg import Options
 from compactcli.methods.fcf import FCF, _means
 from compactcli.methods.hetconv import Parts, fit
@@ -159,8 +159,7 @@ def _generated(network: Network, ours: Network, ratio: float, calibration: Calib
     size = int((ratio * whole - fixed) // each)
     kernels: Kernels = {}
     for group in groups.values():
-        directions, _ = spectrum([sliced for _, sliced in group])
-        basis = directions[:, :size]
+        basis = directions([sliced for _, sliced in group])[:, :size]
         for layer, sliced in group:
             kernels[layer.weight] = sliced.slicing.paste(sliced.slicing.cut(sliced.weight) @ basis @ basis.T)
     return _with(network, kernels), (fixed + size * each) / whole

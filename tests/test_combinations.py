@@ -13,7 +13,7 @@ from compactcli.allocate import Choice, allocate
 from compactcli.methods import _linear_layers
 from compactcli.methods._combinations import Combination, Curves, Form, fit, pivots
 from compactcli.methods._errors import Metric
-from compactcli.methods._slices import Sliced, Slicing, made, refine, solve_codes, spectrum
+from compactcli.methods._slices import Sliced, Slicing, directions, made, refine, scored, solve_codes
 
 OUTPUTS, READS = 14, 27  # of the layer (14, 3, 3, 3)
 SEEDS = range(6)
@@ -318,7 +318,7 @@ def test_refinement_is_better_than_its_start_and_than_svd(kind, rows, size):
     layers = sliced(SHAPES, kind, rows=rows)
     svd, own = truncated(layers, size)
     unweighted = total(layers, svd, own)
-    start = spectrum(layers)[0][:, :size]
+    start = directions(layers)[:, :size]
     before = total(layers, start, [layer.slicing.cut(layer.weight) @ start for layer in layers])
     generator, codes = refine(layers, start)
     after = total(layers, generator, codes)
@@ -331,28 +331,40 @@ def test_refinement_is_better_than_its_start_and_than_svd(kind, rows, size):
 def test_without_a_metric_svd_is_what_is_best():
     layers = sliced([(8, 8, 3, 3), (16, 8, 3, 3)], "plain")
     expected = total(layers, *truncated(layers, 5))
-    assert total(layers, *refine(layers, spectrum(layers)[0][:, :5])) == pytest.approx(expected, rel=1e-4)
+    assert total(layers, *refine(layers, directions(layers)[:, :5])) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_longer_codes_lose_less_until_nothing_is_lost(kind):
     layers = sliced(SHAPES, kind)
-    directions, _ = spectrum(layers)
+    every = directions(layers)
     count = sum(layer.slicing.count for layer in layers)
-    errors = [total(layers, *refine(layers, directions[:, :size])) for size in (1, 3, 6, 10, count)]
+    errors = [total(layers, *refine(layers, every[:, :size])) for size in (1, 3, 6, 10, count)]
     assert np.all(np.diff(errors) < 0)
     assert errors[-1] < 1e-6 * errors[0]
 
 
-@pytest.mark.parametrize("kind", METRICS[:2])
-def test_what_is_beyond_each_direction_is_what_a_projection_loses(kind):
-    layers = sliced([(8, 8, 3, 3), (16, 8, 3, 3)], kind)
-    directions, lost = spectrum(layers)
-    for size in (0, 1, 4, 8):
-        basis = directions[:, :size]
-        for layer, own in zip(layers, lost, strict=True):
-            scaled = layer.slicing.cut(layer.weight) * layer.weights().sqrt()[:, None]
-            assert float(own[size]) == pytest.approx(float((scaled - scaled @ basis @ basis.T).square().sum()), rel=1e-3)
+@pytest.mark.parametrize("kind", METRICS)
+def test_plans_are_scored_by_what_their_best_codes_lose(kind):
+    layers = sliced(SHAPES, kind)
+    for size in (1, 4, 8):
+        basis = directions(layers)[:, :size]
+        for layer, loss in zip(layers, scored(layers, basis), strict=True):
+            best = total([layer], *refine([layer], basis, frozen=True))
+            assert best * (1 - 1e-3) <= loss <= 1.3 * best
+
+
+def test_a_wide_layer_is_scored_by_some_of_its_filters():
+    """Those are spread over all, the last, that no block is full of, among them."""
+    (layer,) = sliced([(66, 8, 3, 3)], "images")
+    part, index = layer.part(12), torch.tensor([0, 1, 2, 3, 32, 33, 34, 35, 64, 65])
+    assert torch.equal(part.weight, layer.weight[index])
+    assert torch.equal(part.metric.outputs, layer.metric.outputs[index][:, index])
+    assert part.slicing.count == 3 * 2
+    assert layer.part(68) is layer
+    (wide,) = sliced([(128, 8, 3, 3)], "weighted")
+    basis = directions([wide])[:, :8]
+    assert scored([wide], basis) == pytest.approx([total([wide], *refine([wide], basis, frozen=True))], rel=0.5)
 
 
 @pytest.mark.parametrize("kind", METRICS)
@@ -380,7 +392,7 @@ def test_a_generator_of_which_a_part_is_idle_has_codes_as_well():
 
 def test_refinement_gives_the_same_bits_every_time():
     layers = sliced(SHAPES, "images")
-    start = spectrum(layers)[0][:, :5]
+    start = directions(layers)[:, :5]
     first, *others = [refine(layers, start) for _ in range(4)]
     for generator, codes in others:
         assert torch.equal(generator, first[0])
@@ -395,6 +407,8 @@ def test_slices_of_depthwise_kernels_have_directions_too():
     for layer in found:
         weight = layer.weight.detach()
         layers.append(Sliced(weight, Metric(torch.eye(len(weight)), None), Slicing(tuple(weight.shape), 8, 8)))
-    directions, lost = spectrum(layers)
-    assert torch.allclose(directions.T @ directions, torch.eye(directions.shape[1]), atol=1e-4)
-    assert all(float(own[-1]) <= 1e-4 * float(own[0]) for own in lost)
+    basis = directions(layers)
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4)
+    for layer in layers:
+        rows = layer.slicing.cut(layer.weight)
+        assert float((rows - rows @ basis @ basis.T).square().sum()) <= 1e-4 * float(rows.square().sum())

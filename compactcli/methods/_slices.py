@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from ._errors import LEAST, Metric, ridge_
 ROUNDS = 6  # of codes, then generator, at most
 HELPS = 0.01  # of the error: a round that saves less is the last
 SOLVES = 10  # steps of conjugate gradients for either
+STEPS = 5  # of them, of FILTERS of each layer, where plans are compared
+FILTERS = 16
 REFITS = 40  # for one layer's codes, when images refit it
 
 
@@ -81,6 +83,18 @@ class Sliced:
         each = self.slicing.cut((outputs[:, None] * inputs).view(self.weight.shape))
         return each.sum(1) / self.slicing.cut(torch.ones_like(self.weight)).sum(1).clamp_min(1)
 
+    def part(self, filters: int) -> "Sliced":
+        """The same of blocks of its filters, evenly spread, that are no more than so many filters, or one block."""
+        few = max(1, filters // self.slicing.outputs)
+        if few >= self.slicing.blocks[0]:
+            return self
+        blocks = torch.linspace(0, self.slicing.blocks[0] - 1, few).round().long()
+        index = (blocks[:, None] * self.slicing.outputs + torch.arange(self.slicing.outputs)).flatten()
+        index = index[index < len(self.weight)]
+        metric = replace(self.metric, outputs=self.metric.outputs[index][:, index])
+        slicing = replace(self.slicing, shape=(len(index), *self.slicing.shape[1:]))
+        return Sliced(self.weight[index], metric, slicing)
+
     def weighed(self, error: Tensor) -> Tensor:
         """Half the gradient (slices, numbers) of what an error (o, i, k, k) costs."""
         rows = self.metric.outputs.to(error.dtype) @ self.metric.read(error.flatten(1))
@@ -91,40 +105,38 @@ class Sliced:
         return self.metric.cost(error.flatten(1))
 
 
-def spectrum(layers: Sequence[Sliced]) -> tuple[Tensor, list[Tensor]]:
-    """The principal directions (numbers, most there are) of all slices, weighted, and by layer what is beyond each of them.
-
-    The second holds, for every layer, the energy (most + 1,) that is lost with so many directions.
-    """
-    slices = [layer.slicing.cut(layer.weight) for layer in layers]
-    scaled = [own * layer.weights().clamp_min(0).sqrt()[:, None] for own, layer in zip(slices, layers, strict=True)]
-    every = torch.cat(scaled)
-    _, directions = _principal(every)
-    lost = []
-    for own in scaled:
-        energy = (own @ directions).double().square().sum(0)
-        total = float(own.double().square().sum())
-        lost.append((total - torch.cat([torch.zeros(1, dtype=torch.float64), energy.cumsum(0)])).clamp_min(0))
-    return directions, lost
+def directions(layers: Sequence[Sliced]) -> Tensor:
+    """The principal directions (numbers, as many as there are) of all slices, each weighted by how much it counts."""
+    scaled = [layer.slicing.cut(layer.weight) * layer.weights().clamp_min(0).sqrt()[:, None] for layer in layers]
+    return _principal(torch.cat(scaled))
 
 
-def _principal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(energies, directions as columns) of rows (n, m), descending; min(n, m) of them."""
+def scored(layers: Sequence[Sliced], generator: Tensor) -> list[float]:
+    """What each layer loses with the best codes for a generator (numbers, d), nearly: a few steps, on some of its filters."""
+    inverse, lost = _inverse(generator), []
+    for layer in layers:
+        part = layer.part(FILTERS)
+        codes = solve_codes(part, generator, (part.slicing.cut(part.weight).double() @ inverse).float(), STEPS)
+        lost.append(part.cost(part.weight - made(part, generator, codes)) * len(layer.weight) / len(part.weight))
+    return lost
+
+
+def _principal(rows: Tensor) -> Tensor:
+    """Directions, as columns, of rows (n, m), the strongest first; min(n, m) of them."""
     if len(rows) >= rows.shape[1]:
-        energy, vectors = _eigh(rows.T @ rows)
-        return energy.flip(0), vectors.flip(1)
-    energy, vectors = _eigh(rows @ rows.T)
-    energy, vectors = energy.flip(0), vectors.flip(1)
-    return energy, torch.linalg.qr(rows.T @ vectors).Q
+        return _eigh(rows.T @ rows).flip(1)
+    directions: Tensor = torch.linalg.qr(rows.T @ _eigh(rows @ rows.T).flip(1)).Q
+    return directions
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues, eigenvectors), ascending; in float64 where float32 does not converge, as of slices that are mostly zeros."""
+def _eigh(gram: Tensor) -> Tensor:
+    """Eigenvectors, the weakest first; by float64 where float32 does not converge, as of slices that are mostly zeros."""
+    vectors: Tensor
     try:
-        energy, vectors = torch.linalg.eigh(gram)
+        vectors = torch.linalg.eigh(gram).eigenvectors
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        energy, vectors = torch.linalg.eigh(gram.double())
-    return energy.to(gram.dtype), vectors.to(gram.dtype)
+        vectors = torch.linalg.eigh(gram.double()).eigenvectors
+    return vectors.to(gram.dtype)
 
 
 def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False) -> tuple[Tensor, list[Tensor]]:

@@ -29,14 +29,14 @@ from ..recipe import Edit, Replace, Share
 from ..surgery import LAYERS, LayerKind, Regression
 from . import Foreign, Method, _csg_files
 from ._csg_files import Given, generators
+from ._csg_plans import Curve, Plan, curves
 from ._errors import Metric, Metrics
 from ._layers import dense, eligible, like, meet
-from ._slices import REFITS, Sliced, Slicing, made, name_of, refine, solve_codes, spectrum
+from ._slices import REFITS, Sliced, Slicing, directions, made, name_of, refine, solve_codes
 
 if TYPE_CHECKING:
     from ..moments import Moments
 
-SIZES = 48  # of codes that are tried
 MOST_FILLED = 10**8  # numbers of slices that may be filled up as far as a user likes
 SHORTEST = 0.01  # squared spectral norm of a factor from which on the other learns no faster: it may grow while the paces stay
 
@@ -72,20 +72,6 @@ class Options:
     def freezes(self) -> bool:
         """Whether the generators stay as they are."""
         return self.frozen == "yes" or (self.frozen == "auto" and self.generator != "")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the layers of one kernel size may become."""
-
-    size: int  # of the codes
-    order: tuple[str, ...]  # the layers, first those that gain least, which plans of one size have in common
-    number: int  # how many of them stay as they are
-
-    def coded(self, found: Sequence[tuple[Layer, Sliced]]) -> list[tuple[Layer, Sliced]]:
-        """Those of the layers that are made by codes of this size."""
-        plain = set(self.order[: self.number])
-        return [each for each in found if each[0].name not in plain]
 
 
 Groups = dict[tuple[int, ...], list[tuple[Layer, Sliced]]]  # kernel size -> its layers
@@ -138,12 +124,16 @@ class CSG(Method):
                 weight = model.get_parameter(layer.weight).detach().float()
                 groups.setdefault(kernel, []).append((layer, Sliced(weight, metrics.of(layer), slicing)))
         _check_size([sliced for found in groups.values() for _, sliced in found])
-        plans, lost = self._chosen(model, budget, groups, given)
+        known = {
+            kernel: list(curves(found, self.options.code, given[kernel].weight if given else None))
+            for kernel, found in groups.items()
+        }
         shares = {layer.name: 1.0 for layer in budget.layers}
+        plans, lost = self._chosen(model, budget, groups, known, shares)
         if moments is not None:
             shares = {layer.name: float(share) for layer, share in zip(budget.layers, budget.left(lost), strict=True)}
             groups = {kernel: [_counted(each, shares) for each in found] for kernel, found in groups.items()}
-            plans, _ = self._chosen(model, budget, groups, given)
+            plans, _ = self._chosen(model, budget, groups, known, shares)
         edits: list[Edit] = []
         for kernel, plan in plans.items():
             edits += self._edits(model, kernel, plan.coded(groups[kernel]), plan, given, shares)
@@ -160,49 +150,28 @@ class CSG(Method):
         model: nn.Module,
         budget: Budget,
         groups: Groups,
-        given: Mapping[tuple[int, ...], Given],
+        known: Mapping[tuple[int, ...], Sequence[Curve]],
+        shares: Mapping[str, float],
     ) -> tuple[dict[tuple[int, ...], Plan], float]:
-        """What becomes of each kernel size of which anything is coded; the summed error."""
-        choices, plans = [], []
+        """What becomes of each kernel size of which anything is coded; the summed error. A layer's counts by its share."""
+        choices, plans, free = [], [], not self.options.generator and not self.options.code
         for kernel, found in groups.items():
-            every = tuple(layer.name for layer, _ in found)
-            sizes = np.array([math.prod(layer.shape) for layer, _ in found])
-            costs, errors, own = [float(sizes.sum())], [0.0], [Plan(0, every, len(every))]
-            for cost, error, plan in self._plans(found, given.get(kernel)):
-                costs.append(cost)
-                errors.append(error)
-                own.append(plan)
+            sizes = [math.prod(layer.shape) for layer, _ in found]
+            costs, errors, own = [float(sum(sizes))], [0.0], [Plan(0, frozenset(layer.name for layer, _ in found))]
+            for curve in known[kernel]:
+                for cost, error, plan in curve.plans(shares, between=free):
+                    costs.append(cost)
+                    errors.append(error)
+                    own.append(plan)
             choices.append(Choice(np.array(costs), np.array(errors)))
             plans.append(own)
         chosen = meet(budget, choices, "csg")
         result = {kernel: own[form] for kernel, own, form in zip(groups, plans, chosen, strict=True) if form}
-        if not given and not self.options.code:
+        if free:
             fixed = sum(each.numel() for each in model.parameters()) - sum(float(each.costs[0]) for each in choices)
             spent = sum(float(each.costs[form]) for each, form in zip(choices, chosen, strict=True))
             _fill(result, groups, budget.target - fixed - spent)
         return result, sum(float(each.errors[form]) for each, form in zip(choices, chosen, strict=True))
-
-    def _plans(self, found: Sequence[tuple[Layer, Sliced]], given: Given | None) -> Iterator[tuple[float, float, Plan]]:
-        """(parameters, error, plan) for sizes of the codes, and numbers of layers that stay plain, first those that gain."""
-        slices = [sliced for _, sliced in found]
-        counts = np.array([sliced.slicing.count for sliced in slices], dtype=float)
-        whole = np.array([sliced.weight.numel() for sliced in slices], dtype=float)
-        if given is None:
-            _, tails = spectrum(slices)
-            most, numbers = len(tails[0]) - 1, slices[0].slicing.size
-            sizes = [min(self.options.code, most)] if self.options.code else np.unique(np.linspace(1, most, SIZES).astype(int))
-        else:
-            numbers, (size, tails) = slices[0].slicing.size, (given.weight.shape[1], [])
-            sizes = [size]
-        for size in map(int, sizes):
-            lost = np.array([float(each[size]) for each in tails]) if given is None else _missed(slices, given.weight)
-            saved = whole - counts * size
-            order = np.argsort(-np.where(saved > 0, lost / np.maximum(saved, 1), np.inf), kind="stable")
-            names = tuple(found[i][0].name for i in order)
-            for number in range(int((saved <= 0).sum()), len(order)):
-                coded = order[number:]
-                cost = whole[order[:number]].sum() + size * (counts[coded].sum() + numbers)
-                yield float(cost), float(lost[coded].sum()), Plan(size, names, number)
 
     def _edits(
         self,
@@ -215,7 +184,7 @@ class CSG(Method):
     ) -> Iterator[Edit]:
         """The generator of one kernel size, and the layers that are made by it. `left` is how much of its error each counts."""
         slices, first = [sliced for _, sliced in found], found[0][1].slicing
-        start = given[kernel].weight if given else spectrum(slices)[0][:, : plan.size]
+        start = given[kernel].weight if given else directions(slices)[:, : plan.size]
         generator, codes = refine(slices, start, frozen=bool(given))
         for (layer, sliced), own in zip(found, codes, strict=True):
             self.losses[layer.name] = sliced.cost(sliced.weight - made(sliced, generator, own)) / left[layer.name]
@@ -285,16 +254,6 @@ def _fill(plans: dict[tuple[int, ...], Plan], groups: Groups, slack: float) -> N
         count, numbers = sum(each.slicing.count for each in coded), coded[0].slicing.size
         more = max(0, min(int(slack // (count + numbers)), min(count, numbers) - plan.size))
         plans[kernel], slack = replace(plan, size=plan.size + more), slack - more * (count + numbers)
-
-
-def _missed(slices: Sequence[Sliced], generator: Tensor) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """What each layer loses if its slices are projected on what the generator can make."""
-    basis = torch.linalg.qr(generator).Q
-    lost = []
-    for each in slices:
-        rows = each.slicing.cut(each.weight)
-        lost.append(float((each.weights() * (rows - rows @ basis @ basis.T).square().sum(1)).sum()))
-    return np.array(lost)
 
 
 class Generator(nn.Module):
