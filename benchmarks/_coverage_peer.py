@@ -38,7 +38,8 @@ def peer(row: Row, name: str) -> None:
 def _ignored(model: nn.Module, outputs: list[Tensor], kind: type[nn.Module]) -> list[str]:
     """The layers of that kind as wide as the network has classes."""
     widths = {output.shape[1] for output in outputs}
-    return [name for name, module in model.named_modules() if isinstance(module, kind) and len(module.weight) in widths]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    return [name for name, module in found.items() if len(module.get_parameter("weight")) in widths]
 
 
 def _measure(row: Row, prefix: str, original: nn.Module, shape: tuple[int, int, int], ignored: list[str]) -> None:
@@ -142,7 +143,7 @@ def _free(original: nn.Module, shape: tuple[int, int, int], ignored: list[str]) 
     """How many of the layers' output channels are in groups that it would prune."""
     graph = tp.DependencyGraph().build_dependency(original, example_inputs=torch.randn(1, *shape))
     names = {id(module): name for name, module in original.named_modules()}
-    free = set()
+    free: set[tuple[str, int]] = set()
     for group in graph.get_all_groups(ignored_layers=[original.get_submodule(name) for name in ignored]):
         for dependency, positions in group:
             name = names.get(id(dependency.target.module))

@@ -135,7 +135,7 @@ def randomised(name: str, seed: int = 0) -> nn.Module:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.sqrt(fan_in))
         for module in model.modules():
-            if isinstance(module, _NormBase) and module.running_mean is not None:
+            if isinstance(module, _NormBase) and module.running_mean is not None and module.running_var is not None:
                 uniform(module.running_mean, -0.5, 0.5)
                 uniform(module.running_var, 0.5, 1.5)
             if isinstance(module, _NormBase) and module.weight is not None:

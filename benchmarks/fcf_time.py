@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from compactcli import artefact, kernels, measure
 from compactcli.artefact import Network
 from compactcli.compress import ROUND, Target, compress
-from compactcli.latency import FORMATS
+from compactcli.latency import FORMATS, MemoryFormat
 from compactcli.methods import get
 from compactcli.methods._squeeze import Squeeze, expanded
 
@@ -96,7 +96,7 @@ def _whole(dense: Network, made: dict[float, nn.Module], cut: float, batch: int,
 class _Clocked:
     """A network in one memory format, which notes the time of its convolutions inside blocks as well."""
 
-    def __init__(self, net: nn.Module, image: Tensor, name: str) -> None:
+    def __init__(self, net: nn.Module, image: Tensor, name: MemoryFormat) -> None:
         self.net = copy.deepcopy(net).to(memory_format=FORMATS[name])  # type: ignore[call-overload]
         self.image = image.contiguous(memory_format=FORMATS[name])
         self.inside, self.started = 0.0, 0.0
@@ -150,7 +150,7 @@ def _layer(cut: float, batch: int, repeats: int) -> Row:
     }
 
 
-def _parts(kept: int, batch: int, repeats: int, name: str) -> dict[str, float]:
+def _parts(kept: int, batch: int, repeats: int, name: MemoryFormat) -> dict[str, float]:
     """Milliseconds of the layer in each form and of its parts, in one memory format."""
     generator, memory_format = torch.Generator().manual_seed(0), FORMATS[name]
     dense = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
@@ -170,7 +170,7 @@ def _parts(kept: int, batch: int, repeats: int, name: str) -> dict[str, float]:
         "standard": lambda: standard(part),
         "squeeze": lambda: squeeze(image),
         "gather": lambda: image[:, layer.read],
-        "convolution": lambda: squeeze.conv(gathered),
+        "convolution": lambda: squeeze.get_submodule("conv")(gathered),
         "scatter": lambda: expanded(part, layer.written, CHANNELS),
     }
     runs: dict[str, list[float]] = {form: [] for form in forms}

@@ -172,9 +172,10 @@ def _places(tree: ast.Module) -> Iterator[tuple[Any, Change]]:
             case ast.Call(func=ast.Name(id=name)) if name in CALLS:
                 yield node, _field(node.func, "id", CALLS[name])
         for body in (getattr(node, name, None) for name in ("body", "orelse")):
-            for index, statement in enumerate(body if isinstance(body, list) else ()):
+            statements: list[Any] = body if isinstance(body, list) else []
+            for index, statement in enumerate(statements):
                 if isinstance(statement, ast.Continue | ast.Break | ast.Raise | ast.AugAssign) or _is_call(statement):
-                    yield statement, _item(body, index, ast.Pass())
+                    yield statement, _item(statements, index, ast.Pass())
 
 
 def _code(tree: ast.AST) -> Iterator[ast.AST]:

@@ -42,13 +42,13 @@ def main(arguments: list[str]) -> None:
         surgery.apply_(model, edits)
         measured = calibrate.refit_(model, module, edits, batches, only={layer.name}) ** 2
         dense = surgery.LAYERS["hinge.decomposed"].dense(model.get_submodule(layer.name))
-        change = (dense.weight - module.get_parameter(layer.weight)).detach().flatten(1).double()
+        change = (dense.get_parameter("weight") - module.get_parameter(layer.weight)).detach().flatten(1).double()
         known = moments[layer.name]
         predicted = float((known.worth.double() @ change @ known.inputs.double() * change).sum())
         rows.append({"layer": layer.name, "predicted": predicted, "measured": measured})
-    predicted, measured = (np.array([row[key] for row in rows]) for key in ("predicted", "measured"))
-    correlation = float(np.corrcoef(predicted, measured)[0, 1])
-    of_logarithms = float(np.corrcoef(np.log(predicted), np.log(measured))[0, 1])
+    by_plan, by_images = (np.array([row[key] for row in rows]) for key in ("predicted", "measured"))
+    correlation = float(np.corrcoef(by_plan, by_images)[0, 1])
+    of_logarithms = float(np.corrcoef(np.log(by_plan), np.log(by_images))[0, 1])
     print(f"{len(rows)} layers: correlation {correlation:.3f}, of logarithms {of_logarithms:.3f}")
     result = {
         "command": "python -m benchmarks prediction",

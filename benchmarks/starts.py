@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from compactcli import artefact, budget, data, measure, report, sources
+from compactcli import artefact, budget, data, kernels, measure, report, sources
 from compactcli.artefact import Network
 from compactcli.channels import Channels, Ids
 from compactcli.compress import Calibration, Target, compress
 from compactcli.graph import trace
-from compactcli.kernels import layers
-from compactcli.layers import Layer
+from compactcli.layers import Layer, layers
 from compactcli.methods import get
 from compactcli.methods._errors import Metric
 from compactcli.methods._layers import eligible
@@ -134,8 +133,8 @@ def _combined(network: Network, ours: Network, ratio: float, calibration: Calibr
         return fixed + sum(p * weight[0].numel() + p * (len(weight) - p) for p, (_, weight) in sizes)
 
     share = max(step / 256 for step in range(1, 257) if stored(step / 256) <= ratio * whole or step == 1)
-    kernels = {layer.weight: _of_rank(weight, p) for (layer, weight), p in zip(found, ranks(share), strict=True)}
-    return _with(network, kernels), stored(share) / whole
+    made = {layer.weight: _of_rank(weight, p) for (layer, weight), p in zip(found, ranks(share), strict=True)}
+    return _with(network, made), stored(share) / whole
 
 
 def _of_rank(weight: Tensor, rank: int) -> Tensor:
@@ -157,22 +156,22 @@ def _generated(network: Network, ours: Network, ratio: float, calibration: Calib
     numbers = sum(group[0][1].slicing.size for group in groups.values())
     each = numbers + sum(sliced.slicing.count for sliced in every)  # stored for one more number in a code
     size = int((ratio * whole - fixed) // each)
-    kernels: Kernels = {}
+    made: Kernels = {}
     for group in groups.values():
         basis = directions([sliced for _, sliced in group])[:, :size]
         for layer, sliced in group:
-            kernels[layer.weight] = sliced.slicing.paste(sliced.slicing.cut(sliced.weight) @ basis @ basis.T)
-    return _with(network, kernels), (fixed + size * each) / whole
+            made[layer.weight] = sliced.slicing.paste(sliced.slicing.cut(sliced.weight) @ basis @ basis.T)
+    return _with(network, made), (fixed + size * each) / whole
 
 
 def _centred(network: Network, ours: Network, ratio: float, calibration: Calibration) -> tuple[Network, float]:
     """Kernels in the parts that ours has, of which nothing but the centre is kept elsewhere."""
-    kernels = {}
-    for name, layer in layers(ours.module).items():
+    made = {}
+    for name, layer in kernels.layers(ours.module).items():
         assert isinstance(layer, Parts)
         weight = network.module.get_parameter(f"{name}.weight").detach()
-        kernels[f"{name}.weight"] = fit(weight, None, layer.parts)
-    return _with(network, kernels), _size(ours, "macs") / _size(network, "macs")
+        made[f"{name}.weight"] = fit(weight, None, layer.parts)
+    return _with(network, made), _size(ours, "macs") / _size(network, "macs")
 
 
 class ByNorm(FCF):
@@ -202,10 +201,10 @@ PLAIN: dict[str, Plain] = {
 }
 
 
-def _with(network: Network, kernels: Kernels) -> Network:
+def _with(network: Network, made: Kernels) -> Network:
     one = copy.deepcopy(network)
     with torch.no_grad():
-        for name, kernel in kernels.items():
+        for name, kernel in made.items():
             one.module.get_parameter(name).copy_(kernel)
     return one
 

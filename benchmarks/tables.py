@@ -9,6 +9,7 @@ A table of README stands between `<!-- table: NAME -->` and `<!-- end -->`; docs
 import argparse
 import re
 from collections.abc import Callable
+from typing import Any
 
 from ._common import ROOT, read
 from ._results import results
@@ -98,7 +99,7 @@ def _starts() -> str:
 def _trained() -> str:
     """What 20 epochs of training make of ResNet-20, by hinge and by Torch-Pruning; a dash where that was not run."""
     found, rows = read("finetune-resnet20")["rows"], []
-    trained = ({"ratio": 0.5}, {"ratio": 0.5, "weight_decay": 5e-4}, {"ratio": 0.24})
+    trained: tuple[dict[str, Any], ...] = ({"ratio": 0.5}, {"ratio": 0.5, "weight_decay": 5e-4}, {"ratio": 0.24})
     for contender in ("calibrated", "auto", "prune", "decompose", "peer-norm", "peer", "control"):
         whole = {"ratio": 1.0} if contender == "control" else {}
         keys = [Run(contender, **{**how, **whole}).key for how in trained]

@@ -192,14 +192,14 @@ def _ours(module: nn.Module, material: Material, clock: Clock) -> None:
 def _minimal(module: nn.Module, material: Material, clock: Clock) -> None:
     model = module.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    batches = torch.randperm(len(material.images)).split(SETTINGS.batch_size)  # type: ignore[no-untyped-call]
+    batches = torch.randperm(len(material.images)).split(SETTINGS.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for index in batches:
         inputs = _augmented(material.images[index], material.preprocessing)
         with optim.autocast(SETTINGS):
             loss = F.cross_entropy(model(inputs), material.labels[index])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         loss.item()  # as people do, for the mean of the epoch

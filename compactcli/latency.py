@@ -16,7 +16,7 @@ from .errors import CompactError
 from .graph import copied
 
 MemoryFormat = Literal["contiguous", "channels_last"]
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FORMATS: dict[MemoryFormat, torch.memory_format] = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 2  # runs before the first that counts
 PASSES = 9  # over which the share of time of a layer is taken
 
