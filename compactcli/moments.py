@@ -22,6 +22,7 @@ WIDEST = 8_192  # inputs of a layer, i*k*k, up to which its covariance is afford
 BATCH_BYTES = 64 << 20  # of all values of one batch
 BATCH = 64
 LEAST = 1e-30  # of a sum of squares in float32
+ALIKE = 1e-12  # of the squares of outputs: what they deviate from their mean by rounding alone
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,16 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
     if not values.isfinite().all():
         raise not_finite(model, batch, "these images")
     trim()
-    deviation = unit**2 * float(square - total.square().sum() / images)
+    deviation = unit**2 * measured_by(float(square), float(square - total.square().sum() / images))
     return {name: own.moments(deviation) for name, own in sums.items() if own.count}
+
+
+def measured_by(square: float, deviation: float) -> float:
+    """The squares that an error of outputs is a share of: of what they deviate from their mean; of themselves, if all are alike.
+
+    They are of one image, of copies of it, and of a network that tells no images apart.
+    """
+    return deviation if deviation > ALIKE * square else square
 
 
 def _unit(values: Tensor) -> float:

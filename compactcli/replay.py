@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .graph import Graph
+from .moments import measured_by
 
 LIVE_BYTES = 192 << 20  # of values carried forward in both networks; more images join as they shrink
 
@@ -92,14 +93,14 @@ class Streams:
             self._join()
 
     def error(self) -> float:
-        """|difference| / |deviation of the target's outputs from their mean|; of one image, which has none, / |outputs|."""
+        """|difference| / |deviation of the target's outputs from their mean|, or / |outputs| where they have none."""
         ends = [_scores(stream.graph) for stream in (self.target, self.model)]
         self.target.advance(ends[0], through=True)
         self.model.advance(ends[1], through=True)
         wanted = torch.cat([values[ends[0]] for values in self.target.values])
         got = torch.cat([values[ends[1]] for values in self.model.values])
-        deviation = wanted - wanted.mean(0) if len(wanted) > 1 else wanted
-        return float((got - wanted).norm() / deviation.norm().clamp_min(1e-30))
+        square, deviation = (float(values.double().square().sum()) for values in (wanted, wanted - wanted.mean(0)))
+        return float((got - wanted).norm()) / max(measured_by(square, deviation) ** 0.5, 1e-30)
 
 
 def _scores(graph: Graph) -> fx.Node:

@@ -118,6 +118,17 @@ def test_csg_loses_no_more_by_a_larger_ratio_where_layers_differ():
     assert _lost("csg", model, 0.7, images=True) <= 1.1 * _lost("csg", model, 0.6, images=True)
 
 
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("name", names())
+def test_every_method_calibrates_on_images_that_are_all_alike(name, copies):
+    """Their outputs have no deviation that errors could be a share of."""
+    image = torch.randint(0, 255, (1, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(image.expand(copies, *SHAPE), "alike")
+    small = compress(network(width=16, shortcut="conv"), name, get(name)(), Target(0.7), calibration=calibration)
+    assert small.recipe.steps[-1].error < 1e-3
+    assert all(parameter.isfinite().all() for parameter in small.module.parameters())
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_method_is_deterministic(name):
     first, second = (artefact.dumps(compress(network(width=8), name, get(name)(), Target(0.7, nearest=True))) for _ in range(2))
