@@ -1,5 +1,6 @@
 """Two networks over the same images in step, one operation at a time, each value carried forward once."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ class Streams:
         wanted = torch.cat([values[ends[0]] for values in self.target.values])
         got = torch.cat([values[ends[1]] for values in self.model.values])
         square, deviation = (float(values.double().square().sum()) for values in (wanted, wanted - wanted.mean(0)))
-        return float((got - wanted).norm()) / max(measured_by(square, deviation) ** 0.5, 1e-30)
+        return float((got - wanted).norm()) / max(math.sqrt(measured_by(square, deviation)), 1e-30)
 
 
 def _scores(graph: Graph) -> fx.Node:

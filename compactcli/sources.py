@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from torch import Tensor
 from . import usercode
 from .data import Dataset, Shape, Split, choose
 from .errors import CompactError, brief
-from .images import Form, decode, form_of, from_array, from_source
+from .folders import from_folder
+from .images import Form, form_of, from_array
 from .recipe import Preprocessing, Recipe
 from .vision import torchvision
 
 MANY_CLASSES = 10**6  # what a label stays below
-SKIPPED_NAMED = 3  # of the files that were left out
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # name -> class in torchvision.datasets, and whether a mirrored image is still one of its class
 _TORCHVISION = {
@@ -53,7 +51,7 @@ def open_dataset(
     which have no labels. The function is called with "train" and with "test" and returns (images, labels), or None where it
     has no such split: images uint8, or float from 0 to 1, (n, c, h, w); labels int64 (n,), or None.
 
-    With `skip_corrupt` every file of a folder is decoded at once, and those that cannot be are left out; `log` is told which.
+    With `skip_corrupt` every file of a folder is decoded at once, and those that cannot be are left out. `log` is told what is.
 
     Raises CompactError if there is no such data, or it is not downloaded, or a needed package is missing.
     """
@@ -65,12 +63,7 @@ def open_dataset(
     elif spec in _TORCHVISION:
         dataset = _from_torchvision(spec, data_dir or _cache_dir(), download, form)
     elif Path(spec).is_dir():
-        skipped: list[Path] = []
-        dataset = _from_folder(Path(spec), form, skipped if skip_corrupt else None, log)
-        if skipped:
-            named = ", ".join(str(file.relative_to(spec)) for file in skipped[:SKIPPED_NAMED])
-            more = f" and {len(skipped) - SKIPPED_NAMED} more" if len(skipped) > SKIPPED_NAMED else ""
-            log(f"{dataset.name}: left out {len(skipped)} corrupt image{'s' * (len(skipped) != 1)}: {named}{more}")
+        dataset = from_folder(Path(spec), form, skip_corrupt=skip_corrupt, log=log)
     elif ":" in spec:
         dataset = _from_function(spec, form)
     else:
@@ -145,45 +138,6 @@ def _from_torchvision(name: str, root: Path, download: bool, form: Form) -> Data
     return Dataset(name, True, classes, splits["train"], splits["test"], flip)
 
 
-def _from_folder(root: Path, form: Form, skipped: list[Path] | None, log: Callable[[str], None]) -> Dataset:
-    """What a folder holds. Files that cannot be decoded are put into `skipped` and left out; None: nothing is decoded yet."""
-    name = root.resolve().name
-    # A folder called "train" is a split if it holds folders; with images in it, it is a class.
-    parts = [part for part in ("train", "test", "val") if (root / part).is_dir() and _folders(root / part)]
-    if parts:
-        if loose := [image for part in parts for image in _images(root / part)]:
-            raise CompactError(f"{loose[0]} is in no folder of a class, as others in {loose[0].parent} are; put it into one")
-        for part in ("train", "test", "val"):
-            if part not in parts and (root / part).is_dir() and _images(root / part):
-                log(f"{name}: left out {part}/, whose images are in no folders of classes")
-        classes = tuple(folder.name for folder in _folders(root / parts[0]))
-        splits = {part: _from_class_folders(root / part, part, classes, form, skipped, f"{parts[0]}/") for part in parts}
-        return Dataset(name, False, classes, splits.get("train"), splits.get("test", splits.get("val")))
-    if _folders(root):
-        classes = tuple(folder.name for folder in _folders(root))
-        if loose := _images(root):
-            raise CompactError(f"{loose[0]} lies beside folders, which are classes then; give {root} images or folders of images")
-        return Dataset(name, False, classes, _from_class_folders(root, "train", classes, form, skipped), None)
-    files = _sound(_images(root), form, skipped)
-    if not files:
-        raise CompactError(f"{root} holds no images and no folders of images")
-    return Dataset(name, False, None, from_source(files, None, "all", form), None)
-
-
-def _from_class_folders(
-    root: Path, name: str, classes: tuple[str, ...], form: Form, skipped: list[Path] | None, among: str = ""
-) -> Split:
-    """The images of the folders `classes` in `root`, labelled by their place in that list, which is that of `among`."""
-    unknown = [folder for folder in _folders(root) if folder.name not in classes]
-    if unknown:
-        raise CompactError(f"{unknown[0]} is a class that {among} does not have; --data {root} reads that folder alone")
-    files_of = [_sound(_images_below(root / own), form, skipped) if (root / own).is_dir() else [] for own in classes]
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in files_of]))
-    if len(labels) == 0:
-        raise CompactError(f"the folders in {root} hold no images ({' '.join(sorted(SUFFIXES))}); fill them, or remove {root}")
-    return from_source([file for files in files_of for file in files], labels, name, form)
-
-
 def _from_function(spec: str, form: Form) -> Dataset:
     function = usercode.named(spec)
     if not callable(function):
@@ -234,42 +188,3 @@ def _checked(spec: str, result: Any) -> tuple[Tensor, Tensor | None]:
 
 def _cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compactcli"
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    """The image files right in `folder`, by name. Hidden files and folders within are left alone."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".") and (entry.is_file() or _dangles(entry))]
-    return [folder / name for name in sorted(names) if os.path.splitext(name)[1].lower() in SUFFIXES]
-
-
-def _dangles(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a link to what is not there, which is told, as a file is that cannot be read."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    """The image files in `folder` and in all folders in it, by path."""
-    return [*_images(folder), *(image for inner in _folders(folder) for image in _images_below(inner))]
-
-
-def _sound(files: list[Path], form: Form, skipped: list[Path] | None) -> list[Path]:
-    """The files that can be decoded; the others go to `skipped`. All of them where that is None."""
-    if skipped is None:
-        return files
-
-    def decodes(file: Path) -> bool:
-        try:
-            decode(file, form)
-        except CompactError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        good = list(pool.map(decodes, files))
-    skipped += [file for file, sound in zip(files, good, strict=True) if not sound]
-    return [file for file, sound in zip(files, good, strict=True) if sound]

@@ -138,7 +138,7 @@ def test_a_missing_class_folder_in_test_does_not_move_the_labels(tmp_path: Path)
 
 
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CompactError, match="holds no images and no folders of images"):
+    with pytest.raises(CompactError, match=r"holds no images \(\.apng .*\) and no folders of images"):
         open_folder(tmp_path)
     (tmp_path / "a").mkdir()
     with pytest.raises(CompactError, match="hold no images"):
@@ -184,6 +184,21 @@ def test_corrupt_files_are_left_out_on_request(tmp_path: Path) -> None:
     assert train is not None
     with pytest.raises(CompactError, match=r"bad0\.png is not an image; remove it, or leave such files out with --skip-corrupt"):
         train.images()
+
+
+def test_what_is_not_named_as_an_image_is_told(tmp_path: Path) -> None:
+    """Pictures with endings that nothing here knows must not be missing unseen; hidden files are nobody's pictures."""
+    for own in ("a", "b"):
+        for number, suffix in enumerate((".png", ".jfif", ".JPE", ".heic", "")):
+            save(tmp_path / own / f"{number}.png").rename(tmp_path / own / f"{number}{suffix}")
+        save(tmp_path / own / ".hidden.png")
+    (tmp_path / "b" / "labels.txt").write_text("b")
+    lines: list[str] = []
+    dataset = open_folder(tmp_path, log=lines.append)
+    assert dataset.train is not None
+    assert len(dataset.train) == 6
+    assert len(dataset.train.images()) == 6
+    assert lines == [f"{tmp_path.name}: left out 5 files that are not named as images are: .heic (2), no ending (2), .txt (1)"]
 
 
 def test_unknown_data_lists_the_names() -> None:
@@ -415,7 +430,7 @@ def test_labels_may_be_integers_of_any_size(tmp_path: Path, dtype: torch.dtype) 
         (":load", "cannot load :load: ValueError"),
         ("no_such_file.py:load", r"there is no file no_such_file\.py"),
         ("compactcli.data:no_such_function", r"there is no 'no_such_function' in compactcli\.data"),
-        ("compactcli.sources:SUFFIXES", r"compactcli\.sources:SUFFIXES is no function"),
+        ("compactcli.folders:SUFFIXES", r"compactcli\.folders:SUFFIXES is no function"),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_one_line(spec: str, message: str) -> None:

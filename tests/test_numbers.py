@@ -212,7 +212,7 @@ def test_images_that_are_all_the_same_calibrate_nothing_away(method, value, fold
 @pytest.mark.parametrize(
     ("classes", "each", "said"),
     [
-        (0, 0, "holds no images and no folders"),
+        (0, 0, ") and no folders of images"),
         (3, 0, "the folders in ten hold no images"),
         (1, 5, "has 1 class, the network 10"),
     ],

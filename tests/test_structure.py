@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # CONTRIBUTING.md tells the same.
 ORDER = [
     {"errors", "recipe", "distributed", "vision", "proximal", "lpbox", "pareto", "usercode"},
-    {"graph", "data", "images", "sources", "augment", "streams", "cifar", "batchnorm", "history", "kernels"},
+    {"graph", "data", "images", "folders", "sources", "augment", "streams", "cifar", "batchnorm", "history", "kernels"},
     {
         "architectures",
         "signatures",
