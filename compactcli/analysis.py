@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from . import budget, data, latency, measure, methods, predict, redundancy
+from . import artefact, budget, data, latency, measure, methods, predict, redundancy
 from .artefact import Network
 from .channels import Channels
 from .layers import Layer, labels, layers, single, stored
@@ -46,7 +46,8 @@ def analyse(
 
     The redundancy is given for convolutions, and for linear layers too with `linear`; the share of time of each layer where it
     is to be `timed`; with images of a dataset the redundancy of activations and the sensitivity of each layer too; the errors of
-    methods that are `wanted`. `flags` name the model and the data in the suggested command.
+    methods that are `wanted`. `flags` name the model and the data in the suggested command; there
+    is none for a network whose weights are not finite.
     Raises CompactError if the images do not fit the network.
     """
     module, shape = plained(network.module, network.input_shape), network.input_shape
@@ -78,6 +79,7 @@ def analyse(
     if wanted is not None:
         detail(f"planning {', '.join(wanted.methods)} at {', '.join(f'{ratio:g}' for ratio in wanted.ratios)}")
         predictions = predict.predicted(plain, wanted.methods, wanted.ratios, wanted.of, accuracy)
+    named = flags or [network.name if network.name != "stdin" else "MODEL"]
     return {
         "schema": "compactcli/analysis/1",
         "model": about(network, macs_of(graph)),
@@ -85,7 +87,7 @@ def analyse(
         "layers": rows,
         "sets": _coupled(plain),
         "predictions": predictions,
-        "suggestion": _suggestion(flags or [network.name if network.name != "stdin" else "MODEL"], rows, predictions),
+        "suggestion": None if artefact.nonfinite(network.module)[0] else _suggestion(named, rows, predictions),
     }
 
 

@@ -1,6 +1,6 @@
 """Several networks side by side: what each is, and which no other beats."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -24,6 +24,7 @@ def comparison(
     *,
     counter: str | None = None,
     arch: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The reports on several networks, timed in turn: schema compactcli/comparison/1.
 
@@ -31,7 +32,7 @@ def comparison(
     more: none unless all accuracies are known and of the same images. Latencies that are near (`pareto.NOISE`) count as equal.
     Raises CompactError if they take different inputs.
     """
-    trees = report.described(networks, baseline, datasets, counter=counter, arch=arch)
+    trees = report.described(networks, baseline, datasets, counter=counter, arch=arch, log=log)
     models = [tree["model"] for tree in trees]
     best: list[list[str]] = [[] for _ in models]
     if _judged_alike(models):

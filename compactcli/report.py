@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,8 +32,15 @@ class Evaluated:
         return {"dataset": self.dataset, "split": self.split, "images": self.accuracy.images}
 
 
-def evaluate(network: Network, dataset: data.Dataset, *, batch_size: int = 256, device: str = "cpu") -> Evaluated:
-    """Accuracy on the test images; on the training images of a dataset that has no others.
+def evaluate(
+    network: Network,
+    dataset: data.Dataset,
+    *,
+    batch_size: int = 256,
+    device: str = "cpu",
+    log: Callable[[str], None] = lambda line: None,
+) -> Evaluated:
+    """Accuracy on the test images; on the training images of a dataset that has no others. `log` is told of a loss beyond sense.
 
     Raises CompactError if there are no labels, or the network's classes are not the dataset's.
     """
@@ -44,6 +51,8 @@ def evaluate(network: Network, dataset: data.Dataset, *, batch_size: int = 256, 
     batches = data.batches(split, network.recipe.preprocessing, batch_size, device)
     accuracy = measure.accuracy(module, batches)
     network.module.to("cpu")
+    if not math.isfinite(accuracy.loss):
+        log(f"warning: {network.name}: outputs hold NaN or Inf, or are so large that the loss is not finite")
     return Evaluated(accuracy, dataset.name, _split_name(dataset, split))
 
 
@@ -58,6 +67,7 @@ def report(
     *,
     counter: str | None = None,
     arch: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The measures of a network beside those of the first of its history: schema compactcli/report/1.
 
@@ -65,7 +75,7 @@ def report(
     nothing is known of each layer's past. Raises UsageError if there is no counter of that name,
     CompactError if the baseline takes another input.
     """
-    (tree,) = described([network], baseline, [dataset], counter=counter, arch=arch)
+    (tree,) = described([network], baseline, [dataset], counter=counter, arch=arch, log=log)
     return {"schema": "compactcli/report/1", **tree}
 
 
@@ -76,6 +86,7 @@ def described(
     *,
     counter: str | None = None,
     arch: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """The report on each network, without its schema: all timed in turn, with the baseline as the last, that is measured once.
 
@@ -88,7 +99,7 @@ def described(
         sizes = f"takes {shape_text(other.input_shape)}, {networks[0].name} {shape_text(networks[0].input_shape)}"
         raise CompactError(f"{other.name}: {sizes}; compare networks of one input, or give all one with --input-shape CxHxW")
     pairs = zip(every, [*datasets, datasets[0]], strict=False)
-    evaluated = [None if dataset is None else evaluate(each, dataset) for each, dataset in pairs]
+    evaluated = [None if dataset is None else evaluate(each, dataset, log=log) for each, dataset in pairs]
     # Folded, and in the memory format, as load() gives them.
     modules = [kernels.folded(each.module) for each in every]
     found = latency.of(modules, networks[0].input_shape, seconds=LATENCY_SECONDS, memory_formats=["contiguous"])

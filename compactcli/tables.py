@@ -170,7 +170,9 @@ def analysis_tables(tree: Mapping[str, Any], *, verbose: bool = False) -> Render
         parts.append(_sets_table(tree["sets"]))
     if tree["predictions"]:
         parts.append(_predictions(tree["predictions"]))
-    return Group(*parts, words(f"try: {tree['suggestion']['command']}"))
+    if tree["suggestion"] is not None:
+        parts.append(words(f"try: {tree['suggestion']['command']}"))
+    return Group(*parts)
 
 
 def _alike(redundancy: Mapping[str, float] | None) -> list[str]:

@@ -680,7 +680,8 @@ def test_analyze_warns_of_what_compress_refuses(tmp_path):
     (tmp_path / "net.pt").write_bytes(torch_file(broken))
     result = run("analyze", tmp_path / "net.pt", "--json")
     assert result.exit_code == 0
-    json.loads(result.stdout)
+    assert json.loads(result.stdout)["suggestion"] is None
+    assert "try:" not in run("analyze", tmp_path / "net.pt", "-q").stdout
     assert "warning: net.pt: linear.bias holds NaN or Inf; compress will refuse it" in result.stderr
     assert "warning: net.pt: bn1.running_var holds Inf" in result.stderr
 
@@ -755,9 +756,10 @@ def test_a_loss_that_is_not_finite_is_null_and_told(tmp_path, value):
     broken = {name: tensor * value if name == "linear.weight" else tensor for name, tensor in state().items()}
     torch.save(broken, tmp_path / "net.pt")
     judged = ("evaluate", tmp_path / "net.pt", "--data", "digits", "--limit", "20")
-    for result in (run(*judged, "--json"), run(*judged)):
+    reported = ("report", *judged[1:])
+    for result in (run(*judged, "--json"), run(*judged), run(*reported), run(*reported, tmp_path / "net.pt")):
         assert result.exit_code == 0, result.stderr
-        assert "warning: net.pt: outputs hold NaN or Inf, or are so large that the loss is not finite" in result.stderr
+        assert "net.pt: outputs hold NaN or Inf, or are so large that the loss is not finite" in result.stderr
     assert json.loads(run(*judged, "--json", "-q").stdout)["loss"] is None
 
 

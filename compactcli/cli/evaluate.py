@@ -1,6 +1,6 @@
 """`compactcli evaluate`."""
 
-import math
+from functools import partial
 
 from ..errors import UsageError, printable
 from . import common
@@ -52,9 +52,8 @@ def command(
         raise UsageError("give --data: the file names no dataset to evaluate on")
     from .. import report
 
-    evaluated = report.evaluate(network, dataset, batch_size=batch_size, device=device)
-    if not math.isfinite(evaluated.accuracy.loss):
-        common.note(f"warning: {network.name}: outputs hold NaN or Inf, or are so large that the loss is not finite", quiet)
+    told = partial(common.note, quiet=quiet)
+    evaluated = report.evaluate(network, dataset, batch_size=batch_size, device=device, log=told)
     if json:
         common.write_json(report.evaluation(network, evaluated))
     else:

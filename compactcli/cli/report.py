@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,12 +98,13 @@ def command(
     datasets = _datasets(
         networks, data, data_dir=data_dir, download=download, skip_corrupt=skip_corrupt, limit=limit, seed=0, quiet=quiet
     )
+    told = partial(note, quiet=quiet)
     if len(networks) == 1:
-        tree = report.report(networks[0], other, datasets[0], counter=counter, arch=arch)
+        tree = report.report(networks[0], other, datasets[0], counter=counter, arch=arch, log=told)
         shown, text = tables.report_tables(tree, layers=verbose), report_markdown(tree)
         whole = html and page.report_page(page.document(tree, networks[0], other, epochs))
     else:
-        tree = compare.comparison(networks, other, datasets, counter=counter, arch=arch)
+        tree = compare.comparison(networks, other, datasets, counter=counter, arch=arch, log=told)
         shown, text = compare.table(tree), comparison_markdown(tree)
         whole = html and page.comparison_page(tree)
     if html and whole:
