@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CompactError, UsageError
 
 if TYPE_CHECKING:
-    from .artefact import load, open_model, save
+    from .artefact import Wishes, load, open_model, save
     from .compress import compress
     from .train import fit_
 
@@ -21,9 +21,10 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-_HOMES = {"load": "artefact", "open_model": "artefact", "save": "artefact", "compress": "compress", "fit_": "train"}
+_HOMES = {"Wishes": "artefact", "load": "artefact", "open_model": "artefact", "save": "artefact"}
+_HOMES |= {"compress": "compress", "fit_": "train"}
 
-__all__ = ["CompactError", "UsageError", "__version__", "compress", "fit_", "load", "open_model", "save"]
+__all__ = ["CompactError", "UsageError", "Wishes", "__version__", "compress", "fit_", "load", "open_model", "save"]
 
 
 def __getattr__(name: str) -> Any:

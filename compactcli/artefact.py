@@ -71,15 +71,15 @@ class Wishes:
     trust_pickle: bool = False
 
 
-def load(path: str | Path, *, channels_last: bool = True, fold: bool = True) -> nn.Module:
-    """The network in a file, in eval mode on the CPU.
+def load(path: str | Path, *, arch: str | None = None, channels_last: bool = True, fold: bool = True) -> nn.Module:
+    """The network in a file, in eval mode on the CPU. What was built by a function of your own wants it again: `file.py:factory`.
 
     Convolutions whose kernels are stored as fewer numbers are plain ones; with `fold=False` they train as they are stored.
     Its convolutions are laid out for the memory format in which nearly all networks are faster (PyTorch's channels_last);
     without it the outputs are, bit for bit, those of the network that was saved.
     Raises CompactError if the file cannot be read, or its architecture is not recognised.
     """
-    module = open_model(path).module
+    module = open_model(path, Wishes(arch)).module
     if fold:
         kernels.fold_(module)
     return module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]

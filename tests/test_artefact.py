@@ -276,10 +276,15 @@ def test_the_classes_are_the_numbers_that_come_out():
 
 def test_a_factory_of_ones_own_is_never_run_unasked(tmp_path):
     (tmp_path / "factory.py").write_text(FACTORY)
-    content = dumps(fresh(Wishes(f"{tmp_path / 'factory.py'}:make", input_shape=(3, 8, 8)), 0))
+    factory = f"{tmp_path / 'factory.py'}:make"
+    made = fresh(Wishes(factory, input_shape=(3, 8, 8)), 0)
+    content = dumps(made)
     assert str(tmp_path).encode() not in content
     with pytest.raises(CompactError, match=r"was built by your own factory\.py:make, which is never run unasked; .* --arch"):
         open_model(content)
+    (tmp_path / "own.safetensors").write_bytes(content)
+    asked = compactcli.load(tmp_path / "own.safetensors", arch=factory, channels_last=False)
+    assert_same(asked, made.module, torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])

@@ -147,7 +147,7 @@ def test_every_public_function_and_class_has_a_docstring():
 
 def test_what_the_library_offers():
     assert sorted(compactcli.__all__) == [
-        *("CompactError", "UsageError", "__version__", "compress", "fit_", "load", "open_model", "save"),
+        *("CompactError", "UsageError", "Wishes", "__version__", "compress", "fit_", "load", "open_model", "save"),
     ]
     assert dir(compactcli) == compactcli.__all__
     assert all(getattr(compactcli, name) is not None for name in compactcli.__all__)
