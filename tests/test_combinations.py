@@ -381,6 +381,17 @@ def test_a_frozen_generator_stays_and_its_codes_are_the_best(kind):
         assert total(layers, given, [moved]) > total(layers, given, [better])
 
 
+def test_one_step_is_enough_where_every_slice_counts_alike_within():
+    """However far from the identity that is, and however much more one slice counts than another."""
+    shape, powers = (16, 8, 3, 3), torch.logspace(0, -2, 4, dtype=torch.float64)
+    outputs = torch.block_diag(*(power * definite(4, 1) for power in powers))
+    inputs = torch.block_diag(*(power * definite(36, 2) for power in powers[:2]))
+    layer = Sliced(random(*shape, seed=3).float(), Metric(outputs.float(), inputs.float()), Slicing(shape, 4, 4))
+    given, nothing = random(144, 5, seed=4).float(), torch.zeros(8, 5)
+    best, once = (total([layer], given, [solve_codes(layer, given, nothing, steps)]) for steps in (500, 1))
+    assert once - best < 1e-3 * (layer.cost(layer.weight) - best)
+
+
 def test_a_generator_of_which_a_part_is_idle_has_codes_as_well():
     """From a file it may be any."""
     layers = sliced(SHAPES[:1], "weighted")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from ._errors import LEAST, Metric, ridge_
 
 ROUNDS = 6  # of codes, then generator, at most
 HELPS = 0.01  # of the error: a round that saves less is the last
-SOLVES = 10  # steps of conjugate gradients for either
-STEPS = 5  # of them, of FILTERS of each layer, where plans are compared
+SOLVES = 8  # steps of conjugate gradients for either
+REFITS = 20  # for one layer's codes, when images refit it
+STEPS = 5  # with FILTERS of each layer, where plans are compared
 FILTERS = 16
-REFITS = 40  # for one layer's codes, when images refit it
+WIDEST = 4_096  # numbers of one filter in a slice up to which how they are read together is reckoned with
+WEAKEST = 1e-4  # of the mean: no slice, and no direction in one, counts for less where a step is taken
 
 
 def name_of(kernel: Sequence[int]) -> str:
@@ -82,6 +85,19 @@ class Sliced:
         inputs = torch.ones(self.weight[0].numel()) if self.metric.inputs is None else self.metric.inputs.diagonal().float()
         each = self.slicing.cut((outputs[:, None] * inputs).view(self.weight.shape))
         return each.sum(1) / self.slicing.cut(torch.ones_like(self.weight)).sum(1).clamp_min(1)
+
+    @cached_property
+    def within(self) -> tuple[Tensor, Tensor | None]:
+        """(outputs, outputs) and (inputs*k*k, inputs*k*k): the metric within a slice, in the mean of all; None: the identity.
+
+        Each slice's is about their product, times what the slice counts.
+        """
+        slicing, inputs = self.slicing, self.metric.inputs
+        width = slicing.inputs * math.prod(slicing.shape[2:])
+        if slicing.by_rows:  # they are of whatever filters and inputs come next
+            return torch.eye(slicing.outputs), None
+        within = None if inputs is None or width > WIDEST else _mean_block(inputs, width)
+        return _mean_block(self.metric.outputs, slicing.outputs), within
 
     def part(self, filters: int) -> "Sliced":
         """The same of blocks of its filters, evenly spread, that are no more than so many filters, or one block."""
@@ -174,21 +190,25 @@ def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:
 
 def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> Tensor:
     """The codes (slices, d) of one layer that cost least, nearer by some steps of conjugate gradients."""
-    gram = (generator.T @ generator).double()  # of a generator from a file, as near to singular as may be
-    inverse = torch.linalg.inv(ridge_(gram, 1e-4 / len(gram))).to(codes.dtype)
+    gram = generator.T @ _across(*layer.within, generator)
+    inverse, weights = _inverted(gram).to(codes.dtype), _floored(layer.weights())[:, None]
 
     def gradient(error: Tensor) -> Tensor:
         return layer.weighed(error) @ generator
 
+    def easier(at: Tensor) -> Tensor:
+        return at @ inverse / weights
+
     start = layer.weight.to(codes.dtype) - made(layer, generator, codes)
-    return _conjugate(codes, gradient(start), lambda way: gradient(made(layer, generator, way)), lambda at: at @ inverse, steps)
+    return _conjugate(codes, gradient(start), lambda way: gradient(made(layer, generator, way)), easier, steps)
 
 
 def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequence[Tensor]) -> Tensor:
     """The generator (numbers, d) that costs least for the codes, nearer by some steps of conjugate gradients."""
-    every = [layer.weights().sqrt()[:, None] * own for layer, own in zip(layers, codes, strict=True)]
-    gram = sum((own.T @ own for own in every), torch.zeros(()))
-    inverse = torch.linalg.inv(ridge_(gram, 1e-4 / len(gram)))
+    grams = [own.T @ (_floored(layer.weights())[:, None] * own) for layer, own in zip(layers, codes, strict=True)]
+    inverse = _inverted(sum(grams, torch.zeros(())))
+    outputs, inputs = _mean_within(layers, [float(gram.diagonal().sum()) for gram in grams])
+    outputs, inputs = _inverted(outputs), None if inputs is None else _inverted(inputs)
 
     def gradient(errors: Iterator[Tensor]) -> Tensor:
         return sum(
@@ -199,7 +219,47 @@ def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequenc
     moved: Callable[[Tensor], Tensor] = lambda way: gradient(  # noqa: E731
         made(layer, way, own) for layer, own in zip(layers, codes, strict=True)
     )
-    return _conjugate(generator, start, moved, lambda at: at @ inverse, SOLVES)
+    return _conjugate(generator, start, moved, lambda at: _across(outputs, inputs, at @ inverse), SOLVES)
+
+
+def _across(outputs: Tensor, inputs: Tensor | None, columns: Tensor) -> Tensor:
+    """(outputs x inputs) times columns (numbers, d) of slices; None: the identity."""
+    wide = columns.view(len(outputs), -1, columns.shape[1])
+    wide = torch.einsum("ab,bjd->ajd", outputs.to(wide.dtype), wide)
+    if inputs is not None:
+        wide = torch.einsum("ij,ajd->aid", inputs.to(wide.dtype), wide)
+    return wide.reshape(columns.shape)
+
+
+def _mean_block(matrix: Tensor, size: int) -> Tensor:
+    """The mean of the blocks (size, size) along a diagonal, each by its own mean square; the last filled up with zeros."""
+    count = -(-len(matrix) // size)
+    more = count * size - len(matrix)
+    filled = F.pad(matrix, (0, more, 0, more)) if more else matrix
+    blocks = filled.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).float()
+    each = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    return (blocks / each.clamp_min(LEAST)[:, None, None]).mean(0)
+
+
+def _mean_within(layers: Sequence[Sliced], shares: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+    """`Sliced.within` in the mean of layers that count by their shares."""
+    total = max(sum(shares), LEAST)
+    every = [(share / total, *layer.within) for share, layer in zip(shares, layers, strict=True)]
+    mean = sum((share * outputs for share, outputs, _ in every), torch.zeros(()))
+    width = next((len(inputs) for _, _, inputs in every if inputs is not None), None)
+    if width is None:
+        return mean, None
+    return mean, sum((share * (torch.eye(width) if inputs is None else inputs) for share, _, inputs in every), torch.zeros(()))
+
+
+def _floored(weights: Tensor) -> Tensor:
+    return weights.clamp_min(max(WEAKEST * float(weights.mean()), LEAST))
+
+
+def _inverted(gram: Tensor) -> Tensor:
+    """The inverse, by float64; of a generator from a file it is as near to singular as may be."""
+    inverse: Tensor = torch.linalg.inv(ridge_(gram.double(), WEAKEST / len(gram)))
+    return inverse.to(gram.dtype)
 
 
 def _conjugate(
