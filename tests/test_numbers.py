@@ -91,9 +91,6 @@ def test_weights_that_say_nothing_are_compressed(spoil, method, way, folder):
     before = checkpoint(folder, SERVED[spoil])
     images(folder, "ten", 10, 3)
     result = run("compress", "net.pt", "--method", method, "--ratio", "0.7", "-o", "small.safetensors", *WAYS[way], "-q")
-    if (spoil, method, way) == ("variances of zero", "csg", "search"):  # whose outputs are some 1e17
-        assert "are too large to be squared; try --no-calibrate" in one_line(result)
-        return
     assert result.exit_code == 0, result.output
     after = finite(folder / "small.safetensors")
     assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in before.parameters())
