@@ -112,6 +112,16 @@ def test_a_larger_ratio_loses_no_more(name, images):
         assert less <= 1.1 * more, lost
 
 
+@pytest.mark.parametrize("code", [16, 64])
+@pytest.mark.parametrize("ratio", [0.9, 0.75, 0.6])
+def test_csg_with_codes_of_a_size_leaves_layers_plain_until_the_ratio_is_met(ratio, code):
+    model = artefact.fresh(artefact.Wishes("cifar:resnet20"), 0)
+    before = measure.params(model.module)
+    options = parse_options(get("csg"), [f"code={code}"])
+    after = measure.params(compress(model, "csg", get("csg")(options), Target(ratio)).module)
+    assert (ratio - 0.14) * before < after <= ratio * before  # one layer of the last stage is 13.6 %
+
+
 def test_csg_loses_no_more_by_a_larger_ratio_where_layers_differ():
     """Where plans were ranked by what slices alone lose, 0.7 lost nearly twice as much as 0.6 here."""
     model = artefact.fresh(artefact.Wishes("mobilenet_v2", input_shape=SHAPE), 0)

@@ -11,7 +11,7 @@ from ..budget import Floats
 from ..layers import Layer
 from ._slices import Sliced, directions, scored
 
-NUMBERS = 6  # of layers that stay plain that are scored
+NUMBERS = 6  # of layers that stay plain that are scored, where codes may be of any size
 SCORED = 4  # sizes of codes that are
 SMALLEST = 16  # of these sizes: the largest divided by this; and 1
 TRIED = 48  # sizes of codes that are tried; what is lost with them is interpolated
@@ -75,11 +75,11 @@ def curves(found: Pairs, code: int, generator: Tensor | None) -> Iterator[Curve]
     lost = np.array(scored(slices, basis[:, :middle]))
     saved = whole - counts * middle
     order = np.argsort(-np.where(saved > 0, lost / np.maximum(saved, 1), np.inf), kind="stable")
-    least = int((whole <= counts).sum()), int((saved <= 0).sum())
-    if generator is None:
-        tried = np.unique([*least, *np.linspace(least[1], len(found) - 1, NUMBERS).round().astype(int)])
+    least = int((saved <= 0).sum())
+    if generator is None and not code:  # sizes make up for numbers that are not tried
+        tried = np.unique([0, *np.linspace(least, len(found) - 1, NUMBERS).round().astype(int)])
     else:
-        tried = np.arange(least[1], len(found))
+        tried = np.arange(least, len(found))
     for number in tried[tried < len(found)]:
         coded = order[number:]
         own = [slices[i] for i in coded]
