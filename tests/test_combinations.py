@@ -367,6 +367,17 @@ def test_a_wide_layer_is_scored_by_some_of_its_filters():
     assert scored([wide], basis) == pytest.approx([total([wide], *refine([wide], basis, frozen=True))], rel=0.5)
 
 
+@pytest.mark.parametrize("outputs", [8, 16])
+@pytest.mark.parametrize("dead", [range(0), (*range(8), *range(56, 64)), range(24, 40), range(16), range(48)])
+def test_filters_that_count_for_nothing_do_not_hide_what_others_lose(dead, outputs):
+    """Not where they are those by which a layer is scored, nor where they are none of these."""
+    worth = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    worth[list(dead)] = 0
+    layer = Sliced(random(64, 32, 3, 3).float(), Metric(torch.diag(worth), None), Slicing((64, 32, 3, 3), outputs, 8))
+    basis = directions([layer])[:, :40]
+    assert scored([layer], basis) == pytest.approx([total([layer], *refine([layer], basis, frozen=True))], rel=0.1, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", METRICS)
 def test_a_frozen_generator_stays_and_its_codes_are_the_best(kind):
     layers = sliced(SHAPES[:1], kind)

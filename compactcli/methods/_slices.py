@@ -100,7 +100,7 @@ class Sliced:
         return _mean_block(self.metric.outputs, slicing.outputs), within
 
     def part(self, filters: int) -> "Sliced":
-        """The same of blocks of its filters, evenly spread, that are no more than so many filters, or one block."""
+        """The same of blocks of its filters, from the first to the last, of no more than so many filters; or of the first."""
         few = max(1, filters // self.slicing.outputs)
         if few >= self.slicing.blocks[0]:
             return self
@@ -128,13 +128,30 @@ def directions(layers: Sequence[Sliced]) -> Tensor:
 
 
 def scored(layers: Sequence[Sliced], generator: Tensor) -> list[float]:
-    """What each layer loses with the best codes for a generator (numbers, d), nearly: a few steps, on some of its filters."""
+    """What each layer loses with the best codes for a generator (numbers, d), nearly.
+
+    That is what it loses if slices are projected, times what a few steps make of that on some of its filters.
+    """
     inverse, lost = _inverse(generator), []
     for layer in layers:
         part = layer.part(FILTERS)
-        codes = solve_codes(part, generator, (part.slicing.cut(part.weight).double() @ inverse).float(), STEPS)
-        lost.append(part.cost(part.weight - made(part, generator, codes)) * len(layer.weight) / len(part.weight))
+        codes = _nearest(part, inverse)
+        sampled = _beyond(part, generator, codes)
+        share = part.cost(part.weight - made(part, generator, solve_codes(part, generator, codes, STEPS))) / max(sampled, LEAST)
+        every = sampled if part is layer else _beyond(layer, generator, _nearest(layer, inverse))
+        lost.append(every * (share if sampled > 0 else 1.0))
     return lost
+
+
+def _nearest(layer: Sliced, inverse: Tensor) -> Tensor:
+    """The codes (slices, d) of the nearest slices that a generator makes, by its `_inverse`."""
+    return (layer.slicing.cut(layer.weight).double() @ inverse).float()
+
+
+def _beyond(layer: Sliced, generator: Tensor, codes: Tensor) -> float:
+    """What codes (slices, d) leave of the slices, each weighted by how much it counts."""
+    left = layer.slicing.cut(layer.weight) - codes @ generator.T
+    return float((layer.weights() * left.square().sum(1)).sum())
 
 
 def _principal(rows: Tensor) -> Tensor:
@@ -159,7 +176,7 @@ def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False)
     """Generator (numbers, d) and codes (slices, d) of each layer that cost least: in turn while it helps, from a generator."""
     generator = generator if frozen else torch.linalg.qr(generator).Q
     inverse = _inverse(generator)
-    codes = [(layer.slicing.cut(layer.weight).double() @ inverse).float() for layer in layers]
+    codes = [_nearest(layer, inverse) for layer in layers]
     error = float("inf")
     for _ in range(ROUNDS):
         codes = [solve_codes(layer, generator, own, SOLVES) for layer, own in zip(layers, codes, strict=True)]
