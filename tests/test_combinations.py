@@ -374,8 +374,8 @@ def test_filters_that_count_for_nothing_do_not_hide_what_others_lose(dead, outpu
     worth = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
     worth[list(dead)] = 0
     layer = Sliced(random(64, 32, 3, 3).float(), Metric(torch.diag(worth), None), Slicing((64, 32, 3, 3), outputs, 8))
-    basis = directions([layer])[:, :40]
-    assert scored([layer], basis) == pytest.approx([total([layer], *refine([layer], basis, frozen=True))], rel=0.1, abs=1e-6)
+    basis = directions([layer])[:, :4]
+    assert scored([layer], basis) == pytest.approx([total([layer], *refine([layer], basis, frozen=True))], rel=0.1)
 
 
 @pytest.mark.parametrize("kind", METRICS)
