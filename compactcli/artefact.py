@@ -72,7 +72,7 @@ class Wishes:
 
 
 def load(path: str | Path, *, arch: str | None = None, channels_last: bool = True, fold: bool = True) -> nn.Module:
-    """The network in a file, in eval mode on the CPU. What was built by a function of your own wants it again: `file.py:factory`.
+    """The network in a file, in eval mode on the CPU. `arch` is wanted where a function of your own built it: `file.py:factory`.
 
     Convolutions whose kernels are stored as fewer numbers are plain ones; with `fold=False` they train as they are stored.
     Its convolutions are laid out for the memory format in which nearly all networks are faster (PyTorch's channels_last);

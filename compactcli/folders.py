@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .data import Dataset, Split
 from .errors import CompactError
@@ -42,6 +43,7 @@ class _Folder:
 
     def __init__(self, root: Path, form: Form, skip_corrupt: bool) -> None:
         self.root, self.form, self.skip_corrupt = root, form, skip_corrupt
+        self.suffixes = SUFFIXES & Image.registered_extensions().keys()  # AVIF came with Pillow 11.3
         self.others: Counter[str] = Counter()  # endings of what is taken for no image
         self.corrupt: list[Path] = []
 
@@ -88,7 +90,7 @@ class _Folder:
         images = []
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
+            if suffix in self.suffixes:
                 images.append(folder / name)
             else:
                 self.others[suffix] += 1

@@ -30,7 +30,7 @@ class Moments:
     """What changing a layer's weight does to the network's outputs.
 
     A change dW (o, i*k*k) moves them by trace(worth dW inputs dW^T), as a share of their mean square
-    deviation, to first order and with its mean made good by an intercept. With G the sum over
+    deviation (`measured_by`), to first order and with its mean made good by an intercept. With G the sum over
     positions of gradient times input, for one image and one random direction of the outputs, these
     are the Kronecker factors E G G^T and E G^T G of the Gauss-Newton matrix (Martens & Grosse, 2015;
     one step of the power iteration to the nearest product, Morwani et al., 2024). Unlike the
@@ -99,16 +99,17 @@ def gather(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], *,
 
 
 def measured_by(square: float, deviation: float) -> float:
-    """The squares that an error of outputs is a share of: of what they deviate from their mean; of themselves, if all are alike.
+    """What squared errors of outputs are divided by: the squares of their deviation from the mean.
 
-    They are of one image, of copies of it, and of a network that tells no images apart.
+    Those of the outputs themselves where these do not deviate: of one image, of copies of it, of a network that tells none apart.
     """
     return deviation if deviation > ALIKE * square else square
 
 
 def _unit(values: Tensor) -> float:
-    """The power of two by which outputs deviate from their mean by about one, so that no square of gradients is lost."""
-    deviation = float((values - values.mean(0)).square().mean().sqrt())
+    """The power of two by which what outputs are measured by is about one, so that no square of gradients is lost."""
+    square, about = (float(each.square().mean()) for each in (values, values - values.mean(0)))
+    deviation = math.sqrt(measured_by(square, about))
     return 2.0 ** -min(max(math.frexp(deviation)[1], -60), 60)
 
 

@@ -40,8 +40,9 @@ def evaluate(
     device: str = "cpu",
     log: Callable[[str], None] = lambda line: None,
 ) -> Evaluated:
-    """Accuracy on the test images; on the training images of a dataset that has no others. `log` is told of a loss beyond sense.
+    """Accuracy on the test images; on the training images of a dataset that has no others.
 
+    `log` is told where the loss is not finite.
     Raises CompactError if there are no labels, or the network's classes are not the dataset's.
     """
     split = dataset.test or dataset.train

@@ -51,7 +51,8 @@ def open_dataset(
     which have no labels. The function is called with "train" and with "test" and returns (images, labels), or None where it
     has no such split: images uint8, or float from 0 to 1, (n, c, h, w); labels int64 (n,), or None.
 
-    With `skip_corrupt` every file of a folder is decoded at once, and those that cannot be are left out. `log` is told what is.
+    With `skip_corrupt` every file of a folder is decoded at once, and those that cannot be are left out. `log` is told
+    what is left out, files that are not named as images among it.
 
     Raises CompactError if there is no such data, or it is not downloaded, or a needed package is missing.
     """

@@ -81,17 +81,20 @@ def test_errors_of_neighbours_add_up():
     assert worth[0] / worth[1] == pytest.approx(16, rel=0.3)
 
 
-@pytest.mark.parametrize("exponent", [-50, -20, 20])
-def test_moments_do_not_depend_on_the_unit_of_the_outputs(exponent):
+@pytest.mark.parametrize("alike", [0, 1, 5])
+@pytest.mark.parametrize("exponent", [-50, -20, 20, 70])
+def test_moments_do_not_depend_on_the_unit_of_the_outputs(exponent, alike):
     """A share of their deviation is the same of small outputs and large ones, bit for bit where no square is lost."""
     known = []
+    given = [batches()[0][:1].repeat(alike, 1, 1, 1)] if alike else batches()
     for unit in (1.0, 2.0**exponent):
         model = resnet()
         with torch.no_grad():
             model.linear.weight.mul_(unit)
             model.linear.bias.mul_(unit)
-        known.append(moments.gather(model, ["layer1.0.conv1", "layer3.0.conv2"], batches()))
+        known.append(moments.gather(model, ["layer1.0.conv1", "layer3.0.conv2"], given))
     for name, own_ in known[0].items():
+        assert float(own_.worth.trace()) > 0
         assert torch.equal(known[1][name].inputs, own_.inputs)
         assert torch.equal(known[1][name].worth, own_.worth)
 

@@ -12,8 +12,9 @@ from compactcli import artefact, surgery
 from compactcli.allocate import Choice, allocate
 from compactcli.methods import _linear_layers
 from compactcli.methods._combinations import Combination, Curves, Form, fit, pivots
+from compactcli.methods._csg_plans import Curve
 from compactcli.methods._errors import Metric
-from compactcli.methods._slices import Sliced, Slicing, directions, made, refine, scored, solve_codes
+from compactcli.methods._slices import Sliced, Slicing, directions, made, refine, scored, solve_codes, solve_generator
 
 OUTPUTS, READS = 14, 27  # of the layer (14, 3, 3, 3)
 SEEDS = range(6)
@@ -401,6 +402,22 @@ def test_one_step_is_enough_where_every_slice_counts_alike_within():
     given, nothing = random(144, 5, seed=4).float(), torch.zeros(8, 5)
     best, once = (total([layer], given, [solve_codes(layer, given, nothing, steps)]) for steps in (500, 1))
     assert once - best < 1e-3 * (layer.cost(layer.weight) - best)
+
+
+def test_one_step_finds_the_generator_where_every_slice_counts_alike_within():
+    shape = (16, 8, 3, 3)
+    outputs, inputs = torch.block_diag(*[definite(4, 1)] * 4), torch.block_diag(*[definite(36, 2)] * 2)
+    layer = Sliced(random(*shape, seed=3).float(), Metric(outputs.float(), inputs.float()), Slicing(shape, 4, 4))
+    codes, nothing = random(8, 5, seed=4).float(), torch.zeros(144, 5)
+    best, once = (total([layer], solve_generator([layer], nothing, [codes], steps), [codes]) for steps in (500, 1))
+    assert once - best < 1e-3 * (layer.cost(layer.weight) - best)
+
+
+def test_losses_between_sizes_follow_their_logarithm_and_layers_count_by_their_shares():
+    curve = Curve(("p",), ("a", "b"), 10, 7, np.array([1, 3]), np.array([[5.0, 1.0], [5.0, 0.01]]))
+    plans = list(curve.plans({"a": 0.0, "b": 1.0}, between=True))
+    assert [(cost, plan.size) for cost, _, plan in plans] == [(17.0, 1), (24.0, 2), (31.0, 3)]
+    assert [loss for _, loss, _ in plans] == pytest.approx([1.0, 0.1, 0.01])
 
 
 def test_a_generator_of_which_a_part_is_idle_has_codes_as_well():

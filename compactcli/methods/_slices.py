@@ -18,8 +18,11 @@ SOLVES = 8  # steps of conjugate gradients for either
 REFITS = 20  # for one layer's codes, when images refit it
 STEPS = 5  # with FILTERS of each layer, where plans are compared
 FILTERS = 16
-WIDEST = 4_096  # numbers of one filter in a slice up to which how they are read together is reckoned with
+WIDEST = 512  # outputs of a slice, and inputs*k*k, up to which steps reckon with how they count together
 WEAKEST = 1e-4  # of the mean: no slice, and no direction in one, counts for less where a step is taken
+
+
+Within = tuple[Tensor | None, Tensor | None]  # the metric along a slice's outputs, and along its inputs; None: the identity
 
 
 def name_of(kernel: Sequence[int]) -> str:
@@ -87,17 +90,19 @@ class Sliced:
         return each.sum(1) / self.slicing.cut(torch.ones_like(self.weight)).sum(1).clamp_min(1)
 
     @cached_property
-    def within(self) -> tuple[Tensor, Tensor | None]:
-        """(outputs, outputs) and (inputs*k*k, inputs*k*k): the metric within a slice, in the mean of all; None: the identity.
+    def within(self) -> Within:
+        """(outputs, outputs) and (inputs*k*k, inputs*k*k): the metric within a slice, in the mean of all.
 
         Each slice's is about their product, times what the slice counts.
         """
         slicing, inputs = self.slicing, self.metric.inputs
         width = slicing.inputs * math.prod(slicing.shape[2:])
         if slicing.by_rows:  # they are of whatever filters and inputs come next
-            return torch.eye(slicing.outputs), None
-        within = None if inputs is None or width > WIDEST else _mean_block(inputs, width)
-        return _mean_block(self.metric.outputs, slicing.outputs), within
+            return None, None
+        return (
+            None if slicing.outputs > WIDEST else _mean_block(self.metric.outputs, slicing.outputs),
+            None if inputs is None or width > WIDEST else _mean_block(inputs, width),
+        )
 
     def part(self, filters: int) -> "Sliced":
         """The same of blocks of its filters, from the first to the last, of no more than so many filters; or of the first."""
@@ -184,7 +189,7 @@ def refine(layers: Sequence[Sliced], generator: Tensor, *, frozen: bool = False)
         if frozen or now > (1 - HELPS) * error:
             break
         error = now
-        generator = _solve_generator(layers, generator, codes)
+        generator = solve_generator(layers, generator, codes, SOLVES)
         generator, mixed = torch.linalg.qr(generator)
         codes = [own @ mixed.T for own in codes]
     return generator, codes
@@ -207,7 +212,7 @@ def made(layer: Sliced, generator: Tensor, codes: Tensor) -> Tensor:
 
 def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> Tensor:
     """The codes (slices, d) of one layer that cost least, nearer by some steps of conjugate gradients."""
-    gram = generator.T @ _across(*layer.within, generator)
+    gram = generator.T @ _across(layer.within, generator, layer.slicing.outputs)
     inverse, weights = _inverted(gram).to(codes.dtype), _floored(layer.weights())[:, None]
 
     def gradient(error: Tensor) -> Tensor:
@@ -220,12 +225,14 @@ def solve_codes(layer: Sliced, generator: Tensor, codes: Tensor, steps: int) -> 
     return _conjugate(codes, gradient(start), lambda way: gradient(made(layer, generator, way)), easier, steps)
 
 
-def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequence[Tensor]) -> Tensor:
+def solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequence[Tensor], steps: int) -> Tensor:
     """The generator (numbers, d) that costs least for the codes, nearer by some steps of conjugate gradients."""
     grams = [own.T @ (_floored(layer.weights())[:, None] * own) for layer, own in zip(layers, codes, strict=True)]
     inverse = _inverted(sum(grams, torch.zeros(())))
-    outputs, inputs = _mean_within(layers, [float(gram.diagonal().sum()) for gram in grams])
-    outputs, inputs = _inverted(outputs), None if inputs is None else _inverted(inputs)
+    each = [float(gram.diagonal().sum()) for gram in grams]
+    within = _mean([layer.within[0] for layer in layers], each), _mean([layer.within[1] for layer in layers], each)
+    easy = tuple(None if side is None else _inverted(side) for side in within)
+    outputs = layers[0].slicing.outputs
 
     def gradient(errors: Iterator[Tensor]) -> Tensor:
         return sum(
@@ -236,40 +243,42 @@ def _solve_generator(layers: Sequence[Sliced], generator: Tensor, codes: Sequenc
     moved: Callable[[Tensor], Tensor] = lambda way: gradient(  # noqa: E731
         made(layer, way, own) for layer, own in zip(layers, codes, strict=True)
     )
-    return _conjugate(generator, start, moved, lambda at: _across(outputs, inputs, at @ inverse), SOLVES)
+    return _conjugate(generator, start, moved, lambda at: _across((easy[0], easy[1]), at @ inverse, outputs), steps)
 
 
-def _across(outputs: Tensor, inputs: Tensor | None, columns: Tensor) -> Tensor:
-    """(outputs x inputs) times columns (numbers, d) of slices; None: the identity."""
-    wide = columns.view(len(outputs), -1, columns.shape[1])
-    wide = torch.einsum("ab,bjd->ajd", outputs.to(wide.dtype), wide)
-    if inputs is not None:
-        wide = torch.einsum("ij,ajd->aid", inputs.to(wide.dtype), wide)
+def _across(within: Within, columns: Tensor, outputs: int) -> Tensor:
+    """The product of both sides times columns (numbers, d) of slices of so many outputs."""
+    wide = columns.view(outputs, -1, columns.shape[1])
+    if within[0] is not None:
+        wide = torch.einsum("ab,bjd->ajd", within[0].to(wide.dtype), wide)
+    if within[1] is not None:
+        wide = torch.einsum("ij,ajd->aid", within[1].to(wide.dtype), wide)
     return wide.reshape(columns.shape)
 
 
 def _mean_block(matrix: Tensor, size: int) -> Tensor:
-    """The mean of the blocks (size, size) along a diagonal, each by its own mean square; the last filled up with zeros."""
+    """The mean of the blocks (size, size) along a diagonal, each by the mean of its own; the last filled up with zeros."""
     count = -(-len(matrix) // size)
     more = count * size - len(matrix)
     filled = F.pad(matrix, (0, more, 0, more)) if more else matrix
     blocks = filled.reshape(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).float()
-    each = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    there = (len(matrix) - size * torch.arange(count)).clamp_max(size)
+    each = blocks.diagonal(dim1=1, dim2=2).sum(1) / there
     return (blocks / each.clamp_min(LEAST)[:, None, None]).mean(0)
 
 
-def _mean_within(layers: Sequence[Sliced], shares: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-    """`Sliced.within` in the mean of layers that count by their shares."""
-    total = max(sum(shares), LEAST)
-    every = [(share / total, *layer.within) for share, layer in zip(shares, layers, strict=True)]
-    mean = sum((share * outputs for share, outputs, _ in every), torch.zeros(()))
-    width = next((len(inputs) for _, _, inputs in every if inputs is not None), None)
+def _mean(sides: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
+    """One side of the metric within slices, in the mean of layers that count by their shares."""
+    width = next((len(side) for side in sides if side is not None), None)
     if width is None:
-        return mean, None
-    return mean, sum((share * (torch.eye(width) if inputs is None else inputs) for share, _, inputs in every), torch.zeros(()))
+        return None
+    every = zip(shares, sides, strict=True)
+    total = sum((share * (torch.eye(width) if side is None else side) for share, side in every), torch.zeros(()))
+    return total / max(sum(shares), LEAST)
 
 
 def _floored(weights: Tensor) -> Tensor:
+    """Weights of slices, none less than WEAKEST of their mean."""
     return weights.clamp_min(max(WEAKEST * float(weights.mean()), LEAST))
 
 
